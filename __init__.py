@@ -1,0 +1,1 @@
+"""Tandem: serves large language models with asynchronous continuous batching."""
