@@ -1,0 +1,48 @@
+# One-line entry points. Each installs what it needs into .venv once; a second run installs nothing.
+#   make demo       the built-in model answers several prompts at once
+#   make test       the tests that a change must pass        (TEST_ARGS="tests/client -k name" picks some)
+#   make test-all   the same with the whole grids and the slow tests
+#   make check      formatting, lint, types, import arrows
+# PYTHON chooses the interpreter that makes .venv; EXTRAS=test,cuda adds FlashInfer on a machine with a GPU.
+PYTHON ?= python3
+EXTRAS ?= test
+TEST_ARGS ?= tests
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+INSTALLED := .venv/.installed-$(EXTRAS)
+HOUSE := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all check dev clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(INSTALLED)
+	@$(BIN)/tandem demo
+
+test: $(INSTALLED)
+	@$(BIN)/python -P -m pytest $(TEST_ARGS)
+
+test-all: $(INSTALLED)
+	@TANDEM_TEST_GRID=full $(BIN)/python -P -m pytest $(TEST_ARGS)
+
+check: dev
+	@scripts/check
+
+dev: .venv/.installed-dev
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Tandem needs Python 3.11 or newer; \
+	$(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-%: $(HOUSE) | $(BIN)/python
+	@echo "Installing Tandem into .venv (once; torch and transformers take a minute or two) ..."
+	@$(PIP) -e ".[$*]"
+	@touch $@
