@@ -1,0 +1,160 @@
+"""Messages as bytes: msgpack `[class name, {field: value}]`, fields at their default left out, columns as little-endian
+bytes.
+
+Decoding trusts nothing: the size is limited before unpacking, every container before it is allocated, and all
+containers of a message together (20 MB of empty arrays would unpack to 1.4 GB); then each field is checked against its
+declared type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, get_type_hints
+
+import msgpack
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from . import messages
+from .errors import MessageTooLarge, ProtocolError, VersionMismatch
+from .sampling import SamplingParams
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""No message is sent or taken over this size."""
+MAX_CONTAINERS = 8_192
+"""Maps and arrays that one message may hold in all."""
+MAX_CONTAINER_LENGTH = 65_536
+MAX_STRING_BYTES = 64 * 1024
+
+_COLUMN_DTYPES: dict[Any, np.dtype[Any]] = {
+    messages.Ints: np.dtype("<i4"),
+    messages.Longs: np.dtype("<i8"),
+    messages.Floats: np.dtype("<f4"),
+}
+
+_FieldPlan = tuple[str, Any, Callable[[Any], Any]]
+"""A field's name, its default (MISSING if it has none) and what turns its value into what msgpack takes."""
+
+
+def encode(message: object) -> bytes:
+    """The bytes of a message. Raises MessageTooLarge over MAX_MESSAGE_BYTES, and TypeError where a column has another
+    kind of dtype."""
+    data: bytes = msgpack.packb([type(message).__name__, _to_map(message)], use_bin_type=True)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise MessageTooLarge(f"{type(message).__name__} of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    return data
+
+
+def decode(data: bytes, *expected: type) -> Any:
+    """The message that `data` holds, one of the `expected` classes.
+
+    Columns are read-only views into `data`. Raises ProtocolError for anything else: too large, no msgpack, unknown or
+    unexpected class, a field that is missing, unknown, or of another type.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    containers = 0
+
+    def count(container: Any) -> Any:
+        nonlocal containers
+        containers += 1
+        if containers > MAX_CONTAINERS:
+            raise ValueError(f"over {MAX_CONTAINERS} maps and arrays in one message")
+        return container
+
+    try:
+        unpacked = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            use_list=False,
+            list_hook=count,
+            object_hook=count,
+            max_str_len=MAX_STRING_BYTES,
+            max_bin_len=len(data),
+            max_array_len=MAX_CONTAINER_LENGTH,
+            max_map_len=MAX_CONTAINER_LENGTH,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise ProtocolError(f"not a message: {error or type(error).__name__}") from error
+    if not isinstance(unpacked, tuple) or len(unpacked) != 2 or not isinstance(unpacked[0], str):
+        raise ProtocolError("not a message: expected [class name, fields]")
+    name, values = unpacked
+    for cls in expected:
+        if cls.__name__ == name:
+            _refuse_other_version(cls, values)
+            try:
+                return _ADAPTERS[cls].validate_python(values)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                where = ".".join(str(part) for part in first["loc"])
+                raise ProtocolError(f"{name}.{where}: {first['msg']}") from error
+    raise ProtocolError(
+        f"unexpected message {name[:64]!r}; expected one of {', '.join(cls.__name__ for cls in expected)}"
+    )
+
+
+def _refuse_other_version(cls: type, values: Any) -> None:
+    """Before the fields are checked: another version's greeting may have other fields."""
+    if "version" in cls.__dataclass_fields__ and isinstance(values, dict):
+        version = values.get("version")
+        if version != messages.PROTOCOL_VERSION:
+            raise VersionMismatch(
+                f"the peer speaks protocol version {version!r:.20}, this end speaks {messages.PROTOCOL_VERSION}; "
+                "install the same version of tandem at both ends"
+            )
+
+
+def _to_map(message: object) -> dict[str, Any]:
+    out = {}
+    for name, default, pack in _PLANS[type(message)]:
+        value = getattr(message, name)
+        if value is not default:
+            packed = pack(value)
+            if packed or default is MISSING or packed != default:
+                out[name] = packed
+    return out
+
+
+def _column_packer(dtype: np.dtype[Any]) -> Callable[[Any], bytes]:
+    def pack(value: Any) -> bytes:
+        if value.dtype != dtype:
+            value = value.astype(dtype, casting="same_kind")
+        packed: bytes = value.tobytes()
+        return packed
+
+    return pack
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return _to_map(value) if type(value) in _PLANS else value
+
+
+def _plan(cls: type) -> list[_FieldPlan]:
+    hints = get_type_hints(cls, include_extras=True)
+    return [_field_plan(f, hints[f.name]) for f in fields(cls)]
+
+
+def _field_plan(f: Field[Any], hint: Any) -> _FieldPlan:
+    dtype = _COLUMN_DTYPES.get(hint)
+    if dtype is not None:
+        empty = b"" if f.default_factory is not MISSING else MISSING
+        return f.name, empty, _column_packer(dtype)
+    default = f.default_factory() if f.default_factory is not MISSING else f.default
+    return f.name, default, _plain
+
+
+_CLASSES: tuple[type, ...] = (
+    SamplingParams,
+    *(
+        cls
+        for cls in vars(messages).values()
+        if isinstance(cls, type) and is_dataclass(cls) and cls.__module__ == messages.__name__
+    ),
+)
+_PLANS: dict[type, list[_FieldPlan]] = {cls: _plan(cls) for cls in _CLASSES}
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in _CLASSES}

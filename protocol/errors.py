@@ -1,0 +1,76 @@
+"""The exceptions that Tandem raises towards its users, as one small tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class TandemError(Exception):
+    """Base of everything that Tandem raises on purpose."""
+
+
+class ConfigurationError(TandemError):
+    """Options, addresses or files do not fit together; the message says which and what to do."""
+
+
+class ServiceUnavailable(TandemError):
+    """No scheduler answered, or it went away and did not come back."""
+
+
+class VersionMismatch(ServiceUnavailable):
+    """The two ends speak different versions of the protocol."""
+
+
+class AuthenticationError(ServiceUnavailable):
+    """The scheduler does not admit this client or worker."""
+
+
+class ProtocolError(TandemError):
+    """A peer sent something that the protocol does not allow."""
+
+
+class MessageTooLarge(ProtocolError):
+    """A message is over the transport's limit; it was not sent."""
+
+
+class OffsetError(ProtocolError):
+    """A stream had a gap or a repeat: the token at `got` came where `expected` was due."""
+
+    def __init__(self, expected: int, got: int) -> None:
+        super().__init__(f"stream broken: expected the token at offset {expected}, got offset {got}")
+        self.expected = expected
+        self.got = got
+
+
+class RequestError(TandemError):
+    """One request did not complete. Other requests are not affected."""
+
+
+class InvalidRequest(RequestError):
+    """The request was refused at the door. `field`, `limit` and `value` name what was wrong."""
+
+    def __init__(self, message: str, *, field: str = "", limit: Any = None, value: Any = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.limit = limit
+        self.value = value
+
+
+class Overloaded(RequestError):
+    """The service holds as many requests as it may; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestFailed(RequestError):
+    """An accepted request could not be finished; tokens that were already delivered stand."""
+
+
+class RequestTimeout(RequestError):
+    """The deadline that the caller set passed before the request ended."""
+
+
+class RequestCancelled(RequestError):
+    """The request was cancelled before it ended."""

@@ -1,0 +1,375 @@
+"""Everything that Tandem's processes say, grouped by conversation.
+
+client ↔ scheduler       ClientHello, Submit, Cancel, Ping, FetchFile  →
+                       ← Welcome, Accepted, Refused, Tokens, FileChunk, UnknownPeer, VersionRefused, Goodbye
+scheduler ↔ worker       WorkerHello, StepResult, Idle, FileChunk, Goodbye  →
+                       ← WorkerWelcome, StepPlan, FetchFile, UnknownPeer, VersionRefused, Goodbye
+
+Fields typed `Ints`, `Longs` and `Floats` are columns: one-dimensional little-endian arrays that travel as bytes. Fields
+at their default value do not travel at all. Whatever arrives is checked against these types (see codec.py), so a
+handler never meets a field of another type; that a *value* makes sense is for the receiver to check.
+
+Identity: `epoch` is one life of a scheduler, `registration` one registration of a worker (unique within an epoch),
+`number` a request (minted by the scheduler, never reused), `attempt` one placement of a request on a worker, `step` one
+plan of a registration, counted from 0. A `ticket` is a client's own handle of a request, never reused on a connection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeAlias, TypeVar, dataclass_transform
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from .sampling import SamplingParams
+
+PROTOCOL_VERSION = 1
+"""Raised with every change that an older peer would misread; both ends refuse another version by name."""
+
+
+_T = TypeVar("_T")
+
+
+def _column(dtype: str) -> Any:
+    wire = np.dtype(dtype)
+
+    def from_wire(value: object) -> npt.NDArray[Any]:
+        if isinstance(value, np.ndarray) and value.dtype == wire and value.ndim == 1:
+            return value
+        if not isinstance(value, bytes):
+            raise PydanticCustomError("column", "a column travels as bytes")
+        if len(value) % wire.itemsize:
+            raise PydanticCustomError("column", "the bytes are no whole number of elements")
+        return np.frombuffer(value, dtype=wire)
+
+    return PlainValidator(from_wire)
+
+
+Ints: TypeAlias = Annotated[npt.NDArray[np.int32], _column("<i4")]
+Longs: TypeAlias = Annotated[npt.NDArray[np.int64], _column("<i8")]
+Floats: TypeAlias = Annotated[npt.NDArray[np.float32], _column("<f4")]
+
+NO_INTS: npt.NDArray[np.int32] = np.empty(0, np.int32)
+NO_LONGS: npt.NDArray[np.int64] = np.empty(0, np.int64)
+NO_FLOATS: npt.NDArray[np.float32] = np.empty(0, np.float32)
+for _empty in (NO_INTS, NO_LONGS, NO_FLOATS):
+    _empty.flags.writeable = False
+
+Name: TypeAlias = Annotated[str, Field(strict=True, max_length=256)]
+Text: TypeAlias = Annotated[str, Field(strict=True, max_length=16_384)]
+Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Number: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
+
+
+def _ints() -> Any:
+    return field(default_factory=lambda: NO_INTS)
+
+
+def _longs() -> Any:
+    return field(default_factory=lambda: NO_LONGS)
+
+
+def _floats() -> Any:
+    return field(default_factory=lambda: NO_FLOATS)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field, _ints, _longs, _floats))
+def message(cls: type[_T]) -> type[_T]:
+    """Makes a message class: frozen, by keyword, unknown fields refused when decoded."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return dataclass(frozen=True, slots=True, kw_only=True, eq=False)(cls)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared by both conversations
+
+
+@message
+class ModelDescription:
+    """What the service serves; two workers with unequal descriptions do not serve together."""
+
+    name: Name
+    """What clients call it (`--served-model-name`)."""
+    architecture: Name
+    dtype: Name
+    vocab_size: Count
+    max_model_len: Count
+    """Most tokens of one request, prompt and output together."""
+    eos_token_ids: tuple[Count, ...] = ()
+    default_sampling: dict[Name, float | int] = field(default_factory=dict)
+    """From the model's generation_config.json: temperature, top_k, top_p where they are given."""
+    weights: Name = ""
+    """A fingerprint of the weights' origin: equal for two workers that loaded the same thing."""
+    batch_invariant: Annotated[bool, Field(strict=True)] = False
+
+
+@message
+class FileInfo:
+    """A tokenizer file that the peer can fetch in pieces."""
+
+    name: Name
+    size: Count
+    sha256: Name
+
+
+@message
+class FetchFile:
+    """Asks for the piece of a file that begins at `offset` (bytes)."""
+
+    name: Name
+    offset: Count = 0
+
+
+@message
+class FileChunk:
+    """A piece of a file; the last one ends at the `size` that the file's FileInfo gave."""
+
+    name: Name
+    offset: Count
+    data: Annotated[bytes, Field(strict=True)]
+
+
+@message
+class UnknownPeer:
+    """The scheduler does not know this connection (it restarted, or dropped it): say hello again."""
+
+    epoch: Number
+
+
+@message
+class VersionRefused:
+    """Answers a greeting of another protocol version. Never gains a field, so that every version can read it."""
+
+    version: Count
+    """The version that the sender speaks."""
+
+
+@message
+class Goodbye:
+    """The sender leaves on purpose and says why."""
+
+    reason: Text = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# client → scheduler
+
+
+@message
+class ClientHello:
+    """First message of a connection. `name` is for logs."""
+
+    version: Count
+    name: Name = ""
+
+
+@message
+class Submit:
+    """A new request, or with `generated` a resumption that goes on after those tokens."""
+
+    ticket: Number
+    prompt: Ints
+    """Token ids, at least one."""
+    sampling: SamplingParams
+    """With a seed, unless temperature is 0."""
+    generated: Ints = _ints()
+    """Tokens of this request that the client already holds; the stream goes on at offset len(generated)."""
+    name: Name = ""
+    """The client's own name of the request, for logs."""
+
+
+@message
+class Cancel:
+    """Ends a request. Whether it ended before is seen by its `Ended`; an unknown ticket is not an error."""
+
+    ticket: Number
+
+
+@message
+class Ping:
+    """Renews the client's lease."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scheduler → client
+
+
+@message
+class Welcome:
+    """Answers ClientHello at once, and again as soon as a model is there if none was."""
+
+    version: Count
+    epoch: Number
+    lease_s: Seconds
+    """A client that says nothing for so long is taken for gone, and its requests are cancelled."""
+    model: ModelDescription | None = None
+    files: tuple[FileInfo, ...] = ()
+
+
+@message
+class Accepted:
+    """The request is in the queue; from here on it ends with exactly one Ended."""
+
+    epoch: Number
+    ticket: Number
+    number: Number
+
+
+@message
+class Refused:
+    """The request was not taken. `code` is "invalid" or "overloaded"."""
+
+    epoch: Number
+    ticket: Number
+    code: Name
+    message: Text
+    field: Name = ""
+    limit: Text = ""
+    value: Text = ""
+    retry_after_s: Seconds = 0.0
+
+
+@message
+class Ended:
+    """How a request ended and what it took."""
+
+    ticket: Number
+    reason: Name
+    """One of "stop", "length", "abort", "error"."""
+    error: Text = ""
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    cached_tokens: Count = 0
+    queue_s: Seconds = 0.0
+    """From acceptance to the first plan that computes some of it."""
+    first_token_s: Seconds = 0.0
+    """From acceptance to the commit of its first token."""
+    total_s: Seconds = 0.0
+    attempts: Count = 1
+
+
+@message
+class Tokens:
+    """New tokens of some of this client's requests, and requests that ended with them.
+
+    Row i holds `count[i]` tokens of request `ticket[i]`, the first at output offset `offset[i]`; `token` is their
+    concatenation.
+    """
+
+    epoch: Number
+    ticket: Longs = _longs()
+    offset: Ints = _ints()
+    count: Ints = _ints()
+    token: Ints = _ints()
+    ended: tuple[Ended, ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# worker → scheduler
+
+
+@message
+class WorkerHello:
+    """Registers a worker that has loaded its model and can start at once."""
+
+    version: Count
+    name: Name
+    pid: Count
+    model: ModelDescription
+    files: tuple[FileInfo, ...] = ()
+    num_blocks: Count
+    block_size: Count
+    max_num_seqs: Count
+    """Slots of the device batch."""
+    max_num_batched_tokens: Count
+    """Most tokens of one step; at least max_num_seqs."""
+    lookahead: Count
+    """The worker takes up to lookahead + 1 plans that have no result yet."""
+
+
+@message
+class StepResult:
+    """What a step sampled: one token for each decoding slot in ascending order, then one for each chunk that ended its
+    row's known tokens, in the plan's order."""
+
+    epoch: Number
+    registration: Number
+    step: Number
+    token: Ints = _ints()
+    busy_us: Count = 0
+    """Device time from the step's first kernel to its last."""
+    gap_us: Count = 0
+    """Device time between the end of the last step and the start of this one; 0 after an idle spell."""
+
+
+@message
+class Idle:
+    """Sent by the thread that executes plans, when it has had nothing to do for a while; `step` is the next it
+    awaits."""
+
+    epoch: Number
+    registration: Number
+    step: Number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scheduler → worker
+
+
+@message
+class WorkerWelcome:
+    """The worker is registered; plans follow, the first with step 0."""
+
+    version: Count
+    epoch: Number
+    registration: Number
+
+
+@message
+class StepPlan:
+    """One step, as the difference from the one before. Applied in this order: leave, join, grow; then computed: every
+    decoding slot (one token each), and the chunks.
+
+    A slot decodes from the step after the one whose chunk reached the end of its known tokens until it leaves.
+    """
+
+    epoch: Number
+    registration: Number
+    step: Number
+    after_idle: Annotated[bool, Field(strict=True)] = False
+    """The worker had nothing to do before this plan, so the gap before it is not a wait."""
+
+    leave: Ints = _ints()
+    """Slots that are over or preempted."""
+
+    join_slot: Ints = _ints()
+    join_number: Longs = _longs()
+    join_attempt: Ints = _ints()
+    join_prompt_length: Ints = _ints()
+    """Tokens of the prompt: the first output position is counted from here."""
+    join_length: Ints = _ints()
+    """Known tokens: prompt and, on a later attempt or a resumption, what was generated."""
+    join_computed: Ints = _ints()
+    """Leading tokens whose keys and values already stand in the row's blocks."""
+    join_num_blocks: Ints = _ints()
+    join_token: Ints = _ints()
+    """Concatenation of the joining rows' known tokens."""
+    join_block: Ints = _ints()
+    """Concatenation of the joining rows' block ids."""
+    join_temperature: Floats = _floats()
+    join_top_k: Ints = _ints()
+    join_top_p: Floats = _floats()
+    join_seed: Longs = _longs()
+
+    grow_slot: Ints = _ints()
+    grow_block: Ints = _ints()
+    """Block `grow_block[i]` is appended to the block table of `grow_slot[i]`."""
+
+    chunk_slot: Ints = _ints()
+    chunk_length: Ints = _ints()
+    """The next `chunk_length[i]` known tokens of `chunk_slot[i]` are computed, beginning after those already
+    computed."""

@@ -1,0 +1,44 @@
+"""How one request wants its tokens chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+MAX_STOP_TOKEN_IDS = 128
+"""A request may name at most this many stop tokens; they are compared in one matrix for all rows."""
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request, named and meant as vLLM's.
+
+    Validated where it matters, at the scheduler's door (and by the SDK before sending): constructing one checks
+    nothing.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
+    """0 chooses the most probable token (the lowest id among equals); otherwise logits are divided by it."""
+    top_k: Annotated[int, Field(strict=True, ge=-1, le=2**31 - 1)] = 0
+    """Only the k most probable tokens stay; 0 or -1 keeps all."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Only the smallest set of most probable tokens whose probabilities reach p stays."""
+    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] | None = None
+    """A token's random number depends on (seed, sample index, output position) alone. The SDK draws one if missing."""
+    max_tokens: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | None = None
+    """At most this many tokens are generated; None: as many as the context length leaves."""
+    stop_token_ids: Annotated[
+        tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(max_length=MAX_STOP_TOKEN_IDS)
+    ] = ()
+    """Generation ends after any of these, as after the model's own end-of-sequence tokens."""
+    ignore_eos: Annotated[bool, Field(strict=True)] = False
+    """Go on after the model's end-of-sequence tokens (stop_token_ids still end the request)."""
+
+
+SAMPLING_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))

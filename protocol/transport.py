@@ -1,0 +1,248 @@
+"""Sockets: where they are, who may open them, and how a loop reads and writes them without ever blocking or losing
+silently.
+
+An address names a service. `ipc:///some/dir` is a directory, private to the user (0700), that holds the sockets
+`clients` and `workers`; `tcp://host:port` is one socket. ROUTER sockets belong to the scheduler, DEALER sockets to
+clients and workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import zmq
+
+from .codec import MAX_MESSAGE_BYTES
+from .errors import ConfigurationError
+
+Port = Literal["clients", "workers"]
+
+HEARTBEAT_MS = 2_000
+"""ZeroMQ's own ping; a peer that is silent for HEARTBEAT_TIMEOUT_MS is disconnected (and reconnects if it lives)."""
+HEARTBEAT_TIMEOUT_MS = 10_000
+LINGER_MS = 500
+"""How long a closing socket may go on sending what is queued."""
+QUEUE_MESSAGES = 4_096
+"""High-water mark per peer. Sends never block: a full queue raises, and the caller decides (see Socket.send)."""
+MAX_IPC_PATH = 107
+"""Longest path of a Unix socket that Linux takes, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a service's sockets are. Raises ConfigurationError for anything but ipc:///directory and
+    tcp://host:port."""
+
+    url: str
+
+    def __post_init__(self) -> None:
+        if self.url.startswith("ipc://"):
+            if not os.path.isabs(self.url[len("ipc://") :]):
+                raise ConfigurationError(
+                    f"address {self.url!r}: ipc needs an absolute directory, as in ipc:///run/tandem"
+                )
+            longest = self.endpoint("workers")[len("ipc://") :]
+            if len(os.fsencode(longest)) > MAX_IPC_PATH:
+                raise ConfigurationError(
+                    f"address {self.url!r}: {longest} is over the {MAX_IPC_PATH} bytes that a socket path may have; "
+                    "choose a shorter directory"
+                )
+        elif self.url.startswith("tcp://"):
+            host, _, port = self.url[len("tcp://") :].rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+                raise ConfigurationError(f"address {self.url!r}: expected tcp://host:port with a port of 1 to 65535")
+        else:
+            raise ConfigurationError(f"address {self.url!r}: expected ipc:///directory or tcp://host:port")
+
+    @property
+    def is_ipc(self) -> bool:
+        return self.url.startswith("ipc://")
+
+    @property
+    def directory(self) -> Path:
+        """The directory of an ipc address."""
+        return Path(self.url[len("ipc://") :])
+
+    def endpoint(self, port: Port) -> str:
+        """What ZeroMQ binds or connects to. A tcp address is one endpoint, whatever the port."""
+        return f"{self.url.rstrip('/')}/{port}" if self.url.startswith("ipc://") else self.url
+
+    def require_safe(self, insecure: bool) -> None:
+        """Raises ConfigurationError for TCP, loopback included, unless `insecure` was spelled out: anyone who reaches
+        it may use it."""
+        if not self.is_ipc and not insecure:
+            raise ConfigurationError(
+                f"address {self.url!r}: TCP is neither encrypted nor authenticated here; use an ipc:// address, or add "
+                "--insecure to accept that anyone who can reach the port may use the service"
+            )
+
+
+def default_address(name: str = "default") -> Address:
+    """$TANDEM_ADDRESS, or a directory of this user's in $XDG_RUNTIME_DIR (else /tmp) for the service of that name."""
+    given = os.environ.get("TANDEM_ADDRESS")
+    if given and name == "default":
+        return Address(given)
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = f"{runtime}/tandem" if runtime and os.path.isabs(runtime) else f"/tmp/tandem-{os.getuid()}"
+    return Address(f"ipc://{base}/{name}")
+
+
+class ServiceDirectory:
+    """Holds an ipc address for one scheduler: the directory, private to this user, and a lock in it.
+
+    Raises ConfigurationError if another live scheduler holds it, or if the directory is not this user's alone.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_private(directory)
+        self._created = [directory / "clients", directory / "workers"]
+        self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConfigurationError(
+                f"address ipc://{directory}: another scheduler is serving there; stop it or choose another --address"
+            ) from None
+        for path in self._created:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Removes the sockets and the lock, and the directory if it is empty then."""
+        for path in (*self._created, self._directory / "lock"):
+            path.unlink(missing_ok=True)
+        os.close(self._lock)
+        try:
+            self._directory.rmdir()
+        except OSError:
+            return  # somebody keeps something of their own there
+
+
+def require_private(directory: Path) -> None:
+    """Raises ConfigurationError unless `directory` is a real directory of this user's that nobody else may enter."""
+    info = os.lstat(directory)
+    if not stat.S_ISDIR(info.st_mode):
+        raise ConfigurationError(f"address ipc://{directory}: not a directory")
+    if info.st_uid != os.getuid():
+        raise ConfigurationError(
+            f"address ipc://{directory}: the directory belongs to user {info.st_uid}, not to you ({os.getuid()})"
+        )
+    if info.st_mode & 0o077:
+        raise ConfigurationError(
+            f"address ipc://{directory}: other users may enter it (mode {stat.S_IMODE(info.st_mode):o}); "
+            "run chmod 700 on it"
+        )
+
+
+def open_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    """A bound ROUTER: sends to unknown or full peers raise instead of dropping, and no peer can take over another's
+    identity."""
+    socket = context.socket(zmq.ROUTER)
+    _configure(socket)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    socket.set(zmq.ROUTER_HANDOVER, 0)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigurationError(f"cannot listen on {endpoint}: {error.strerror}") from error
+    return socket
+
+
+def open_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    """A connecting DEALER; ZeroMQ connects in the background and reconnects by itself. Queues nothing for a peer that
+    is not there."""
+    socket = context.socket(zmq.DEALER)
+    _configure(socket)
+    socket.set(zmq.IMMEDIATE, 1)
+    socket.set(zmq.RECONNECT_IVL, 50)
+    socket.set(zmq.RECONNECT_IVL_MAX, 1_000)
+    socket.connect(endpoint)
+    return socket
+
+
+def _configure(socket: zmq.Socket[bytes]) -> None:
+    socket.set(zmq.LINGER, LINGER_MS)
+    socket.set(zmq.SNDHWM, QUEUE_MESSAGES)
+    socket.set(zmq.RCVHWM, QUEUE_MESSAGES)
+    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+
+
+class LoopSocket:
+    """A ZeroMQ socket driven by an asyncio loop through callbacks, without a task or future per message.
+
+    `on_message(frames)` is called for each message, in order. All messages are copied in and out, so that no buffer is
+    shared with ZeroMQ's threads. ZeroMQ's file descriptor is edge-triggered: any call on the socket may consume the
+    edge, which is why a send is always followed by another look at what can be received.
+    """
+
+    BURST = 256
+    """Messages handled before other callbacks of the loop get their turn."""
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        on_message: Callable[[list[bytes]], None],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._socket = socket
+        self._on_message = on_message
+        self._loop = loop or asyncio.get_running_loop()
+        self._fd = int(socket.get(zmq.FD))
+        self._pending: asyncio.Handle | None = None
+        self._closed = False
+        self._loop.add_reader(self._fd, self._read)
+        self._read_soon()
+
+    def send(self, frames: list[bytes]) -> bool:
+        """Queues a message; False if the peer is unknown or its queue is full, and then nothing was queued. Never
+        blocks."""
+        try:
+            self._socket.send_multipart(frames, flags=zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        finally:
+            self._read_soon()
+        return True
+
+    def close(self, linger_ms: int = LINGER_MS) -> None:
+        """Idempotent. Queued messages may go out for up to `linger_ms` more."""
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._fd)
+            if self._pending is not None:
+                self._pending.cancel()
+            self._socket.close(linger_ms)
+
+    def _read_soon(self) -> None:
+        if self._pending is None and not self._closed:
+            self._pending = self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        for _ in range(self.BURST):
+            if self._closed:
+                return
+            try:
+                frames: list[Any] = self._socket.recv_multipart(flags=zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._on_message(frames)
+        self._read_soon()

@@ -1,0 +1,79 @@
+"""Options of a worker process. The command line's flags are generated from these fields, named as vLLM's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class WorkerConfig(BaseModel):
+    """One worker. Unknown options are refused, and options that do not fit together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scheduler: Annotated[
+        str, Field(description="The scheduler's address for workers: ipc:///directory or tcp://host:port.")
+    ]
+    insecure: Annotated[bool, Field(description="Allow TCP, which is not encrypted or authenticated.")] = False
+    name: Annotated[str, Field(max_length=256, description="The worker's name in logs.")] = ""
+
+    model: Annotated[
+        str, Field(description="Folder or hub id of a transformers model; without it, the built-in model.")
+    ]
+    revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")] = None
+    trust_remote_code: Annotated[bool, Field(description="Run Python code that comes with the model.")] = False
+    served_model_name: Annotated[str | None, Field(max_length=256, description="What clients call the model.")] = None
+    load_format: Annotated[
+        Literal["auto", "safetensors", "dummy"],
+        Field(description="auto: the model's weights; dummy: random weights from its config alone."),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Field(description="Weights and activations; auto: as the model says."),
+    ] = "auto"
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Seed of dummy weights.")] = 0
+
+    device: Annotated[Literal["auto", "cuda", "cpu"], Field(description="auto: CUDA if there is a GPU.")] = "auto"
+    attention_backend: Annotated[
+        Literal["auto", "flashinfer", "reference"],
+        Field(description="auto: FlashInfer on CUDA in 16 bits, else the reference."),
+    ] = "auto"
+    batch_invariant: Annotated[
+        bool,
+        Field(description="Tokens and logprobs are the same bits however a request was batched (CPU; slower)."),
+    ] = False
+    threads: Annotated[int, Field(ge=0, le=1024, description="CPU threads of the computation; 0: torch's choice.")] = 0
+
+    max_model_len: Annotated[
+        int | None,
+        Field(ge=2, le=2**24, description="Most tokens of a request, prompt and output; default: the model's."),
+    ] = None
+    max_num_seqs: Annotated[int, Field(ge=1, le=65_536, description="Most requests that run at once.")] = 256
+    max_num_batched_tokens: Annotated[int, Field(ge=1, le=2**20, description="Most tokens of one step.")] = 2048
+    block_size: Annotated[Literal[8, 16, 32, 64, 128], Field(description="Tokens of a KV cache block.")] = 16
+    gpu_memory_utilization: Annotated[
+        float, Field(gt=0.0, le=1.0, description="Share of the GPU's memory that the worker may use in all.")
+    ] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        int | None,
+        Field(ge=1, description="Size of the KV cache; default: what gpu_memory_utilization leaves, 1 GiB on a CPU."),
+    ] = None
+    num_gpu_blocks_override: Annotated[
+        int | None, Field(ge=1, le=2**31 - 2, description="Number of KV cache blocks, whatever memory there is.")
+    ] = None
+    lookahead: Annotated[
+        int, Field(ge=0, le=8, description="Steps queued ahead of the running one; 0 is synchronous.")
+    ] = 1
+    log_level: Annotated[
+        str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
+    ] = "info"
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> WorkerConfig:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs ({self.max_num_seqs}): "
+                "every running request gets a token in every step"
+            )
+        return self
