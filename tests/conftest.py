@@ -1,0 +1,91 @@
+"""Rules that hold for every test: no leaks, no network, one thread, warnings are errors, a GPU or a skip."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch is imported, and inherited by every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from support.leaks import leaked, snapshot
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAK_DEADLINE_S = 10.0
+
+# `python -m pytest` in the root puts the root itself on the path, where `client` or `launch` would import once more.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "nightly", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("TANDEM_TEST_PROFILE", "ci"))
+
+
+def full_grid() -> bool:
+    """Whether whole grids and slow tests run (`make test-all`) rather than pairwise choices (`make test`)."""
+    return os.environ.get("TANDEM_TEST_GRID", "pairwise") == "full"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare markers and turn warnings into errors."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none, and only there")
+    config.addinivalue_line("markers", "slow: runs under `make test-all` (TANDEM_TEST_GRID=full) only")
+    config.addinivalue_line("filterwarnings", "error")
+    # torch scripts some of its own helpers on import, which it deprecates itself from 2.12 on.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect slow tests unless asked for; skip GPU tests where there is no GPU (torch is imported for those only)."""
+    if not full_grid() and "slow" not in config.getoption("markexpr"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        if slow:
+            config.hook.pytest_deselected(items=slow)
+            items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not _cuda():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a thread, a child process or an open file behind.
+
+    Fixtures of a wider scope are set up before this one and so belong to nobody's test. CUDA opens files of its own
+    on first use, so GPU tests are held to threads and processes only.
+    """
+    before = snapshot()
+    yield
+    found = leaked(before, LEAK_DEADLINE_S, check_files=request.node.get_closest_marker("gpu") is None)
+    if found:
+        pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_name_per_module() -> Iterator[None]:
+    """Fail a run that imported one of our modules under a second name (reported with the last test)."""
+    yield
+    twice = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or name == "tandem" or name.startswith("tandem."):
+            continue
+        path = Path(file).resolve()
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "scripts"):
+            twice.append(f"{path.relative_to(ROOT)} as {name}")
+    if twice:
+        pytest.fail("modules of tandem imported under a second name: " + ", ".join(sorted(twice)), pytrace=False)
