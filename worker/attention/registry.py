@@ -1,0 +1,142 @@
+"""The bridge from transformers' models to our backends, through transformers' attention registry.
+
+A model whose config names `ATTENTION_NAME` calls `paged_attention` in each attention layer and hands down the keyword
+argument `STEP_KWARG` that the step passed to the model's trunk. The function keeps no state: everything is in that
+argument, so any number of engines can live in one process. Masks are ours too: transformers builds none for a name that
+its mask registry does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..kv_cache import LayerKV
+from .base import AttentionStep
+
+ATTENTION_NAME: Final = "tandem_paged"
+STEP_KWARG: Final = "tandem_step"
+
+_HARMLESS_KWARGS: Final = frozenset(
+    {"position_ids", "use_cache", "cache_position", "position_embeddings", "output_attentions", "dropout", "is_causal"}
+)
+"""Keyword arguments that change nothing about causal attention as we compute it (dropout is off in evaluation)."""
+
+
+class UnsupportedAttentionError(RuntimeError):
+    """An attention layer asks for something that the worker does not compute; the message names it."""
+
+
+class LayerSink(Protocol):
+    """What travels as `STEP_KWARG`."""
+
+    def attend_layer(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]
+    ) -> Tensor:
+        """query [T, query_heads, head_dim], key [T, kv_heads, head_dim], value [T, kv_heads, value_dim];
+        returns [T, query_heads, value_dim]."""
+        ...
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls. query [1, heads, T, dim], as are key and value; returns [1, T, heads, dim]."""
+    step: LayerSink | None = options.pop(STEP_KWARG, None)
+    if step is None:
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} does not pass keyword arguments down to its attention function, so the paged KV "
+            "cache cannot reach it"
+        )
+    if attention_mask is not None:
+        raise UnsupportedAttentionError(f"{type(module).__name__} builds an attention mask of its own")
+    heads_last = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    return step.attend_layer(module, *heads_last, options).unsqueeze(0), None
+
+
+def register() -> None:
+    """Make `ATTENTION_NAME` known to transformers. Repeating it changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def layer_idx_of(module: nn.Module) -> int:
+    layer_idx = getattr(module, "layer_idx", None)
+    if not isinstance(layer_idx, int):
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} has no layer_idx, so its KV cache cannot be told apart"
+        )
+    return layer_idx
+
+
+def describe_layer(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> LayerKV:
+    """The layer's attention, from what its module passes. Raises UnsupportedAttentionError naming what we lack."""
+    name = f"{type(module).__name__} (layer {layer_idx_of(module)})"
+    known = _HARMLESS_KWARGS | {"scaling", "sliding_window", "softcap"}
+    for option, given in options.items():
+        if option not in known and given is not None and given is not False:
+            meaning = " (attention sinks)" if option in ("s_aux", "sinks") else ""
+            raise UnsupportedAttentionError(f"{name} asks for {option!r}{meaning}, which the worker does not support")
+    is_causal = options.get("is_causal")
+    if is_causal is False or (is_causal is None and getattr(module, "is_causal", True) is False):
+        raise UnsupportedAttentionError(f"{name} is not causal")
+    if query.shape[0] != key.shape[0] or key.shape[:2] != value.shape[:2]:
+        raise UnsupportedAttentionError(f"{name} attends to other tokens than the step's (cross-attention)")
+    query_heads, kv_heads = query.shape[1], key.shape[1]
+    if query_heads % kv_heads or query.shape[2] != key.shape[2]:
+        raise UnsupportedAttentionError(
+            f"{name}: query heads {query_heads} x {query.shape[2]} do not fit key heads {kv_heads} x {key.shape[2]}"
+        )
+    scaling = options.get("scaling")
+    return LayerKV(
+        layer_idx=layer_idx_of(module),
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=key.shape[2],
+        value_dim=value.shape[2],
+        window=options.get("sliding_window"),
+        scale=float(scaling) if scaling is not None else key.shape[2] ** -0.5,
+        softcap=options.get("softcap"),
+    )
+
+
+class LayerRouter:
+    """`STEP_KWARG` of a real step: sends each module's call to its layer of the step."""
+
+    __slots__ = ("_layer_of", "_step")
+
+    def __init__(self, step: AttentionStep, layer_of: Mapping[int, int]) -> None:
+        self._step = step
+        self._layer_of = layer_of
+
+    def attend_layer(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]
+    ) -> Tensor:
+        layer_idx: Any = module.layer_idx
+        return self._step.attend(self._layer_of[layer_idx], query, key, value)
+
+
+class LayerInspector:
+    """`STEP_KWARG` of a dry run over one short sequence: describes each layer that calls, and attends densely."""
+
+    def __init__(self, dense: Callable[[LayerKV, Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.layers: list[LayerKV] = []
+        self._dense = dense
+
+    def attend_layer(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]
+    ) -> Tensor:
+        layer = describe_layer(module, query, key, value, options)
+        if any(seen.layer_idx == layer.layer_idx for seen in self.layers):
+            raise UnsupportedAttentionError(
+                f"{type(module).__name__}: layer {layer.layer_idx} attends twice in one forward pass"
+            )
+        self.layers.append(layer)
+        return self._dense(layer, query, key, value)

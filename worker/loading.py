@@ -1,0 +1,236 @@
+"""From a folder or a hub id to a config, weights and tokenizer files, with what the worker lacks refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+Progress = Callable[[str, float], None]
+"""Called with what is going on and the share of it that is done, 0 to 1."""
+
+_SMALL_FILES: Final = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_FOREIGN_TOKENIZERS: Final = ("*.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
+_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
+_DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class LoadError(RuntimeError):
+    """A model cannot be served; the message names what is wrong and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from. `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` hold for hub ids."""
+
+    model: str
+    """A folder with config.json, or a hub id."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    seed: int = 0
+    """Seed of dummy weights."""
+
+
+def local_folder(source: ModelSource) -> Path:
+    """The folder that holds the model's small files (config, tokenizer), fetched from the hub if need be."""
+    folder = Path(source.model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise LoadError(f"{folder} holds no config.json, so it is not a transformers model")
+        return folder
+    if source.model.startswith((".", "/", "~")) or source.model.count("/") > 1:
+        raise LoadError(f"no such folder: {source.model}")
+    return _fetch(source, _SMALL_FILES + (["*.py"] if source.trust_remote_code else []), source.revision)
+
+
+def weight_files(source: ModelSource, folder: Path, progress: Progress) -> list[Path]:
+    """The model's safetensors files, fetched from the hub if `folder` is a hub snapshot without them."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and not Path(source.model).expanduser().is_dir():
+        progress(f"downloading {len(missing)} weight file(s)", 0.0)
+        _fetch(source, missing, folder.name)
+        progress("downloading", 1.0)
+        missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        found = f" (found {', '.join(others[:3])}, formats the worker does not load)" if others else ""
+        raise LoadError(
+            f"{source.model} lacks {missing[0]}{found}; convert the weights to safetensors, "
+            "or use load format 'dummy' for random weights"
+        )
+    return [folder / name for name in names]
+
+
+def read_config(source: ModelSource, folder: Path) -> PretrainedConfig:
+    """The model's config, checked by `check_config`."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise LoadError(f"{source.model}: its config cannot be read: {error}") from error
+    if not isinstance(config, PretrainedConfig):
+        raise LoadError(f"{source.model}: its config is not a transformers config but a {type(config).__name__}")
+    check_config(config)
+    return config
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse, by LoadError, what a config alone shows that the worker lacks."""
+    for reason in (
+        _architecture_problem(config),
+        _attention_problem(config),
+        _rope_problem(config),
+        "it is quantized (quantization_config)" if getattr(config, "quantization_config", None) else None,
+    ):
+        if reason is not None:
+            raise LoadError(f"the worker does not support this {config.model_type or 'custom'} model: {reason}")
+
+
+def _architecture_problem(config: PretrainedConfig) -> str | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder; only decoder-only models are supported"
+    if config.get_text_config() is not config or hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        return "it is multimodal; use its text-only checkpoint"
+    if getattr(config, "auto_map", None):
+        return None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "transformers has no causal language model for it"
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    accepted = {classes} if isinstance(classes, str) else set(classes)
+    named = getattr(config, "architectures", None)
+    if named and not accepted & set(named):
+        return f"it is a {named[0]}, not a causal language model ({', '.join(sorted(accepted))})"
+    return None
+
+
+def _attention_problem(config: PretrainedConfig) -> str | None:
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if unknown:
+        return f"it has layers of type {', '.join(map(repr, unknown))} (supported: {', '.join(sorted(_LAYER_TYPES))})"
+    if getattr(config, "attention_chunk_size", None):
+        return "it uses chunked attention (attention_chunk_size)"
+    return None
+
+
+def _rope_problem(config: PretrainedConfig) -> str | None:
+    """Rope types whose frequencies follow the longest sequence of the *batch* would let requests change each other."""
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    sets = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in sets:
+        kind = parameters.get("rope_type")
+        limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind == "dynamic" or (kind == "longrope" and config.max_position_embeddings > limit):
+            return f"its rope type {kind!r} depends on the longest sequence of a batch"
+    return None
+
+
+def resolve_dtype(
+    requested: str | torch.dtype, config: PretrainedConfig, device: torch.device, weights: list[Path]
+) -> torch.dtype:
+    """The dtype of weights and activations. auto: the config's, else the first weight's; on a CPU float16 becomes
+    float32, because CPUs have no float16 arithmetic to speak of."""
+    if isinstance(requested, torch.dtype):
+        return requested
+    if requested != "auto":
+        if requested not in _DTYPES:
+            raise LoadError(f"dtype {requested!r} is unknown; choose auto, {', '.join(_DTYPES)}")
+        return _DTYPES[requested]
+    given = config.dtype
+    dtype = _DTYPES.get(str(given).removeprefix("torch.")) if given is not None else _first_dtype(weights)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
+def _first_dtype(weights: list[Path]) -> torch.dtype | None:
+    """The dtype of the first floating-point tensor of a safetensors file, read from its header."""
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for path in weights[:1]:
+        with path.open("rb") as file:
+            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in names:
+                return names[entry["dtype"]]
+    return None
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Most tokens of a sequence that the model's config allows; None if it sets no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def stop_token_ids(source: ModelSource, config: PretrainedConfig) -> tuple[int, ...]:
+    """The ids that end a generation: generation_config.json's eos_token_id, else the config's."""
+    path = local_folder(source) / "generation_config.json"
+    given: int | list[int] | None = None
+    if path.is_file():
+        given = json.loads(path.read_text()).get("eos_token_id")
+    if given is None:
+        given = getattr(config, "eos_token_id", None)
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, list) else (given,)
+
+
+def tokenizer_files(source: ModelSource) -> dict[str, bytes]:
+    """The files from which a client builds the tokenizer and chat template, by name.
+
+    Always with tokenizer.json when the model has a tokenizer at all: other formats are converted by transformers, or
+    refused with a LoadError. A model without any tokenizer file gives none (it can be used with token ids).
+    """
+    folder = local_folder(source)
+    files = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    legacy_template = folder / "chat_template.json"
+    if "chat_template.jinja" not in files and legacy_template.is_file():
+        files["chat_template.jinja"] = json.loads(legacy_template.read_text())["chat_template"].encode()
+    foreign = sorted(path.name for pattern in _FOREIGN_TOKENIZERS for path in folder.glob(pattern))
+    if "tokenizer.json" not in files and foreign:
+        files["tokenizer.json"] = _convert_tokenizer(source, folder, foreign)
+    return files
+
+
+def _convert_tokenizer(source: ModelSource, folder: Path, found: list[str]) -> bytes:
+    remedy = "save the tokenizer as tokenizer.json (AutoTokenizer...save_pretrained) next to the model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except (ValueError, OSError, ImportError, KeyError, TypeError, RuntimeError) as error:
+        raise LoadError(
+            f"{source.model}: its tokenizer ({', '.join(found)}) cannot be converted to tokenizer.json: {error}; {remedy}"
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise LoadError(
+            f"{source.model}: its tokenizer ({type(tokenizer).__name__}) has no tokenizer.json form; {remedy}"
+        )
+    return str(backend.to_str()).encode()
+
+
+def _fetch(source: ModelSource, patterns: list[str], revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(source.model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise LoadError(
+            f"{source.model} is neither a folder here nor could it be fetched from the hub: {error} "
+            "(HF_TOKEN gives access to gated models; HF_HUB_OFFLINE allows only what is cached)"
+        ) from error

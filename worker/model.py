@@ -1,0 +1,184 @@
+"""A transformers model, unchanged, over a paged KV cache."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from . import inspection
+from .attention import registry
+from .attention.base import AttentionBackend
+from .attention.reference import ReferenceAttention
+from .batch import Batch
+from .kv_cache import KVCache, LayerKV, kv_bytes_per_block
+from .loading import LoadError, ModelSource, Progress, local_folder, read_config, resolve_dtype, weight_files
+from .weights import dummy_module, safetensors_module
+
+BackendName = Literal["auto", "flashinfer", "reference"]
+
+
+class PagedModel:
+    """A model that computes batches of tokens whose keys and values live in blocks.
+
+    `hidden`, `logits` launch work on the current stream and never wait for the device. The KV cache must have been
+    allocated before `hidden`.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention_backend: BackendName,
+        batch_invariant: bool,
+        lanes: int,
+    ) -> None:
+        self.config: PretrainedConfig = module.config
+        self.dtype = dtype
+        self.device = device
+        self.lanes = lanes
+        self.batch_invariant = batch_invariant
+        self._module = module
+        self._trunk, self._head = _split(module)
+        self.kv_spec: tuple[LayerKV, ...] = inspection.inspect_layers(module, self._trunk, device)
+        self.attention_backend = _choose_backend(attention_backend, self.kv_spec, dtype, device, batch_invariant)
+        self._layer_of = {layer.layer_idx: index for index, layer in enumerate(self.kv_spec)}
+        self._cache: KVCache | None = None
+        self._backend: AttentionBackend | None = None
+        self.vocab_size = self._check()
+
+    def kv_bytes_per_block(self, block_size: int) -> int:
+        """Bytes of KV cache that one block of `block_size` tokens takes."""
+        return kv_bytes_per_block(self.kv_spec, block_size, self.dtype)
+
+    def allocate_kv_cache(self, num_blocks: int, block_size: int) -> None:
+        """Allocate blocks 0..num_blocks - 1 and the scratch block num_blocks, zeroed. A former cache is given up."""
+        self._cache = self._backend = None
+        self._cache = KVCache(self.kv_spec, num_blocks, block_size, dtype=self.dtype, device=self.device)
+        self._backend = self._open_backend(self._cache)
+
+    @property
+    def scratch_block(self) -> int:
+        """The block id that padding uses."""
+        if self._cache is None:
+            raise RuntimeError("the KV cache is not allocated yet")
+        return self._cache.scratch_block
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Write the keys and values of all tokens, attend, and return the final norm's output: [T, hidden]."""
+        if self._backend is None:
+            raise RuntimeError("the KV cache is not allocated yet")
+        return self._run(self._backend, batch)
+
+    @torch.no_grad()
+    def logits(self, hidden_rows: Tensor) -> Tensor:
+        """The model's head over rows [N, hidden]: [N, vocab_size] float32, soft caps and scales as the model does."""
+        out = self._head(inputs_embeds=hidden_rows.unsqueeze(0), use_cache=False)
+        logits: Tensor = out.logits
+        return logits.squeeze(0).float()
+
+    def _run(self, backend: AttentionBackend, batch: Batch) -> Tensor:
+        router = registry.LayerRouter(backend.begin(batch), self._layer_of)
+        return inspection.run_trunk(self._trunk, batch.token_ids, batch.positions, router)
+
+    def _open_backend(self, cache: KVCache) -> AttentionBackend:
+        return ReferenceAttention(cache, per_query=self.batch_invariant)
+
+    @torch.no_grad()
+    def _check(self) -> int:
+        """Compare paged results with the model's own; returns the width of the logits."""
+        name = type(self._module).__name__
+        vocab, device = self.config.vocab_size, self.device
+        cache = KVCache(
+            self.kv_spec, inspection.PROBE_BLOCKS, inspection.PROBE_BLOCK_SIZE, dtype=self.dtype, device=device
+        )
+        backend = ReferenceAttention(cache, per_query=self.batch_invariant)
+        first, second, third = [
+            self._run(backend, batch) for batch in inspection.probe_batches(vocab, cache.scratch_block, device)
+        ]
+        paged = [torch.cat([first[:13], second[1:]]), torch.cat([first[13:], second[:1], third])]
+        for sequence, hidden in enumerate(paged):
+            tokens = inspection.probe_tokens(vocab, sequence, device).unsqueeze(0)
+            with inspection.own_attention(self._module):
+                dense = self._module(input_ids=tokens, use_cache=False).logits.squeeze(0).float()
+            logits = self.logits(hidden)
+            inspection.check_same(name, logits.to(torch.float32 if self.dtype == torch.float32 else self.dtype), dense)
+        return logits.shape[-1]
+
+
+class _GivenRows(nn.Module):
+    """Stands where a model's trunk was: hands back the rows it is given."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _split(module: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The trunk, and the head: the same model, sharing its weights, whose trunk only passes rows on. So whatever the
+    model does to its logits (soft caps, scales) is done by its own code."""
+    prefix = module.base_model_prefix
+    trunk = getattr(module, prefix, None)
+    if not isinstance(trunk, nn.Module) or trunk is module:
+        raise LoadError(f"{type(module).__name__} has no trunk named {prefix!r} apart from its head")
+    head = copy.copy(module)
+    head._modules = {**module._modules, prefix: _GivenRows()}
+    return trunk, head
+
+
+def _choose_backend(
+    wanted: BackendName,
+    spec: tuple[LayerKV, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_invariant: bool,
+) -> Literal["flashinfer", "reference"]:
+    if wanted == "flashinfer":
+        raise LoadError("attention backend 'flashinfer' is not built yet")
+    return "reference"
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    attention_backend: BackendName,
+    batch_invariant: bool,
+    lanes: int,
+    progress: Progress,
+) -> PagedModel:
+    """Load a model onto a device and check that it computes the same when paged.
+
+    Raises LoadError naming what is missing, malformed or not supported. `progress` is called with a phrase and a
+    share from 0 to 1.
+    """
+    registry.register()
+    device = torch.device(device)
+    progress("reading the config", 0.0)
+    folder = local_folder(source)
+    config = read_config(source, folder)
+    weights = [] if source.load_format == "dummy" else weight_files(source, folder, progress)
+    dtype = resolve_dtype(dtype, config, device, weights)
+    if source.load_format == "dummy":
+        progress("making random weights", 0.0)
+        module = dummy_module(source, config, dtype, device)
+    else:
+        module = safetensors_module(source, folder, config, dtype, device, progress)
+    progress("checking the model", 0.0)
+    model = PagedModel(
+        module,
+        dtype=dtype,
+        device=device,
+        attention_backend=attention_backend,
+        batch_invariant=batch_invariant,
+        lanes=lanes,
+    )
+    progress("model loaded", 1.0)
+    return model

@@ -1,0 +1,134 @@
+"""Building the transformers module on its device: weights from safetensors, or random ones from the config alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .attention.registry import ATTENTION_NAME
+from .loading import LoadError, ModelSource, Progress
+
+
+def dummy_module(
+    source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, **options: Any
+) -> PreTrainedModel:
+    """Random weights as the model's own initialisation gives them, made on the device in dtype; the same for the same
+    seed and device. torch's global random state is left as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(source.seed)
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=source.trust_remote_code,
+            **options,
+        )
+    return _frozen(module)
+
+
+def safetensors_module(
+    source: ModelSource,
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model's weights from `folder`. A LoadError names weights that the files lack."""
+    # With accelerate, transformers copies each tensor straight to the device; without it, through host memory.
+    direct = device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
+    if direct:
+        options["device_map"] = {"": device}
+    try:
+        with _reporting(progress):
+            module, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise LoadError(f"{source.model}: its weights cannot be loaded: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[kind])
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise LoadError(f"{source.model}: its weight files do not fit its config ({kind}: {shown})")
+    return _frozen(module if direct else module.to(device))
+
+
+def _frozen(module: PreTrainedModel) -> PreTrainedModel:
+    module.eval()
+    module.requires_grad_(False)
+    return module
+
+
+@contextmanager
+def _reporting(progress: Progress) -> Iterator[None]:
+    """Turn transformers' progress bars of this thread into calls of `progress` while loading.
+
+    transformers' hook is global; bars of other threads go on as they were."""
+    thread = threading.get_ident()
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() == thread:
+            return _Reporter(progress, *args, **kwargs)
+        return previous(factory, args, kwargs) if previous is not None else factory(*args, **kwargs)
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+class _Reporter:
+    """As much of tqdm as transformers uses."""
+
+    def __init__(
+        self, progress: Progress, iterable: Iterable[Any] = (), *, desc: str = "", total: int | None = None, **_: Any
+    ) -> None:
+        self._progress = progress
+        self._items = iterable
+        self._what = desc or "loading weights"
+        self._total = total or (len(iterable) if hasattr(iterable, "__len__") else 0)
+        self._done = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items:
+            yield item
+            self.update()
+
+    def update(self, n: int = 1) -> None:
+        self._done += n
+        if self._total:
+            self._progress(self._what, min(1.0, self._done / self._total))
+
+    def __enter__(self) -> _Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def set_description(self, desc: str, **_: Any) -> None:
+        self._what = desc
+
+    def set_postfix(self, *_: Any, **__: Any) -> None:
+        pass
