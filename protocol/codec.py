@@ -98,7 +98,7 @@ def decode(data: bytes, *expected: type) -> Any:
 
 def _refuse_other_version(cls: type, values: Any) -> None:
     """Before the fields are checked: another version's greeting may have other fields."""
-    if "version" in cls.__dataclass_fields__ and isinstance(values, dict):
+    if any(name == "version" for name, _, _ in _PLANS[cls]) and isinstance(values, dict):
         version = values.get("version")
         if version != messages.PROTOCOL_VERSION:
             raise VersionMismatch(

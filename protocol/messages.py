@@ -1,7 +1,7 @@
 """Everything that Tandem's processes say, grouped by conversation.
 
-client ↔ scheduler       ClientHello, Submit, Cancel, Ping, FetchFile  →
-                       ← Welcome, Accepted, Refused, Tokens, FileChunk, UnknownPeer, VersionRefused, Goodbye
+client ↔ scheduler       ClientHello, Submit, Cancel, Ping, AskStats, FetchFile  →
+                       ← Welcome, Accepted, Refused, Tokens, Stats, FileChunk, UnknownPeer, VersionRefused, Goodbye
 scheduler ↔ worker       WorkerHello, StepResult, Idle, FileChunk, Goodbye  →
                        ← WorkerWelcome, StepPlan, FetchFile, UnknownPeer, VersionRefused, Goodbye
 
@@ -65,19 +65,19 @@ Number: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
 
 
-def _ints() -> Any:
-    return field(default_factory=lambda: NO_INTS)
+def _no_ints() -> npt.NDArray[Any]:
+    return NO_INTS
 
 
-def _longs() -> Any:
-    return field(default_factory=lambda: NO_LONGS)
+def _no_longs() -> npt.NDArray[Any]:
+    return NO_LONGS
 
 
-def _floats() -> Any:
-    return field(default_factory=lambda: NO_FLOATS)
+def _no_floats() -> npt.NDArray[Any]:
+    return NO_FLOATS
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field, _ints, _longs, _floats))
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 def message(cls: type[_T]) -> type[_T]:
     """Makes a message class: frozen, by keyword, unknown fields refused when decoded."""
     cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ class Submit:
     """Token ids, at least one."""
     sampling: SamplingParams
     """With a seed, unless temperature is 0."""
-    generated: Ints = _ints()
+    generated: Ints = field(default_factory=_no_ints)
     """Tokens of this request that the client already holds; the stream goes on at offset len(generated)."""
     name: Name = ""
     """The client's own name of the request, for logs."""
@@ -192,6 +192,11 @@ class Cancel:
 @message
 class Ping:
     """Renews the client's lease."""
+
+
+@message
+class AskStats:
+    """Asks for a Stats."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,11 +266,41 @@ class Tokens:
     """
 
     epoch: Number
-    ticket: Longs = _longs()
-    offset: Ints = _ints()
-    count: Ints = _ints()
-    token: Ints = _ints()
+    ticket: Longs = field(default_factory=_no_longs)
+    offset: Ints = field(default_factory=_no_ints)
+    count: Ints = field(default_factory=_no_ints)
+    token: Ints = field(default_factory=_no_ints)
     ended: tuple[Ended, ...] = ()
+
+
+@message
+class WorkerStats:
+    """Counters of one worker since it registered; rates and shares are differences of two readings."""
+
+    name: Name
+    registration: Number
+    num_blocks: Count
+    free_blocks: Count
+    running: Count
+    steps: Number
+    tokens: Number
+    """Sampled tokens that had an owner."""
+    busy_us: Number
+    """Device time inside steps."""
+    gap_us: Number
+    """Device time between steps while there was work: busy + gap is the time with work, gap / (busy + gap) the idle
+    share."""
+
+
+@message
+class Stats:
+    """Answers AskStats."""
+
+    epoch: Number
+    running: Count
+    waiting: Count
+    preemptions: Number
+    workers: tuple[WorkerStats, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +334,7 @@ class StepResult:
     epoch: Number
     registration: Number
     step: Number
-    token: Ints = _ints()
+    token: Ints = field(default_factory=_no_ints)
     busy_us: Count = 0
     """Device time from the step's first kernel to its last."""
     gap_us: Count = 0
@@ -343,33 +378,33 @@ class StepPlan:
     after_idle: Annotated[bool, Field(strict=True)] = False
     """The worker had nothing to do before this plan, so the gap before it is not a wait."""
 
-    leave: Ints = _ints()
+    leave: Ints = field(default_factory=_no_ints)
     """Slots that are over or preempted."""
 
-    join_slot: Ints = _ints()
-    join_number: Longs = _longs()
-    join_attempt: Ints = _ints()
-    join_prompt_length: Ints = _ints()
+    join_slot: Ints = field(default_factory=_no_ints)
+    join_number: Longs = field(default_factory=_no_longs)
+    join_attempt: Ints = field(default_factory=_no_ints)
+    join_prompt_length: Ints = field(default_factory=_no_ints)
     """Tokens of the prompt: the first output position is counted from here."""
-    join_length: Ints = _ints()
+    join_length: Ints = field(default_factory=_no_ints)
     """Known tokens: prompt and, on a later attempt or a resumption, what was generated."""
-    join_computed: Ints = _ints()
+    join_computed: Ints = field(default_factory=_no_ints)
     """Leading tokens whose keys and values already stand in the row's blocks."""
-    join_num_blocks: Ints = _ints()
-    join_token: Ints = _ints()
+    join_num_blocks: Ints = field(default_factory=_no_ints)
+    join_token: Ints = field(default_factory=_no_ints)
     """Concatenation of the joining rows' known tokens."""
-    join_block: Ints = _ints()
+    join_block: Ints = field(default_factory=_no_ints)
     """Concatenation of the joining rows' block ids."""
-    join_temperature: Floats = _floats()
-    join_top_k: Ints = _ints()
-    join_top_p: Floats = _floats()
-    join_seed: Longs = _longs()
+    join_temperature: Floats = field(default_factory=_no_floats)
+    join_top_k: Ints = field(default_factory=_no_ints)
+    join_top_p: Floats = field(default_factory=_no_floats)
+    join_seed: Longs = field(default_factory=_no_longs)
 
-    grow_slot: Ints = _ints()
-    grow_block: Ints = _ints()
+    grow_slot: Ints = field(default_factory=_no_ints)
+    grow_block: Ints = field(default_factory=_no_ints)
     """Block `grow_block[i]` is appended to the block table of `grow_slot[i]`."""
 
-    chunk_slot: Ints = _ints()
-    chunk_length: Ints = _ints()
+    chunk_slot: Ints = field(default_factory=_no_ints)
+    chunk_length: Ints = field(default_factory=_no_ints)
     """The next `chunk_length[i]` known tokens of `chunk_slot[i]` are computed, beginning after those already
     computed."""

@@ -15,9 +15,7 @@ class SchedulerConfig(BaseModel):
     address: Annotated[str, Field(description="Where clients connect: ipc:///directory or tcp://host:port.")]
     worker_address: Annotated[
         str | None,
-        Field(
-            description="Where workers connect, if that is another address than the clients'. Needed with a tcp address."
-        ),
+        Field(description="Where workers connect; with a tcp address they need one of their own."),
     ] = None
     insecure: Annotated[
         bool,
@@ -31,6 +29,12 @@ class SchedulerConfig(BaseModel):
             description="Seconds without a word after which a client is gone and its requests are cancelled.",
         ),
     ] = 15.0
+    worker_lease: Annotated[
+        float,
+        Field(
+            gt=0, le=86_400, description="Seconds without a result or a sign of idleness after which a worker is lost."
+        ),
+    ] = 60.0
     max_waiting_requests: Annotated[
         int, Field(ge=1, le=1_000_000, description="Requests that may wait; more are refused at once.")
     ] = 10_000

@@ -1,0 +1,248 @@
+"""The scheduler's conversation with clients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..protocol.codec import decode, encode
+from ..protocol.errors import ProtocolError, VersionMismatch
+from ..protocol.messages import (
+    PROTOCOL_VERSION,
+    Accepted,
+    AskStats,
+    Cancel,
+    ClientHello,
+    Ended,
+    FetchFile,
+    Goodbye,
+    ModelDescription,
+    Ping,
+    Refused,
+    Stats,
+    Submit,
+    Tokens,
+    UnknownPeer,
+    VersionRefused,
+    Welcome,
+    WorkerStats,
+)
+from ..protocol.transport import LoopSocket
+from .core import Core
+from .events import Accept, Cancelled, ClientLost, Deliver, Event, Reject, Submitted
+from .files import FileStore
+from .peers import MAX_BACKLOG_MESSAGES, ClientPeer
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.02
+"""Pause before a client's full queue is tried again."""
+
+
+class ClientPort:
+    """Who the clients are, what they ask, and how tokens reach them."""
+
+    def __init__(
+        self,
+        epoch: int,
+        lease_s: float,
+        post: Callable[[Event], None],
+        clock: Callable[[], float],
+        core: Core,
+        call_later: Callable[[float, Callable[[], None]], object],
+    ) -> None:
+        self._epoch = epoch
+        self._lease_s = lease_s
+        self._post = post
+        self._clock = clock
+        self._core = core
+        self._call_later = call_later
+        self._retrying = False
+        self._socket: LoopSocket | None = None
+        self._by_route: dict[bytes, ClientPeer] = {}
+        self._by_client: dict[int, ClientPeer] = {}
+        self._next_client = 0
+        self._model: ModelDescription | None = None
+        self._files = FileStore(())
+        self.worker_stats: Callable[[], tuple[WorkerStats, ...]] = tuple
+
+    def attach(self, socket: LoopSocket) -> None:
+        self._socket = socket
+
+    def serve_model(self, model: ModelDescription, files: FileStore) -> None:
+        """From now on there is something to serve; tells every client that waits for it."""
+        self._model, self._files = model, files
+        for peer in list(self._by_client.values()):
+            self._send(peer, self._welcome())
+
+    def close(self, reason: str) -> None:
+        for peer in list(self._by_client.values()):
+            self._send(peer, Goodbye(reason=reason))
+        if self._socket is not None:
+            self._socket.close()
+
+    # --- what clients say ------------------------------------------------------------------------------------------
+
+    def on_message(self, frames: list[bytes]) -> None:
+        route, data = frames[0], frames[-1]
+        try:
+            if len(frames) != 2:
+                raise ProtocolError(f"a message has one frame, not {len(frames) - 1}")
+            message = decode(data, ClientHello, Submit, Cancel, Ping, AskStats, FetchFile, Goodbye)
+        except VersionMismatch as error:
+            log.warning("refused a client: %s", error)
+            self._reply(route, VersionRefused(version=PROTOCOL_VERSION))
+            return
+        except ProtocolError as error:
+            log.warning("client %s broke the protocol: %s", route.hex(), error)
+            self._reply(route, Goodbye(reason=f"protocol error: {error}"[:1_000]))
+            self._lose(route)
+            return
+        peer = self._by_route.get(route)
+        if isinstance(message, ClientHello):
+            self._greet(route, message)
+        elif peer is None:
+            self._reply(route, UnknownPeer(epoch=self._epoch))
+        else:
+            peer.heard_at = self._clock()
+            self._handle(peer, message)
+
+    def _greet(self, route: bytes, hello: ClientHello) -> None:
+        self._lose(route)  # a repeated hello starts anew
+        peer = ClientPeer(route, self._next_client, hello.name, self._clock())
+        self._next_client += 1
+        self._by_route[route] = self._by_client[peer.client] = peer
+        log.info("client %d (%s) connected", peer.client, hello.name or "unnamed")
+        self._send(peer, self._welcome())
+
+    def _welcome(self) -> Welcome:
+        return Welcome(
+            version=PROTOCOL_VERSION,
+            epoch=self._epoch,
+            lease_s=self._lease_s,
+            model=self._model,
+            files=self._files.infos if self._model is not None else (),
+        )
+
+    def _handle(self, peer: ClientPeer, message: object) -> None:
+        match message:
+            case Submit():
+                self._post(
+                    Submitted(
+                        client=peer.client,
+                        ticket=message.ticket,
+                        prompt=message.prompt,
+                        generated=message.generated,
+                        sampling=message.sampling,
+                    )
+                )
+            case Cancel():
+                self._post(Cancelled(peer.client, message.ticket))
+            case FetchFile():
+                self._send(peer, self._files.chunk(message.name, message.offset))
+            case AskStats():
+                self._send(peer, self._stats())
+            case Goodbye():
+                self._lose(peer.routing_id)
+
+    def _stats(self) -> Stats:
+        return Stats(
+            epoch=self._epoch,
+            running=self._core.running,
+            waiting=self._core.waiting,
+            preemptions=self._core.preemptions,
+            workers=self.worker_stats(),
+        )
+
+    # --- what clients are told -------------------------------------------------------------------------------------
+
+    def accept(self, accept: Accept) -> None:
+        peer = self._by_client.get(accept.client)
+        if peer is not None:
+            self._send(peer, Accepted(epoch=self._epoch, ticket=accept.ticket, number=accept.number))
+
+    def reject(self, reject: Reject) -> None:
+        peer = self._by_client.get(reject.client)
+        if peer is not None:
+            refused = Refused(
+                epoch=self._epoch,
+                ticket=reject.ticket,
+                code=reject.code,
+                message=reject.message,
+                field=reject.field,
+                limit=reject.limit,
+                value=reject.value,
+                retry_after_s=reject.retry_after,
+            )
+            self._send(peer, refused)
+
+    def deliver(self, deliver: Deliver) -> None:
+        """One message for each client that has a row or an ending in the delivery."""
+        ended: dict[int, list[Ended]] = {}
+        for client, end in deliver.ended:
+            ended.setdefault(client, []).append(end)
+        order = np.argsort(deliver.client, kind="stable")
+        clients = deliver.client[order]
+        borders = np.flatnonzero(np.diff(clients)) + 1
+        for rows in np.split(order, borders) if len(order) else ():
+            client = int(deliver.client[rows[0]])
+            peer = self._by_client.get(client)
+            if peer is not None:
+                tokens = Tokens(
+                    epoch=self._epoch,
+                    ticket=deliver.ticket[rows],
+                    offset=deliver.offset[rows],
+                    count=np.ones(len(rows), np.int32),
+                    token=deliver.token[rows],
+                    ended=tuple(ended.pop(client, ())),
+                )
+                self._send(peer, tokens)
+        for client, ends in ended.items():
+            peer = self._by_client.get(client)
+            if peer is not None:
+                self._send(peer, Tokens(epoch=self._epoch, ended=tuple(ends)))
+
+    def _send(self, peer: ClientPeer, message: Any) -> None:
+        if self._socket is None:
+            return
+        data = encode(message)
+        if peer.backlog or not self._socket.send([peer.routing_id, data]):
+            peer.backlog.append(data)
+            if len(peer.backlog) > MAX_BACKLOG_MESSAGES:
+                log.warning("client %d (%s) does not read; its requests are cancelled", peer.client, peer.name)
+                self._lose(peer.routing_id)
+            elif not self._retrying:
+                self._retrying = True
+                self._call_later(RETRY_S, self._send_backlogs)
+
+    def _reply(self, route: bytes, message: Any) -> None:
+        """To somebody who is no client (yet); lost if its queue is full."""
+        if self._socket is not None:
+            self._socket.send([route, encode(message)])
+
+    # --- clients that go -------------------------------------------------------------------------------------------
+
+    def expire(self, now: float) -> None:
+        """Gives up clients whose lease ran out."""
+        for peer in list(self._by_client.values()):
+            if now - peer.heard_at > self._lease_s:
+                log.info("client %d (%s) is gone", peer.client, peer.name)
+                self._lose(peer.routing_id)
+
+    def _send_backlogs(self) -> None:
+        """Tries again where a queue was full, until nothing waits."""
+        for peer in self._by_client.values():
+            while peer.backlog and self._socket is not None and self._socket.send([peer.routing_id, peer.backlog[0]]):
+                peer.backlog.popleft()
+        self._retrying = any(peer.backlog for peer in self._by_client.values())
+        if self._retrying:
+            self._call_later(RETRY_S, self._send_backlogs)
+
+    def _lose(self, route: bytes) -> None:
+        peer = self._by_route.pop(route, None)
+        if peer is not None:
+            del self._by_client[peer.client]
+            self._post(ClientLost(peer.client))

@@ -1,0 +1,90 @@
+"""What a request must satisfy before it can reach the step loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..protocol.messages import ModelDescription
+from ..protocol.sampling import SamplingParams
+from .events import IntColumn, Submitted
+
+
+@dataclass(frozen=True, slots=True)
+class Invalid:
+    """Why a request is refused: the field, what it may be, what it was."""
+
+    message: str
+    field: str
+    limit: str
+    value: str
+
+
+def find_fault(request: Submitted, model: ModelDescription) -> Invalid | None:
+    """The first thing wrong with a request, or None. Types and ranges of sampling parameters were checked when it was
+    decoded."""
+    return (
+        _bad_prompt(request.prompt, model)
+        or _bad_tokens("generated", request.generated, model)
+        or _bad_sampling(request.sampling, model)
+        or _bad_resumption(request)
+    )
+
+
+def _bad_prompt(prompt: IntColumn, model: ModelDescription) -> Invalid | None:
+    longest = model.max_model_len - 1
+    if not len(prompt):
+        return Invalid("the prompt is empty; give at least one token", "prompt", "at least 1 token", "0 tokens")
+    if len(prompt) > longest:
+        return Invalid(
+            f"the prompt has {len(prompt)} tokens; the model's context of {model.max_model_len} leaves room for "
+            f"{longest} and one of output",
+            "prompt",
+            f"{longest} tokens",
+            f"{len(prompt)} tokens",
+        )
+    return _bad_tokens("prompt", prompt, model)
+
+
+def _bad_tokens(field: str, tokens: IntColumn, model: ModelDescription) -> Invalid | None:
+    if not len(tokens):
+        return None
+    outside = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
+    if 0 <= outside < model.vocab_size:
+        return None
+    return Invalid(
+        f"{field} holds token id {outside}; the vocabulary has ids 0 to {model.vocab_size - 1}",
+        field,
+        f"0 to {model.vocab_size - 1}",
+        str(outside),
+    )
+
+
+def _bad_sampling(sampling: SamplingParams, model: ModelDescription) -> Invalid | None:
+    outside = [token for token in sampling.stop_token_ids if token >= model.vocab_size]
+    if outside:
+        return Invalid(
+            f"stop_token_ids holds {outside[0]}; the vocabulary has ids 0 to {model.vocab_size - 1}",
+            "stop_token_ids",
+            f"0 to {model.vocab_size - 1}",
+            str(outside[0]),
+        )
+    if sampling.temperature > 0 and sampling.seed is None:
+        return Invalid(
+            "seed is missing; a client draws one before it first sends a sampled request",
+            "seed",
+            "0 to 2^63 - 1",
+            "none",
+        )
+    return None
+
+
+def _bad_resumption(request: Submitted) -> Invalid | None:
+    most = request.sampling.max_tokens
+    if most is not None and len(request.generated) > most:
+        return Invalid(
+            f"generated holds {len(request.generated)} tokens, but max_tokens is {most}",
+            "generated",
+            f"{most} tokens",
+            f"{len(request.generated)} tokens",
+        )
+    return None

@@ -1,0 +1,128 @@
+"""What happens to the core, and what the core wants done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..protocol.messages import Ended, ModelDescription, StepPlan
+from ..protocol.sampling import SamplingParams
+
+IntColumn: TypeAlias = npt.NDArray[np.int32]
+LongColumn: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLimits:
+    """What a worker can hold and do; see WorkerHello."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    lookahead: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A request that passed the door."""
+
+    client: int
+    ticket: int
+    prompt: IntColumn
+    generated: IntColumn
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    client: int
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLost:
+    client: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    worker: int
+    model: ModelDescription
+    limits: WorkerLimits
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    worker: int
+    step: int
+    token: IntColumn
+
+
+Event: TypeAlias = Submitted | Cancelled | ClientLost | WorkerJoined | WorkerLost | StepDone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Instructions
+
+
+@dataclass(frozen=True, slots=True)
+class SendPlan:
+    worker: int
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    client: int
+    ticket: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    client: int
+    ticket: int
+    code: str
+    message: str
+    field: str = ""
+    limit: str = ""
+    value: str = ""
+    retry_after: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """New tokens, one a row, and then the requests that ended, each with its client. Rows of one request are in
+    order."""
+
+    client: LongColumn
+    ticket: LongColumn
+    offset: IntColumn
+    token: IntColumn
+    ended: tuple[tuple[int, Ended], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Expel:
+    """The worker broke the protocol and is no longer counted on; its requests wait for another attempt."""
+
+    worker: int
+    reason: str
+
+
+Instruction: TypeAlias = SendPlan | Accept | Reject | Deliver | Expel

@@ -1,0 +1,67 @@
+"""`python -m tandem.scheduler.main --config-json '{…}'`: the scheduler process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+
+import uvloop
+import zmq
+from pydantic import ValidationError
+
+from ..protocol.errors import ConfigurationError
+from ..protocol.status import StatusPipe
+from .config import SchedulerConfig
+from .service import Service
+
+log = logging.getLogger(__name__)
+
+
+def run(config: SchedulerConfig, status: StatusPipe | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code: 0, or 2 for options that cannot work."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    status = status or StatusPipe(None)
+    try:
+        return uvloop.run(_serve(config, status))
+    except ConfigurationError as error:
+        status.error(str(error))
+        sys.stderr.write(f"tandem scheduler: {error}\n")
+        return 2
+
+
+async def _serve(config: SchedulerConfig, status: StatusPipe) -> int:
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        service = Service(config, context)
+        status.ready(address=config.address, worker_address=config.worker_address or config.address)
+        await stopping.wait()
+        service.close()
+    finally:
+        context.term()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tandem scheduler")
+    parser.add_argument("--config-json", required=True, help="the fields of SchedulerConfig as a JSON object")
+    parser.add_argument("--status-fd", type=int, default=None, help="file descriptor that takes status lines (JSON)")
+    arguments = parser.parse_args(argv)
+    status = StatusPipe(arguments.status_fd)
+    try:
+        config = SchedulerConfig.model_validate_json(arguments.config_json)
+    except ValidationError as error:
+        status.error(str(error))
+        sys.stderr.write(f"tandem scheduler: {error}\n")
+        return 2
+    return run(config, status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

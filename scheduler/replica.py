@@ -1,0 +1,333 @@
+"""One worker as the scheduler sees it: its rows, its free blocks, and the steps that it has not answered yet.
+
+A plan is made in four passes, each of which only touches rows that change:
+
+    grow      decoding rows that fill their last block get one more; if none is free, the newest rows are preempted
+    decode    every row in DECODE computes one token
+    chunks    rows in PREFILL, oldest first, share what is left of the step's token budget
+    leave     rows that the plan before last finished, and preempted ones, are named once
+
+Blocks and slots of a row that leaves may be given away in the same plan: the worker applies plans in order on one
+stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..protocol.errors import ProtocolError
+from ..protocol.messages import StepPlan
+from .blocks import BlockPool
+from .events import IntColumn, LongColumn, WorkerLimits
+from .requests import Request
+from .rows import DECODE, ENDING, FREE, PREFILL, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step without a result yet: which row each of its sampled tokens belongs to."""
+
+    step: int
+    slot: LongColumn
+    number: LongColumn
+    attempt: IntColumn
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What a result added: one entry for each token that still has an owner."""
+
+    slot: LongColumn
+    client: LongColumn
+    ticket: LongColumn
+    offset: IntColumn
+    token: IntColumn
+    first: LongColumn
+    """Slots that got their first output token."""
+    stopped: LongColumn
+    """Slots that sampled one of their stop tokens; still owned."""
+    exhausted: LongColumn
+    """Slots that reached their limit without one; still owned."""
+
+
+class Replica:
+    """The scheduler's books of one worker. Everything here is plain bookkeeping: no clock, no policy across workers."""
+
+    def __init__(self, worker: int, limits: WorkerLimits, epoch: int, watermark: float) -> None:
+        self.worker = worker
+        self.limits = limits
+        self.rows = Rows(limits)
+        self.pool = BlockPool(limits.num_blocks)
+        self._epoch = epoch
+        self._watermark = int(watermark * limits.num_blocks)
+        self._flights: deque[Flight] = deque()
+        self._next_step = 0
+        self._idle = True
+        self._prefilling: list[int] = []
+        """Slots in PREFILL, oldest first."""
+        self._joining: list[int] = []
+        """Slots that the next plan must introduce to the worker."""
+        self._leaving: list[int] = []
+        """Slots that the worker still takes for owned and the next plan must name."""
+
+    # --- questions -------------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def load(self) -> float:
+        """Share of slots or blocks in use, whichever is larger."""
+        return max(self.rows.owned / self.rows.slots, 1.0 - self.pool.free / self.pool.total)
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.limits.block_size)
+
+    def can_admit(self, request: Request) -> bool:
+        """Room for all its known tokens beside the others, with the watermark left free; alone, it always fits."""
+        if not self.rows.has_free_slot or self._backlog() >= self.limits.max_num_batched_tokens:
+            return False
+        reserve = self._watermark if self.rows.owned else 0
+        return self.pool.free - self.blocks_for(len(request.known)) >= reserve
+
+    def _backlog(self) -> int:
+        """Known tokens that no plan covers yet."""
+        slots = self._prefilling
+        return int((self.rows.known[slots] - self.rows.planned[slots]).sum()) if slots else 0
+
+    # --- requests come and go --------------------------------------------------------------------------------------
+
+    def admit(self, request: Request) -> None:
+        """Gives a request a slot and blocks for its known tokens; `can_admit` said that there is room."""
+        slot = self.rows.open(request, self.pool.take(self.blocks_for(len(request.known))))
+        self._prefilling.append(slot)
+        self._joining.append(slot)
+
+    def release(self, slot: int) -> None:
+        """Frees a slot and its blocks, whatever its phase and with any step in flight. Results on their way lose their
+        owner."""
+        if self.rows.phase[slot] == PREFILL:
+            self._prefilling.remove(slot)
+        if slot in self._joining:
+            self._joining.remove(slot)  # the worker never heard of it
+        elif self.rows.phase[slot] != ENDING:
+            self._leaving.append(slot)  # an ENDING slot was put there when its last token was planned
+        self.pool.give(self.rows.close(slot))
+
+    def slot_of(self, request: Request) -> int | None:
+        """Where a request runs here, or None."""
+        found = np.flatnonzero(self.rows.number == request.number)
+        return int(found[0]) if len(found) else None
+
+    def evict(self, slot: int) -> Request:
+        """Takes a running request back with all its committed tokens, for another attempt."""
+        request = self.rows.request[slot]
+        if request is None:
+            raise ValueError(f"slot {slot} is free")
+        request.known = self.rows.tokens(slot)
+        request.attempt += 1
+        self.release(slot)
+        return request
+
+    def evict_all(self) -> list[Request]:
+        """The worker is gone: all its requests, oldest first. Nothing must be asked of this replica afterwards."""
+        owned = np.flatnonzero(self.rows.phase != FREE)
+        return [self.evict(int(slot)) for slot in owned[np.argsort(self.rows.number[owned])]]
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> tuple[StepPlan | None, list[Request]]:
+        """The next step, and the requests that had to be preempted for it; (None, …) if there is nothing to compute
+        now.
+
+        The plan counts as sent: rows advance, and its result is awaited.
+        """
+        preempted: list[Request] = []
+        grown = self._grow(preempted)
+        if grown is None:
+            return None, preempted
+        rows = self.rows
+        decoding = np.flatnonzero(rows.phase == DECODE)
+        chunk_slot, chunk_length = self._chunks(self.limits.max_num_batched_tokens - len(decoding))
+        if not len(decoding) and not chunk_slot:
+            return None, preempted
+
+        plan = StepPlan(
+            epoch=self._epoch,
+            registration=self.worker,
+            step=self._next_step,
+            after_idle=self._idle,
+            leave=np.array(self._leaving, np.int32),
+            grow_slot=grown.astype(np.int32),
+            grow_block=rows.table[grown, rows.num_blocks[grown] - 1],
+            chunk_slot=np.array(chunk_slot, np.int32),
+            chunk_length=np.array(chunk_length, np.int32),
+            **self._introductions(),
+        )
+        sampled, ending = self._advance(decoding, chunk_slot, chunk_length)
+        self._flights.append(Flight(self._next_step, sampled, rows.number[sampled], rows.attempt[sampled]))
+        self._leaving = ending
+        self._joining = []
+        self._next_step += 1
+        self._idle = False
+        return plan, preempted
+
+    def commit(self, step: int, token: IntColumn) -> Commit:
+        """Enters a step's tokens into the rows that still own them.
+
+        Raises ProtocolError, having changed nothing, if it is not the result that is due or does not fit the step.
+        """
+        if not self._flights or self._flights[0].step != step:
+            due = self._flights[0].step if self._flights else "none"
+            raise ProtocolError(f"worker {self.worker} sent the result of step {step}; due is {due}")
+        flight = self._flights[0]
+        if len(token) != len(flight.slot):
+            raise ProtocolError(
+                f"worker {self.worker} sent {len(token)} tokens for step {step}, not {len(flight.slot)}"
+            )
+        if len(token) and not 0 <= int(token.min()) <= int(token.max()) < self.limits.vocab_size:
+            raise ProtocolError(f"worker {self.worker} sent a token outside the vocabulary in step {step}")
+        self._flights.popleft()
+
+        rows = self.rows
+        owned = (rows.number[flight.slot] == flight.number) & (rows.attempt[flight.slot] == flight.attempt)
+        slot, token = flight.slot[owned], token[owned]
+        position = rows.known[slot]
+        rows.history[slot, position] = token
+        rows.known[slot] = position + 1
+        offset = position - rows.prompt_length[slot]
+        stopped = (rows.stops[slot] == token[:, None]).any(axis=1)
+        exhausted = rows.known[slot] >= rows.limit[slot]
+        return Commit(
+            slot=slot,
+            client=rows.client[slot],
+            ticket=rows.ticket[slot],
+            offset=offset,
+            token=token,
+            first=slot[offset == 0],
+            stopped=slot[stopped],
+            exhausted=slot[exhausted & ~stopped],
+        )
+
+    def settle(self) -> None:
+        """To be called once a commit's finished rows are released: without rows the next plan follows an idle spell."""
+        if not self.rows.owned and not self._flights:
+            self._idle = True
+
+    # --- the passes of a plan --------------------------------------------------------------------------------------
+
+    def _grow(self, preempted: list[Request]) -> LongColumn | None:
+        """One more block for each decoding row that has filled its last; returns those slots.
+
+        None if blocks will come free with a result on its way, so that planning should wait for it.
+        """
+        rows = self.rows
+        while True:
+            full = rows.planned == rows.num_blocks * self.limits.block_size
+            slots = np.flatnonzero(full & (rows.phase == DECODE))
+            if len(slots) <= self.pool.free:
+                break
+            candidates = np.flatnonzero((rows.phase == DECODE) | (rows.phase == PREFILL))
+            if len(candidates) == 1:
+                return None  # what it lacks is held by rows in ENDING
+            preempted.append(self.evict(int(candidates[np.argmax(rows.number[candidates])])))
+        if len(slots):
+            rows.table[slots, rows.num_blocks[slots]] = self.pool.take(len(slots))
+            rows.num_blocks[slots] += 1
+        return slots
+
+    def _chunks(self, budget: int) -> tuple[list[int], list[int]]:
+        """Slots that compute known tokens in this step, and how many each; `budget` in all."""
+        chunk_slot, chunk_length = [], []
+        for slot in self._prefilling:
+            if budget <= 0:
+                break
+            length = min(budget, int(self.rows.known[slot] - self.rows.planned[slot]))
+            chunk_slot.append(slot)
+            chunk_length.append(length)
+            budget -= length
+        return chunk_slot, chunk_length
+
+    def _advance(
+        self, decoding: LongColumn, chunk_slot: list[int], chunk_length: list[int]
+    ) -> tuple[LongColumn, list[int]]:
+        """Moves the rows past the step; returns the slots that sample in it, in the result's order, and those now in
+        ENDING."""
+        rows = self.rows
+        planned = rows.planned[decoding] + 1
+        rows.planned[decoding] = planned
+        ending = decoding[planned >= rows.limit[decoding] - 1]
+        rows.phase[ending] = ENDING
+        leaving: list[int] = ending.tolist()
+        completed: list[int] = []
+        for slot, length in zip(chunk_slot, chunk_length, strict=True):
+            rows.planned[slot] += length
+            if rows.planned[slot] == rows.known[slot]:
+                completed.append(slot)
+                if rows.known[slot] < rows.limit[slot] - 1:
+                    rows.phase[slot] = DECODE
+                else:
+                    rows.phase[slot] = ENDING
+                    leaving.append(slot)
+        if completed:
+            self._prefilling = [slot for slot in self._prefilling if rows.phase[slot] == PREFILL]
+            return np.concatenate([decoding, np.array(completed, np.int64)]), leaving
+        return decoding, leaving
+
+    def _introductions(self) -> dict[str, Any]:
+        """The join columns of a plan."""
+        if not self._joining:
+            return {}
+        rows, slots = self.rows, self._joining
+        requests = [request for slot in slots if (request := rows.request[slot]) is not None]
+        return {
+            "join_slot": np.array(slots, np.int32),
+            "join_number": rows.number[slots],
+            "join_attempt": rows.attempt[slots],
+            "join_prompt_length": rows.prompt_length[slots],
+            "join_length": rows.known[slots],
+            "join_computed": rows.planned[slots],
+            "join_num_blocks": rows.num_blocks[slots],
+            "join_token": np.concatenate([rows.history[slot, : rows.known[slot]] for slot in slots]),
+            "join_block": np.concatenate([rows.table[slot, : rows.num_blocks[slot]] for slot in slots]),
+            "join_temperature": np.array([request.sampling.temperature for request in requests], np.float32),
+            "join_top_k": np.array([max(0, request.sampling.top_k) for request in requests], np.int32),
+            "join_top_p": np.array([request.sampling.top_p for request in requests], np.float32),
+            "join_seed": np.array([request.sampling.seed or 0 for request in requests], np.int64),
+        }
+
+    # --- integrity -------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises AssertionError unless the books balance: free + owned = all blocks, every slot and block has one
+        owner."""
+        rows = self.rows
+        owned = np.flatnonzero(rows.phase != FREE)
+        blocks = [rows.table[slot, : rows.num_blocks[slot]] for slot in owned]
+        every = np.sort(np.concatenate([self.pool.free_blocks(), *blocks]))
+        problems = [
+            (
+                not np.array_equal(every, np.arange(self.pool.total)),
+                f"blocks free and owned are not all blocks once: {every}",
+            ),
+            (rows.owned != len(owned), f"{rows.owned} slots are counted as owned, {len(owned)} are"),
+            (len(set(rows.number[owned].tolist())) != len(owned), "a request owns two slots"),
+            (
+                sorted(self._prefilling) != np.flatnonzero(rows.phase == PREFILL).tolist(),
+                "slots in PREFILL are misfiled",
+            ),
+            (len(set(self._leaving)) != len(self._leaving), f"a slot leaves twice: {self._leaving}"),
+            (bool((rows.known[owned] > rows.limit[owned]).any()), "a row knows more tokens than its limit"),
+            (
+                bool((rows.planned[owned] > rows.num_blocks[owned] * self.limits.block_size).any()),
+                "a row is planned past its blocks",
+            ),
+        ]
+        for broken, story in problems:
+            if broken:
+                raise AssertionError(f"worker {self.worker}: {story}")

@@ -1,0 +1,71 @@
+"""A request as the scheduler knows it while it waits, and what of it stays cold while it runs."""
+
+from __future__ import annotations
+
+from ..protocol.messages import Ended
+from ..protocol.sampling import SamplingParams
+from .events import IntColumn
+
+
+class Request:
+    """One request. While it runs, its tokens live in the rows of its worker and `known` here is stale."""
+
+    __slots__ = (
+        "attempt",
+        "client",
+        "first_token_at",
+        "known",
+        "limit",
+        "number",
+        "prompt_length",
+        "sampling",
+        "started_at",
+        "stops",
+        "submitted_at",
+        "ticket",
+    )
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        client: int,
+        ticket: int,
+        known: IntColumn,
+        prompt_length: int,
+        limit: int,
+        sampling: SamplingParams,
+        stops: tuple[int, ...],
+        now: float,
+    ) -> None:
+        self.number = number
+        self.client = client
+        self.ticket = ticket
+        self.known = known
+        """Prompt and generated tokens, int32."""
+        self.prompt_length = prompt_length
+        self.limit = limit
+        """The request ends when it knows so many tokens, prompt included."""
+        self.sampling = sampling
+        self.stops = stops
+        """Tokens that end it: its own, and the model's unless it ignores them."""
+        self.attempt = 0
+        self.submitted_at = now
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+
+    def ended(self, reason: str, known: int, now: float, error: str = "") -> Ended:
+        """The message that ends it, having `known` tokens."""
+        started = now if self.started_at is None else self.started_at
+        first = 0.0 if self.first_token_at is None else self.first_token_at - self.submitted_at
+        return Ended(
+            ticket=self.ticket,
+            reason=reason,
+            error=error,
+            prompt_tokens=self.prompt_length,
+            completion_tokens=known - self.prompt_length,
+            queue_s=max(0.0, started - self.submitted_at),
+            first_token_s=max(0.0, first),
+            total_s=max(0.0, now - self.submitted_at),
+            attempts=self.attempt + 1,
+        )

@@ -1,0 +1,100 @@
+"""The rows of one worker's device batch as columns, indexed by slot.
+
+A slot is FREE, or owned by one request that is in one of three phases:
+
+    PREFILL   some known tokens are not planned yet
+    DECODE    every step computes one more token
+    ENDING    its last token is planned; the slot is freed when that token is committed
+
+For an owned slot:  0 ≤ planned, prompt_length ≤ known ≤ limit;  blocks hold tokens [0, num_blocks · block_size).
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from .events import IntColumn, WorkerLimits
+from .requests import Request
+
+FREE, PREFILL, DECODE, ENDING = range(4)
+
+NO_TOKEN = -1
+"""Fills `stops` beyond a row's own stop tokens: no sampled token equals it."""
+
+
+class Rows:
+    """Columns of int32 (int64 for identities), one entry a slot, and matrices with one row a slot."""
+
+    def __init__(self, limits: WorkerLimits) -> None:
+        slots = limits.max_num_seqs
+        self.slots = slots
+        self.phase = np.zeros(slots, np.uint8)
+        self.number = np.full(slots, -1, np.int64)
+        self.attempt = np.zeros(slots, np.int32)
+        self.client = np.zeros(slots, np.int64)
+        self.ticket = np.zeros(slots, np.int64)
+        self.prompt_length = np.zeros(slots, np.int32)
+        self.known = np.zeros(slots, np.int32)
+        """Committed tokens: prompt and output."""
+        self.planned = np.zeros(slots, np.int32)
+        """Tokens whose keys and values are computed once every plan sent so far is done."""
+        self.limit = np.zeros(slots, np.int32)
+        self.num_blocks = np.zeros(slots, np.int32)
+        self.table = np.zeros((slots, -(-limits.max_model_len // limits.block_size)), np.int32)
+        """[slot, i]: id of the block that holds tokens i · block_size and following."""
+        self.history = np.empty((slots, limits.max_model_len), np.int32)
+        """[slot, position]: committed tokens. Pages of it are touched only as rows grow."""
+        self.stops = np.full((slots, 1), NO_TOKEN, np.int32)
+        self.request: list[Request | None] = [None] * slots
+        self._free = list(range(slots))
+
+    @property
+    def owned(self) -> int:
+        """Slots that are not FREE."""
+        return self.slots - len(self._free)
+
+    @property
+    def has_free_slot(self) -> bool:
+        return bool(self._free)
+
+    def open(self, request: Request, blocks: IntColumn) -> int:
+        """Gives the lowest free slot to a request in PREFILL with nothing planned; returns the slot. There must be
+        one."""
+        slot = heapq.heappop(self._free)
+        length = len(request.known)
+        self.phase[slot] = PREFILL
+        self.number[slot] = request.number
+        self.attempt[slot] = request.attempt
+        self.client[slot] = request.client
+        self.ticket[slot] = request.ticket
+        self.prompt_length[slot] = request.prompt_length
+        self.known[slot] = length
+        self.planned[slot] = 0
+        self.limit[slot] = request.limit
+        self.num_blocks[slot] = len(blocks)
+        self.table[slot, : len(blocks)] = blocks
+        self.history[slot, :length] = request.known
+        if len(request.stops) > self.stops.shape[1]:
+            wider = np.full((self.slots, len(request.stops)), NO_TOKEN, np.int32)
+            wider[:, : self.stops.shape[1]] = self.stops
+            self.stops = wider
+        self.stops[slot] = NO_TOKEN
+        self.stops[slot, : len(request.stops)] = request.stops
+        self.request[slot] = request
+        return slot
+
+    def close(self, slot: int) -> IntColumn:
+        """Frees a slot; returns its blocks (int32), which are the caller's to give back."""
+        blocks: IntColumn = self.table[slot, : self.num_blocks[slot]].copy()
+        self.phase[slot] = FREE
+        self.number[slot] = -1
+        self.num_blocks[slot] = 0
+        self.request[slot] = None
+        heapq.heappush(self._free, slot)
+        return blocks
+
+    def tokens(self, slot: int) -> IntColumn:
+        """A copy of the committed tokens, int32[known]."""
+        return self.history[slot, : self.known[slot]].copy()
