@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from .loading import LoadError
 PROBE_TOKENS = 20
 PROBE_BLOCK_SIZE = 8
 PROBE_BLOCKS = 6
-_TOLERANCE = {torch.float32: 1e-3}
+PROBE_SEQUENCES = 2
+_TOLERANCE_32_BIT = 1e-3
 _TOLERANCE_16_BIT = 0.1
 
 
@@ -76,25 +76,51 @@ def inspect_layers(module: PreTrainedModel, trunk: nn.Module, device: torch.devi
     return tuple(layers)
 
 
-def probe_batches(vocab_size: int, scratch_block: int, device: torch.device) -> Iterator[Batch]:
-    """Two sequences of PROBE_TOKENS tokens over a cache of PROBE_BLOCKS blocks, in three steps: two prefill chunks; a
-    decode row beside a chunk; the rest. Their rows are sequence 0 and 1 where `decode_rows` does not say otherwise."""
-    tables = {0: [0, 2, 4], 1: [1, 3, 5]}
-    for decode_rows, spans in (
-        (0, [(0, 0, 13), (1, 0, 9)]),
-        (1, [(1, 9, 10), (0, 13, PROBE_TOKENS)]),
-        (0, [(1, 10, PROBE_TOKENS)]),
-    ):
-        yield make_batch(
-            [
-                (probe_tokens(vocab_size, sequence, device), tables[sequence], start, end)
-                for sequence, start, end in spans
-            ],
-            decode_rows,
-            PROBE_BLOCK_SIZE,
-            scratch_block,
-            device,
-        )
+@dataclass(frozen=True, slots=True)
+class ProbeStep:
+    """A step over probe sequences: (sequence, first position, end position) per row, decode rows first."""
+
+    spans: list[tuple[int, int, int]]
+    decode_rows: int
+    vocab_size: int
+    device: torch.device
+
+    @property
+    def sequences(self) -> list[int]:
+        return [sequence for sequence, _, _ in self.spans]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [end - start for _, start, end in self.spans]
+
+    def batch(self, scratch_block: int) -> Batch:
+        # Blocks of the sequences alternate, so that a mistake in the tables shows.
+        rows = [
+            (
+                probe_tokens(self.vocab_size, sequence, self.device),
+                list(range(sequence, PROBE_BLOCKS, PROBE_SEQUENCES)),
+                start,
+                end,
+            )
+            for sequence, start, end in self.spans
+        ]
+        return make_batch(rows, self.decode_rows, PROBE_BLOCK_SIZE, scratch_block, self.device)
+
+
+def mixed_steps(vocab_size: int, device: torch.device) -> list[ProbeStep]:
+    """Both probe sequences in three steps: prefill chunks; a decode row beside a chunk; what is left."""
+    end = PROBE_TOKENS
+    return [
+        ProbeStep([(0, 0, 13), (1, 0, 9)], 0, vocab_size, device),
+        ProbeStep([(1, 9, 10), (0, 13, end)], 1, vocab_size, device),
+        ProbeStep([(1, 10, end)], 0, vocab_size, device),
+    ]
+
+
+def single_steps(vocab_size: int, device: torch.device) -> list[ProbeStep]:
+    """The first probe sequence in one chunk, the second token by token."""
+    one_by_one = [ProbeStep([(1, at, at + 1)], 1, vocab_size, device) for at in range(PROBE_TOKENS)]
+    return [ProbeStep([(0, 0, PROBE_TOKENS)], 0, vocab_size, device), *one_by_one]
 
 
 def make_batch(
@@ -130,26 +156,39 @@ def make_batch(
     )
 
 
-@contextmanager
-def own_attention(module: PreTrainedModel) -> Iterator[None]:
-    """The model with its own eager attention, for comparison."""
-    name = module.config._attn_implementation
-    module.config._attn_implementation = "eager"
+@torch.no_grad()
+def own_logits(module: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """What the model computes by itself, with its own eager attention and no cache: [T, vocab] float32."""
+    config = module.config
+    name = config._attn_implementation
+    config._attn_implementation = "eager"
     try:
-        yield
+        logits: Tensor = module(input_ids=token_ids.unsqueeze(0), use_cache=False).logits
     finally:
-        module.config._attn_implementation = name
+        config._attn_implementation = name
+    return logits.squeeze(0).float()
 
 
-def check_same(name: str, paged: Tensor, dense: Tensor) -> None:
-    """LoadError unless two [T, n] results agree, token by token. In 16 bits the typical token counts: a mixture of
-    experts may route single tokens otherwise after rounding."""
-    difference = (paged - dense).float().norm(dim=-1) / dense.float().norm(dim=-1).clamp_min(1e-6)
-    exact = paged.dtype in _TOLERANCE
+def check_same(name: str, paged: Tensor, own: Tensor, dtype: torch.dtype) -> None:
+    """LoadError unless two [T, vocab] logits agree, token by token, as well as `dtype` lets them. In 16 bits the
+    typical token counts: a mixture of experts may route single tokens otherwise after rounding."""
+    difference = (paged - own).norm(dim=-1) / own.norm(dim=-1).clamp_min(1e-6)
+    exact = dtype == torch.float32
     worst = float(difference.max() if exact else difference.median())
-    limit = _TOLERANCE.get(paged.dtype, _TOLERANCE_16_BIT)
+    limit = _TOLERANCE_32_BIT if exact else _TOLERANCE_16_BIT
     if not worst <= limit:
         raise LoadError(
             f"{name} gives other results over a paged KV cache than by itself (relative difference {worst:.1e}, limit "
             f"{limit:.0e}): it keeps state between steps, or attends in a way that the worker does not know"
         )
+
+
+def check_same_bits(name: str, mixed: list[Tensor], alone: list[Tensor]) -> None:
+    """LoadError unless two runs of the probe sequences gave the same logits bit for bit."""
+    for one, other in zip(mixed, alone, strict=True):
+        if not torch.equal(one, other):
+            at = int((one != other).any(dim=-1).nonzero()[0, 0])
+            raise LoadError(
+                f"batch-invariant mode does not work for {name} here: token {at} of a test sequence got other logits "
+                "in another batch; try float32, or at most 2 CPU threads"
+            )

@@ -60,7 +60,9 @@ class KVCache:
             torch.zeros(num_blocks + 1, block_size, layer.kv_heads, layer.value_dim, dtype=dtype, device=device)
             for layer in spec
         ]
-        self._flat = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in zip(self.keys, self.values)]
+        self._flat = [
+            (keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
     def flat(self, layer: int) -> tuple[Tensor, Tensor]:
         """Views [(num_blocks + 1) * block_size, kv_heads, head_dim | value_dim] of a layer's keys and values."""

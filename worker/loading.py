@@ -216,7 +216,8 @@ def _convert_tokenizer(source: ModelSource, folder: Path, found: list[str]) -> b
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (ValueError, OSError, ImportError, KeyError, TypeError, RuntimeError) as error:
         raise LoadError(
-            f"{source.model}: its tokenizer ({', '.join(found)}) cannot be converted to tokenizer.json: {error}; {remedy}"
+            f"{source.model}: its tokenizer ({', '.join(found)}) cannot be converted to tokenizer.json: {error}; "
+            f"{remedy}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from . import inspection
+from . import inspection, invariance
 from .attention import registry
 from .attention.base import AttentionBackend
 from .attention.reference import ReferenceAttention
@@ -61,7 +62,7 @@ class PagedModel:
         """Allocate blocks 0..num_blocks - 1 and the scratch block num_blocks, zeroed. A former cache is given up."""
         self._cache = self._backend = None
         self._cache = KVCache(self.kv_spec, num_blocks, block_size, dtype=self.dtype, device=self.device)
-        self._backend = self._open_backend(self._cache)
+        self._backend = ReferenceAttention(self._cache, per_query=self.batch_invariant)
 
     @property
     def scratch_block(self) -> int:
@@ -70,47 +71,59 @@ class PagedModel:
             raise RuntimeError("the KV cache is not allocated yet")
         return self._cache.scratch_block
 
-    @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         """Write the keys and values of all tokens, attend, and return the final norm's output: [T, hidden]."""
-        if self._backend is None:
+        if self._backend is None or self._cache is None:
             raise RuntimeError("the KV cache is not allocated yet")
-        return self._run(self._backend, batch)
+        return self._run(self._backend, self._cache, batch)
 
     @torch.no_grad()
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """The model's head over rows [N, hidden]: [N, vocab_size] float32, soft caps and scales as the model does."""
-        out = self._head(inputs_embeds=hidden_rows.unsqueeze(0), use_cache=False)
-        logits: Tensor = out.logits
-        return logits.squeeze(0).float()
-
-    def _run(self, backend: AttentionBackend, batch: Batch) -> Tensor:
-        router = registry.LayerRouter(backend.begin(batch), self._layer_of)
-        return inspection.run_trunk(self._trunk, batch.token_ids, batch.positions, router)
-
-    def _open_backend(self, cache: KVCache) -> AttentionBackend:
-        return ReferenceAttention(cache, per_query=self.batch_invariant)
+        count = hidden_rows.shape[0]
+        with invariance.RowTiles() if self.batch_invariant else nullcontext():
+            rows = invariance.pad_rows(hidden_rows) if self.batch_invariant else hidden_rows
+            logits: Tensor = self._head(inputs_embeds=rows.unsqueeze(0), use_cache=False).logits
+            return logits[0, :count].float()
 
     @torch.no_grad()
+    def _run(self, backend: AttentionBackend, cache: KVCache, batch: Batch) -> Tensor:
+        count = batch.num_tokens
+        if not self.batch_invariant:
+            router = registry.LayerRouter(backend.begin(batch), self._layer_of)
+            return inspection.run_trunk(self._trunk, batch.token_ids, batch.positions, router)
+        batch = invariance.pad_batch(batch, cache.scratch_block)
+        tiles = invariance.RowTiles()
+        router = registry.LayerRouter(backend.begin(batch), self._layer_of, around=tiles.own_work)
+        with tiles:
+            return inspection.run_trunk(self._trunk, batch.token_ids, batch.positions, router)[:count]
+
     def _check(self) -> int:
-        """Compare paged results with the model's own; returns the width of the logits."""
-        name = type(self._module).__name__
-        vocab, device = self.config.vocab_size, self.device
-        cache = KVCache(
-            self.kv_spec, inspection.PROBE_BLOCKS, inspection.PROBE_BLOCK_SIZE, dtype=self.dtype, device=device
-        )
+        """Compare paged results with the model's own, and in batch-invariant mode bits across batches; returns the
+        width of the logits."""
+        if self.batch_invariant:
+            invariance.check_tiles(self._module)
+        name, vocab, device = type(self._module).__name__, self.config.vocab_size, self.device
+        mixed = [self.logits(rows) for rows in self._probe(inspection.mixed_steps(vocab, device))]
+        for sequence, logits in enumerate(mixed):
+            tokens = inspection.probe_tokens(vocab, sequence, device)
+            inspection.check_same(name, logits, inspection.own_logits(self._module, tokens), self.dtype)
+        if self.batch_invariant:
+            alone = [self.logits(rows) for rows in self._probe(inspection.single_steps(vocab, device))]
+            inspection.check_same_bits(name, mixed, alone)
+        return mixed[0].shape[-1]
+
+    def _probe(self, steps: list[inspection.ProbeStep]) -> list[Tensor]:
+        """Run steps over a small cache of their own: each probe sequence's hidden rows [PROBE_TOKENS, hidden]."""
+        blocks, block_size = inspection.PROBE_BLOCKS, inspection.PROBE_BLOCK_SIZE
+        cache = KVCache(self.kv_spec, blocks, block_size, dtype=self.dtype, device=self.device)
         backend = ReferenceAttention(cache, per_query=self.batch_invariant)
-        first, second, third = [
-            self._run(backend, batch) for batch in inspection.probe_batches(vocab, cache.scratch_block, device)
-        ]
-        paged = [torch.cat([first[:13], second[1:]]), torch.cat([first[13:], second[:1], third])]
-        for sequence, hidden in enumerate(paged):
-            tokens = inspection.probe_tokens(vocab, sequence, device).unsqueeze(0)
-            with inspection.own_attention(self._module):
-                dense = self._module(input_ids=tokens, use_cache=False).logits.squeeze(0).float()
-            logits = self.logits(hidden)
-            inspection.check_same(name, logits.to(torch.float32 if self.dtype == torch.float32 else self.dtype), dense)
-        return logits.shape[-1]
+        found: list[list[Tensor]] = [[] for _ in range(inspection.PROBE_SEQUENCES)]
+        for step in steps:
+            rows = self._run(backend, cache, step.batch(cache.scratch_block))
+            for sequence, part in zip(step.sequences, torch.split(rows, step.lengths), strict=True):
+                found[sequence].append(part)
+        return [torch.cat(parts) for parts in found]
 
 
 class _GivenRows(nn.Module):
@@ -166,11 +179,12 @@ def load_model(
     config = read_config(source, folder)
     weights = [] if source.load_format == "dummy" else weight_files(source, folder, progress)
     dtype = resolve_dtype(dtype, config, device, weights)
+    experts = invariance.EXPERTS_IMPLEMENTATION if batch_invariant else None
     if source.load_format == "dummy":
         progress("making random weights", 0.0)
-        module = dummy_module(source, config, dtype, device)
+        module = dummy_module(source, config, dtype, device, experts)
     else:
-        module = safetensors_module(source, folder, config, dtype, device, progress)
+        module = safetensors_module(source, folder, config, dtype, device, experts, progress)
     progress("checking the model", 0.0)
     model = PagedModel(
         module,

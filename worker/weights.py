@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from .loading import LoadError, ModelSource, Progress
 
 
 def dummy_module(
-    source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, **options: Any
+    source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, experts: str | None
 ) -> PreTrainedModel:
     """Random weights as the model's own initialisation gives them, made on the device in dtype; the same for the same
     seed and device. torch's global random state is left as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(source.seed)
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=source.trust_remote_code,
-            **options,
+            **_experts(experts),
         )
     return _frozen(module)
 
@@ -40,17 +40,19 @@ def safetensors_module(
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
+    experts: str | None,
     progress: Progress,
-    **options: Any,
 ) -> PreTrainedModel:
     """The model's weights from `folder`. A LoadError names weights that the files lack."""
+    options = _experts(experts)
     # With accelerate, transformers copies each tensor straight to the device; without it, through host memory.
     direct = device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
     if direct:
         options["device_map"] = {"": device}
+    loaded: Any
     try:
         with _reporting(progress):
-            module, info = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -63,6 +65,7 @@ def safetensors_module(
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(f"{source.model}: its weights cannot be loaded: {error}") from error
+    module, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[kind])
         if names:
@@ -71,8 +74,13 @@ def safetensors_module(
     return _frozen(module if direct else module.to(device))
 
 
+def _experts(implementation: str | None) -> dict[str, Any]:
+    """The option that chooses how transformers runs a mixture of experts; None leaves the choice to it."""
+    return {} if implementation is None else {"experts_implementation": implementation}
+
+
 def _frozen(module: PreTrainedModel) -> PreTrainedModel:
-    module.eval()
+    module.train(False)
     module.requires_grad_(False)
     return module
 
@@ -105,7 +113,7 @@ class _Reporter:
         self._progress = progress
         self._items = iterable
         self._what = desc or "loading weights"
-        self._total = total or (len(iterable) if hasattr(iterable, "__len__") else 0)
+        self._total = total or (len(iterable) if isinstance(iterable, Sized) else 0)
         self._done = 0
 
     def __iter__(self) -> Iterator[Any]:

@@ -74,7 +74,7 @@ class ReferenceStep:
         group = spec.query_heads // kv_heads
         positions = self.batch.positions[start:end]
         tables = self.tables[self.batch.row_of_token[start:end]]
-        q = query[start:end].to(torch.float32).mul(spec.scale).view(n * kv_heads, group, spec.head_dim)
+        q = query[start:end].to(torch.float32).mul(spec.scale).reshape(n * kv_heads, group, spec.head_dim)
         m = torch.full((n, kv_heads, group, 1), _START, dtype=torch.float32, device=query.device)
         total = torch.zeros_like(m)
         acc = torch.zeros(n, kv_heads, group, spec.value_dim, dtype=torch.float32, device=query.device)
@@ -100,7 +100,7 @@ class ReferenceStep:
             weights = torch.exp(scores - m_new)
             correction = torch.exp(m - m_new)
             total = total * correction + weights.sum(-1, keepdim=True)
-            added = torch.bmm(weights.view(n * kv_heads, group, TILE), v.reshape(n * kv_heads, TILE, spec.value_dim))
+            added = torch.bmm(weights.reshape(n * kv_heads, group, TILE), v.reshape(n * kv_heads, TILE, spec.value_dim))
             acc = acc * correction + added.view_as(acc)
             m = m_new
         return (acc / total).view(n, spec.query_heads, spec.value_dim)
@@ -124,7 +124,7 @@ class ReferenceStep:
         slots = (blocks[:, None] * block_size + torch.arange(block_size, device=query.device)).flatten()
         slots = slots[: kv_positions.shape[0]]
         group = spec.query_heads // spec.kv_heads
-        q = query[start:end].to(torch.float32).mul(spec.scale).view(n, spec.kv_heads, group, spec.head_dim)
+        q = query[start:end].to(torch.float32).mul(spec.scale).reshape(n, spec.kv_heads, group, spec.head_dim)
         k = keys[slots].to(torch.float32).permute(1, 2, 0)
         v = values[slots].to(torch.float32).transpose(0, 1)
         scores = _softcap(torch.matmul(q.permute(1, 2, 0, 3).flatten(1, 2), k), spec.softcap)

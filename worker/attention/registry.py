@@ -9,6 +9,7 @@ its mask registry does not know.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Protocol
 
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def paged_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls. query [1, heads, T, dim], as are key and value; returns [1, T, heads, dim]."""
+    """What transformers calls. query, key, value [1, heads, T, dim]; returns [1, T, heads, value_dim] and None."""
     step: LayerSink | None = options.pop(STEP_KWARG, None)
     if step is None:
         raise UnsupportedAttentionError(
@@ -58,8 +59,14 @@ def paged_attention(
         )
     if attention_mask is not None:
         raise UnsupportedAttentionError(f"{type(module).__name__} builds an attention mask of its own")
-    heads_last = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    return step.attend_layer(module, *heads_last, options).unsqueeze(0), None
+    out = step.attend_layer(
+        module,
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        options,
+    )
+    return out.unsqueeze(0), None
 
 
 def register() -> None:
@@ -110,17 +117,25 @@ def describe_layer(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 class LayerRouter:
     """`STEP_KWARG` of a real step: sends each module's call to its layer of the step."""
 
-    __slots__ = ("_layer_of", "_step")
+    __slots__ = ("_around", "_layer_of", "_step")
 
-    def __init__(self, step: AttentionStep, layer_of: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        step: AttentionStep,
+        layer_of: Mapping[int, int],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`around` gives a context in which each layer's attention runs."""
         self._step = step
         self._layer_of = layer_of
+        self._around = around
 
     def attend_layer(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]
     ) -> Tensor:
         layer_idx: Any = module.layer_idx
-        return self._step.attend(self._layer_of[layer_idx], query, key, value)
+        with self._around():
+            return self._step.attend(self._layer_of[layer_idx], query, key, value)
 
 
 class LayerInspector:
