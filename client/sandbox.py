@@ -1,0 +1,337 @@
+"""A jinja2 environment in which a template of unknown origin cannot reach Python, nor use time or memory without bound.
+
+jinja2's sandbox keeps a template from Python's internals. It does not bound what a template costs: nested loops, text
+doubled in a loop, `"x" * 10**9`. Here every loop turn and macro call is counted, everything that can grow text or
+lists is measured before it is done, and a deadline ends what slips through. Templates see plain JSON-like data only.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+MAX_SOURCE_CHARS = 1 << 20
+MAX_WIDTH = 1_000
+"""Largest width, indent or precision that a template may ask for."""
+MAX_NODES = 200_000
+"""Most values in one nested list or dict."""
+MAX_DEPTH = 100
+MAX_INT_BITS = 4_096
+
+REMOVED_FILTERS = frozenset({"urlize", "wordwrap", "xmlattr", "pprint", "random"})
+REMOVED_GLOBALS = frozenset({"lipsum"})
+
+
+class TemplateLimitError(jinja2.TemplateError):
+    """The template asked for more than it may have."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """What one rendering may use. `turns` counts loop turns and macro calls down; sizes are in characters."""
+
+    turns: int = 500_000
+    size: int = 8 << 20
+    seconds: float = 10.0
+    deadline: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.seconds
+
+    def turn(self) -> None:
+        self.turns -= 1
+        if self.turns < 0:
+            raise TemplateLimitError("the template's loops and macros run over the limit of turns")
+        if not self.turns & 63 and time.monotonic() > self.deadline:
+            raise TemplateLimitError(f"the template runs longer than {self.seconds:g} s")
+
+    def admit(self, size: int) -> None:
+        if size > self.size:
+            raise TemplateLimitError(f"the template makes a value of over {self.size} characters or elements")
+
+    def measure(self, value: object) -> None:
+        """Refuses a value that would be too large as text: too long, too many parts, nested too deeply."""
+        if isinstance(value, str | bytes):
+            self.admit(len(value))
+        elif isinstance(value, list | tuple | dict | set | frozenset):
+            self._measure_container(value)
+
+    def _measure_container(self, value: object) -> None:
+        left, size = MAX_NODES, 0
+        stack: list[tuple[object, int]] = [(value, 0)]
+        while stack:
+            item, depth = stack.pop()
+            left -= 1
+            if isinstance(item, str | bytes):
+                size += len(item)
+            elif isinstance(item, list | tuple | dict | set | frozenset):
+                left -= len(item)
+                if left >= 0:
+                    parts: Iterable[object] = item
+                    if isinstance(item, dict):
+                        parts = [*item.keys(), *item.values()]
+                    stack.extend((part, depth + 1) for part in parts)
+            if left < 0 or depth > MAX_DEPTH:
+                raise TemplateLimitError(f"the template makes a value of over {MAX_NODES} parts or {MAX_DEPTH} levels")
+        self.admit(size)
+
+
+_budget: ContextVar[Budget] = ContextVar("budget")
+
+
+class _Metering(Extension):
+    """The calls that `_meter` writes into templates, and the `generation` tag of training templates, which renders
+    what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012 - as declared by jinja2
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
+
+    def body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+    def turn(self) -> str:
+        _budget.get().turn()
+        return ""
+
+    def join(self, *parts: object) -> str:
+        return _join(_text(part) for part in parts)
+
+
+class _Rewriter(NodeTransformer):
+    """Puts a count into every loop and macro body, and makes `~` a measured join."""
+
+    def _counted(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("turn", [])).set_lineno(node.lineno))
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = _counted
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("join", node.nodes).set_lineno(node.lineno)
+
+
+def _call(method: str, args: list[nodes.Expr]) -> nodes.Call:
+    return nodes.Call(nodes.ExtensionAttribute(_Metering.identifier, method), args, [], None, None)
+
+
+def _text(value: object) -> str:
+    _budget.get().measure(value)
+    return str(value)
+
+
+def _join(parts: Iterable[str]) -> str:
+    budget, pieces, size = _budget.get(), [], 0
+    for part in parts:
+        size += len(part)
+        budget.admit(size)
+        pieces.append(part)
+    return "".join(pieces)
+
+
+def _finalize(value: object) -> object:
+    """Called with everything that is about to be printed."""
+    if type(value) is not str:
+        budget = _budget.get(None)
+        if budget is not None:
+            budget.measure(value)
+    return value
+
+
+def _require_width(values: Iterable[object]) -> None:
+    for value in values:
+        if isinstance(value, int) and abs(value) > MAX_WIDTH:
+            raise TemplateLimitError(f"the template asks for a width of {value}; the limit is {MAX_WIDTH}")
+        if isinstance(value, str) and len(value) > MAX_WIDTH:
+            raise TemplateLimitError(f"the template pads with {len(value)} characters; the limit is {MAX_WIDTH}")
+
+
+_LONG_NUMBER = re.compile(r"\d{4,}")
+
+
+def _require_small_format(template: str, args: Iterable[object]) -> None:
+    if _LONG_NUMBER.search(template):
+        raise TemplateLimitError(f"the template formats with a width of over {MAX_WIDTH}")
+    if "*" in template or re.search(r"\{[^{}]*\{", template):
+        _require_width(args)
+
+
+def _require_growth(name: str, value: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Measures, before the work is done, what the growing filter or method `name` would make of `value`."""
+    budget = _budget.get()
+    rest = (*args, *kwargs.values())
+    for part in (value, *rest):
+        budget.measure(part)
+    if name == "replace" and len(args) >= 2 and isinstance(value, str):
+        old, new = str(args[0]), str(args[1])
+        budget.admit(len(value) + value.count(old) * len(new))
+    elif name == "join":
+        separator = value if isinstance(value, str) and args and not isinstance(args[0], str) else None
+        items, between = (args[0], separator) if separator is not None else (value, str(args[0]) if args else "")
+        if isinstance(items, list | tuple | dict | str | range):
+            budget.admit(len(items) * len(between or ""))
+    elif name in ("format", "format_map", "%"):
+        _require_small_format(str(value), rest)
+    elif name == "sum":
+        if any(isinstance(part, list | tuple | str) for part in args[1:]) or isinstance(
+            kwargs.get("start"), list | tuple | str
+        ):
+            raise TemplateLimitError("the template sums lists or text; only numbers can be summed")
+    elif name in _PADDING:
+        _require_width(rest)
+        if isinstance(value, str | bytes):
+            text = value if isinstance(value, str) else value.decode("latin-1")
+            budget.admit(len(text) + MAX_WIDTH * (text.count("\t") if name == "expandtabs" else 0))
+            if name == "indent":
+                budget.admit(len(text) + MAX_WIDTH // 8 * text.count("\n"))
+    elif name == "translate":
+        raise TemplateLimitError("the template uses translate, which is not offered to templates")
+
+
+_PADDING = frozenset(
+    {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "round", "to_bytes"}
+)
+_GROWING = _PADDING | {"replace", "join", "format", "format_map", "sum", "translate"}
+
+
+def _guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    skip = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        budget = _budget.get()
+        if name in _GROWING and len(args) > skip:
+            _require_growth(name, args[skip], args[skip + 1 :], kwargs)
+        elif len(args) > skip:
+            budget.measure(args[skip])
+        result = function(*args, **kwargs)
+        if isinstance(result, str):
+            budget.admit(len(result))
+        return result
+
+    return guarded
+
+
+class _Namespace(Namespace):
+    """jinja2's namespace, with names that start with an underscore refused."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _require_public(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _require_public(name)
+        super().__setitem__(name, value)
+
+
+def _require_public(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
+
+
+class _DictMaker:
+    """`dict(...)` and `dict.fromkeys(...)`, without the class itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """See the module. Only `render_bounded` may render its templates: a rendering needs a Budget."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    concat = staticmethod(_join)
+
+    def __init__(self, filters: Mapping[str, Callable[..., Any]], functions: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Metering, "jinja2.ext.loopcontrols"],
+            finalize=_finalize,
+            cache_size=0,
+        )
+        self.filters.update(filters)
+        self.filters = {
+            name: _guard_filter(name, function)
+            for name, function in self.filters.items()
+            if name not in REMOVED_FILTERS
+        }
+        for name in REMOVED_GLOBALS:
+            del self.globals[name]
+        self.globals.update(functions)
+        self.globals["dict"] = _DictMaker()
+        self.globals["namespace"] = _Namespace
+
+    def compile_bounded(self, source: str) -> jinja2.Template:
+        """The template. Raises jinja2.TemplateError if it is too long, nested too deeply, or no template."""
+        if len(source) > MAX_SOURCE_CHARS:
+            raise TemplateLimitError(f"the template has {len(source)} characters; the limit is {MAX_SOURCE_CHARS}")
+        token = _budget.set(Budget())
+        try:
+            tree = _Rewriter().visit(self.parse(source))
+            return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
+        except RecursionError:
+            raise TemplateLimitError("the template is nested too deeply") from None
+        finally:
+            _budget.reset(token)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        budget = _budget.get()
+        if operator == "%" and isinstance(left, str | bytes):
+            values = right if isinstance(right, tuple) else (right,)
+            _require_growth("%", left if isinstance(left, str) else left.decode("latin-1"), values, {})
+        elif operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, str | bytes | list | tuple) and isinstance(other, int):
+                    budget.admit(len(one) * max(other, 0))
+        elif operator == "+" and isinstance(left, str | bytes | list | tuple) and isinstance(right, type(left)):
+            budget.admit(len(left) + len(right))
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > MAX_INT_BITS:
+                raise TemplateLimitError(f"the template calculates with a number of over {MAX_INT_BITS} bits")
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        name = getattr(__obj, "__name__", None)
+        owner = getattr(__obj, "__self__", None)
+        if owner is None and hasattr(__obj, "__wrapped__"):  # jinja2's stand-in for str.format
+            owner = getattr(__obj.__wrapped__, "__self__", None)
+        if name in _GROWING and isinstance(owner, str | bytes | int):
+            _require_growth(str(name), owner, args, kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def render_bounded(template: jinja2.Template, variables: Mapping[str, Any], budget: Budget) -> str:
+    """Renders within `budget`. Raises TemplateLimitError beyond it, and whatever else the template raises."""
+    token = _budget.set(budget)
+    try:
+        return template.render(variables)
+    except RecursionError:
+        raise TemplateLimitError("the template calls itself too deeply") from None
+    finally:
+        _budget.reset(token)
