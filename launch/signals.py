@@ -1,0 +1,63 @@
+"""One way to be asked to end: SIGTERM and a closed terminal interrupt the main thread exactly as Ctrl-C does."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def ending_interrupts() -> Iterator[None]:
+    """While the block runs, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread. Call it there.
+
+    SIGINT gets Python's own handler back even where the shell made it ignored (a job in the background), because the
+    others arrive through it, and because asyncio.run turns it into a cancellation.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ENDING:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def uninterrupted(*, redeliver: bool) -> Iterator[None]:
+    """While the block runs nobody interrupts it, because it is ending things already, and soon done.
+
+    Signals that come meanwhile are raised afterwards if `redeliver`, else forgotten. A no-op off the main thread,
+    where no signal is handled.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+    # A function and not SIG_IGN, which a child started meanwhile would inherit.
+    before = {number: signal.signal(number, lambda got, _: seen.append(got)) for number in (signal.SIGINT, *ENDING)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if redeliver:
+            for got in dict.fromkeys(seen):
+                signal.raise_signal(got)
+
+
+def interrupt_main_thread() -> None:
+    """Raises KeyboardInterrupt in the main thread, from any thread, even while it waits in a system call."""
+    identity = threading.main_thread().ident
+    if identity is not None:
+        signal.pthread_kill(identity, signal.SIGINT)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,340 @@
+"""Starts child processes, listens to them, notices when one dies, and ends them all.
+
+One thread does everything: it starts the children (which are tethered to it, see tether.py), and then sleeps until a
+child speaks, a child dies or its owner asks for something. The owner's thread waits by reading a pipe, so that an
+interrupt reaches it at once and no lock is ever held while it does.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..protocol.errors import TandemError
+from .status import Failed, Ready, Status, StatusLines
+from .tether import command
+
+LAST_WORDS_LINES = 30
+GRACE_S = 8.0
+"""How long children may take to end by themselves before they are killed."""
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """A process to start: `python -m module arguments…`, with `--status-fd N` added, and `environment` on top of ours.
+
+    `name` must differ from the names of the supervisor's other children.
+    """
+
+    name: str
+    module: str
+    arguments: list[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Listener(Protocol):
+    """Hears what the children say, in the supervisor's thread; must not block or raise."""
+
+    def status(self, name: str, status: Status) -> None:
+        """A status line of a child."""
+
+    def output(self, name: str, line: str) -> None:
+        """A line that a child wrote to stdout or stderr, without its end."""
+
+
+class ChildDied(TandemError):
+    """A child ended that nobody had asked to. `words` are the last lines that it wrote, `told` is its own message."""
+
+    def __init__(self, name: str, how: str, words: list[str], told: str) -> None:
+        self.name, self.how, self.words, self.told = name, how, words, told
+        if told:
+            text = f"{name}: {told}"
+        elif words:
+            text = f"{name} {how}. Its last words:\n" + "\n".join(f"  {line}" for line in words)
+        else:
+            text = f"{name} {how}, without a word."
+        super().__init__(text)
+
+
+class StartTimeout(TandemError):
+    """A child was not ready in time."""
+
+
+class Supervisor:
+    """The children of one system. Owned by one thread; `stop()` ends everything and is idempotent.
+
+    The first child that ends unasked is kept in `death` and takes the others with it.
+    """
+
+    def __init__(self, listener: Listener, on_death: Callable[[ChildDied], None] | None = None) -> None:
+        """`on_death` is called in the supervisor's thread when the first child ends unasked; must not block."""
+        self._listener = listener
+        self._on_death = on_death
+        self._children: dict[str, _Child] = {}
+        self._stopping = False
+        self._kill_at = float("inf")
+        self._requests: deque[Callable[[], None]] = deque()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._news_read, self._news_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._news = select.poll()
+        self._news.register(self._news_read, select.POLLIN)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._serve_requests)
+        self.ready: dict[str, Ready] = {}
+        self.death: ChildDied | None = None
+        self._failure: Exception | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="tandem-supervisor", daemon=True)
+        self._thread.start()
+
+    def start(self, spec: ChildSpec) -> None:
+        """Starts a child. Returns at once; a child that cannot be started counts as one that died."""
+        self._ask(lambda: self._start(spec))
+
+    def wait_ready(self, name: str, timeout_s: float | None = None) -> Ready:
+        """Blocks until the child says that it is ready. Raises ChildDied if it or another ends first, StartTimeout."""
+        self._wait(lambda: name in self.ready or self.death is not None, timeout_s)
+        if self.death is not None:
+            raise self.death
+        if name not in self.ready:
+            raise StartTimeout(f"{name} was not ready after {timeout_s:g} seconds")
+        return self.ready[name]
+
+    def wait_for_death(self, timeout_s: float | None = None) -> ChildDied | None:
+        """Blocks until a child ends unasked, and returns that; None after `timeout_s`."""
+        self._wait(lambda: self.death is not None, timeout_s)
+        return self.death
+
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """Asks all children to end, kills those that have not within `grace_s`, and returns when all are gone."""
+        if self._closed:
+            return
+        self._ask(lambda: self._begin_stop(grace_s))
+        self._thread.join()
+        self._closed = True
+        for fd in (self._wake_read, self._wake_write, self._news_read, self._news_write):
+            os.close(fd)
+
+    # The owner's side
+
+    def _ask(self, request: Callable[[], None]) -> None:
+        self._requests.append(request)
+        os.write(self._wake_write, b"!")
+
+    def _wait(self, over: Callable[[], bool], timeout_s: float | None) -> None:
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        while not over() and self._failure is None:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            self._news.poll(None if left is None else left * 1000)
+            _drain(self._news_read)
+        if self._failure is not None:
+            raise self._failure
+
+    # The supervisor's thread
+
+    def _run(self) -> None:
+        try:
+            while not (self._stopping and not self._children):
+                left = self._kill_at - time.monotonic()
+                for key, _ in self._selector.select(None if left == float("inf") else max(0.0, left)):
+                    key.data()
+                if time.monotonic() >= self._kill_at:
+                    self._kill_at = float("inf")
+                    for child in self._children.values():
+                        child.kill()
+        except Exception as error:  # noqa: BLE001  (an error of ours: the owner raises it, and no child stays behind)
+            self._failure = error
+            for child in self._children.values():
+                child.kill()
+                child.reap()
+            self._tell_owner()
+        finally:
+            self._selector.close()
+
+    def _serve_requests(self) -> None:
+        _drain(self._wake_read)
+        while self._requests:
+            self._requests.popleft()()
+
+    def _start(self, spec: ChildSpec) -> None:
+        if self._stopping:
+            return
+        try:
+            child = _Child(spec)
+        except OSError as error:
+            self._die(ChildDied(spec.name, f"could not be started: {error.strerror}", [], ""))
+            return
+        self._children[spec.name] = child
+        for fd, on_data in (
+            (child.output, lambda: self._heard_output(child)),
+            (child.statuses, lambda: self._heard_status(child)),
+            (child.pidfd, lambda: self._ended(child)),
+        ):
+            self._selector.register(fd, selectors.EVENT_READ, on_data)
+
+    def _heard_output(self, child: _Child) -> bool:
+        data = _read(child.output)
+        if data is None:
+            return False
+        for line in child.lines(data):
+            self._listener.output(child.spec.name, line)
+        if not data:
+            self._selector.unregister(child.output)
+        return bool(data)
+
+    def _heard_status(self, child: _Child) -> bool:
+        data = _read(child.statuses)
+        if data is None:
+            return False
+        for status in child.status_lines.feed(data):
+            if isinstance(status, Ready):
+                self.ready[child.spec.name] = status
+                self._tell_owner()
+            elif isinstance(status, Failed):
+                child.told = status.message
+            self._listener.status(child.spec.name, status)
+        if not data:
+            self._selector.unregister(child.statuses)
+        return bool(data)
+
+    def _ended(self, child: _Child) -> None:
+        child.kill()  # and with it whatever it started, which may hold the pipes open
+        while child.output in self._selector.get_map() and self._heard_output(child):
+            pass
+        while child.statuses in self._selector.get_map() and self._heard_status(child):
+            pass
+        for line in child.lines(b"\n") if child.unfinished else ():
+            self._listener.output(child.spec.name, line)
+        for fd in (child.output, child.statuses, child.pidfd):
+            if fd in self._selector.get_map():
+                self._selector.unregister(fd)
+        del self._children[child.spec.name]
+        how = child.reap()
+        if not self._stopping:
+            self._die(ChildDied(child.spec.name, how, list(child.words), child.told))
+
+    def _die(self, death: ChildDied) -> None:
+        first, self.death = self.death is None, self.death or death
+        self._begin_stop(GRACE_S)
+        self._tell_owner()
+        if first and self._on_death is not None:
+            self._on_death(death)
+
+    def _begin_stop(self, grace_s: float) -> None:
+        self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
+        if not self._stopping:
+            self._stopping = True
+            for child in self._children.values():
+                child.process.terminate()
+
+    def _tell_owner(self) -> None:
+        try:
+            os.write(self._news_write, b"!")
+        except BlockingIOError:
+            return  # the pipe is full of older news: the owner will wake up
+
+
+class _Child:
+    """A running child: its process, the pipes that it speaks through, and its last words."""
+
+    def __init__(self, spec: ChildSpec) -> None:
+        self.spec = spec
+        self.status_lines = StatusLines()
+        self.words: deque[str] = deque(maxlen=LAST_WORDS_LINES)
+        self.told = ""
+        self.unfinished = b""
+        self.output, output_write = os.pipe2(os.O_CLOEXEC)
+        self.statuses, status_write = os.pipe2(os.O_CLOEXEC)
+        try:
+            self.process = subprocess.Popen(
+                command(spec.module, [*spec.arguments, "--status-fd", str(status_write)]),
+                stdin=subprocess.DEVNULL,
+                stdout=output_write,
+                stderr=output_write,
+                pass_fds=(status_write,),
+                process_group=0,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **spec.environment},
+            )
+        except OSError:
+            os.close(self.output)
+            os.close(self.statuses)
+            raise
+        finally:
+            os.close(output_write)
+            os.close(status_write)
+        os.set_blocking(self.output, False)
+        os.set_blocking(self.statuses, False)
+        self.pidfd = os.pidfd_open(self.process.pid)
+
+    def lines(self, data: bytes) -> list[str]:
+        """The lines that `data` completes; they become the last words."""
+        *whole, self.unfinished = (self.unfinished + data).split(b"\n")
+        if len(self.unfinished) > 65_536:
+            whole.append(self.unfinished)
+            self.unfinished = b""
+        lines = [line.decode(errors="replace").rstrip("\r") for line in whole]
+        self.words.extend(lines)
+        return lines
+
+    def kill(self) -> None:
+        """SIGKILL to the child and whatever it started. It has not been reaped, so the id is still its own."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # the whole group is gone
+
+    def reap(self) -> str:
+        """Collects the dead child, and tells how it ended."""
+        code = self.process.wait()
+        os.close(self.output)
+        os.close(self.statuses)
+        os.close(self.pidfd)
+        if code < 0:
+            return f"was killed by {_signal_name(-code)}"
+        return f"ended unexpectedly with exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _read(fd: int) -> bytes | None:
+    """What can be read now; b"" at the end of the stream, None if there is nothing at the moment."""
+    try:
+        return os.read(fd, 65_536)
+    except BlockingIOError:
+        return None
+
+
+def _drain(fd: int) -> None:
+    while _read(fd):
+        pass
+
+
+class PassThrough:
+    """A listener that copies what children write to our stderr, and keeps quiet about the rest."""
+
+    def status(self, name: str, status: Status) -> None:
+        """Not shown."""
+
+    def output(self, name: str, line: str) -> None:
+        """To stderr, with the child's name."""
+        try:
+            print(f"[{name}] {line}", file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            return  # our own stderr is gone: nobody is left to read

@@ -1,0 +1,160 @@
+"""A whole system as child processes: one scheduler, its workers, and what must be cleared away when they are gone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..protocol.errors import ConfigurationError
+from ..protocol.transport import Address, ServiceDirectory
+from ..scheduler.config import SchedulerConfig
+from ..worker.config import WorkerConfig
+from .builtin import MODEL_DIR
+from .config import Options, build
+from .directory import PrivateDirectory
+from .status import Ready
+from .supervisor import GRACE_S, ChildDied, ChildSpec, Listener, Supervisor
+
+BUILTIN_NAME = "tandem-builtin"
+SCHEDULER_READY_S = 60.0
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """A worker's configuration, and what its environment adds: which GPU it sees."""
+
+    config: WorkerConfig
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class System:
+    """Scheduler and workers. `start()` returns when all are ready; `stop()` ends all, and is idempotent.
+
+    `on_death` is called by another thread when a process ends unasked; by then the others are being ended too.
+    """
+
+    def __init__(
+        self,
+        scheduler: Options,
+        worker: Options,
+        *,
+        data_parallel_size: int = 1,
+        listener: Listener,
+        on_death: Callable[[ChildDied], None] | None = None,
+    ) -> None:
+        """Checks the options, and starts nothing. `scheduler` must hold an address. Raises ConfigurationError."""
+        self._workers_directory: PrivateDirectory | None = None
+        self._supervisor: Supervisor | None = None
+        self._listener = listener
+        self._on_death = on_death
+        self._scheduler_options = scheduler
+        self._worker_options = worker
+        self._count = data_parallel_size
+        self.scheduler = build(SchedulerConfig, scheduler)
+        Address(self.scheduler.address).require_safe(self.scheduler.insecure)
+        place_workers(worker, data_parallel_size, self.scheduler.worker_address or self.scheduler.address)
+
+    @property
+    def address(self) -> str:
+        """Where clients connect."""
+        return self.scheduler.address
+
+    @property
+    def death(self) -> ChildDied | None:
+        """The first process that ended unasked."""
+        return None if self._supervisor is None else self._supervisor.death
+
+    def start(self) -> list[Ready]:
+        """Starts the scheduler and then the workers; returns what each worker said when it was ready.
+
+        Raises ChildDied if a process ends instead. Whatever is raised, `stop()` is still to be called.
+        """
+        if self._supervisor is not None:
+            raise RuntimeError("this system has been started before")
+        if not Address(self.address).is_ipc and self.scheduler.worker_address is None:
+            # Workers are on this machine, whatever the clients use: they get a private way in.
+            self._workers_directory = PrivateDirectory()
+            address = f"ipc://{self._workers_directory.path}"
+            self.scheduler = self.scheduler.model_copy(update={"worker_address": address})
+        self._supervisor = supervisor = Supervisor(self._listener, self._on_death)
+        supervisor.start(ChildSpec("scheduler", "tandem.scheduler.main", _arguments(self.scheduler)))
+        supervisor.wait_ready("scheduler", SCHEDULER_READY_S)
+        where = self.scheduler.worker_address or self.scheduler.address
+        places = place_workers(self._worker_options, self._count, where)
+        for place in places:
+            supervisor.start(
+                ChildSpec(place.config.name, "tandem.worker.main", _arguments(place.config), place.environment)
+            )
+        return [supervisor.wait_ready(place.config.name) for place in places]
+
+    def wait_for_death(self, timeout_s: float | None = None) -> ChildDied | None:
+        """Blocks until a process ends unasked, or for `timeout_s`."""
+        if self._supervisor is None:
+            raise RuntimeError("this system has not been started")
+        return self._supervisor.wait_for_death(timeout_s)
+
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """Ends all processes and removes their sockets; kills what has not ended within `grace_s` seconds."""
+        if self._supervisor is not None:
+            self._supervisor.stop(grace_s)
+            _clear(self.scheduler.address)
+        if self._workers_directory is not None:
+            self._workers_directory.close()
+
+
+def place_workers(options: Options, count: int, address: str) -> list[WorkerPlace]:
+    """One validated configuration for each of `count` workers that connect to `address`.
+
+    On GPUs each worker gets one of its own, of those that are visible; raises ConfigurationError if there are fewer.
+    """
+    if count < 1:
+        raise ConfigurationError(f"--data-parallel-size: must be at least 1, not {count}")
+    name = options.get("name") or "worker"
+    given = dict(options)
+    if given.get("model") is None:
+        given["model"] = str(MODEL_DIR)
+        if given.get("served_model_name") is None:
+            given["served_model_name"] = BUILTIN_NAME
+    names = [name] if count == 1 else [f"{name}-{index}" for index in range(count)]
+    if "scheduler" in names:
+        raise ConfigurationError("--name: 'scheduler' names the scheduler already")
+    configs = [build(WorkerConfig, {**given, "name": one, "scheduler": address}) for one in names]
+    gpus = [] if count == 1 or configs[0].device == "cpu" else visible_gpus()
+    if not gpus:
+        return [WorkerPlace(config) for config in configs]
+    if len(gpus) < count:
+        raise ConfigurationError(
+            f"--data-parallel-size {count}: each worker needs a GPU of its own, and {len(gpus)} "
+            f"{'is' if len(gpus) == 1 else 'are'} visible"
+        )
+    return [WorkerPlace(config, {"CUDA_VISIBLE_DEVICES": gpu}) for config, gpu in zip(configs, gpus, strict=False)]
+
+
+def visible_gpus(devices: Path = Path("/dev")) -> Sequence[str]:
+    """The NVIDIA GPUs that a worker could use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [part.strip() for part in named.split(",") if part.strip()]
+    numbers = sorted(
+        int(path.name.removeprefix("nvidia"))
+        for path in devices.glob("nvidia[0-9]*")
+        if path.name.removeprefix("nvidia").isdecimal()
+    )
+    # Device files keep their numbers in a container that sees some of them; CUDA counts what it sees from 0.
+    return [str(index) for index in range(len(numbers))]
+
+
+def _arguments(config: SchedulerConfig | WorkerConfig) -> list[str]:
+    return ["--config-json", config.model_dump_json()]
+
+
+def _clear(address: str) -> None:
+    """Removes the sockets that a killed scheduler left; those of another, live scheduler stay."""
+    where = Address(address)
+    if where.is_ipc and where.directory.exists():
+        try:
+            ServiceDirectory(where.directory).close()
+        except ConfigurationError:
+            return  # another scheduler serves there

@@ -1,0 +1,203 @@
+"""The supervisor with real children: readiness, death with last words, ending all, nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tandem.launch.status import Failed, Progress, Ready, Status
+from tandem.launch.supervisor import ChildDied, ChildSpec, StartTimeout, Supervisor
+
+from support.processes import wait_until_gone
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+class Heard:
+    """A listener that keeps all it hears."""
+
+    def __init__(self) -> None:
+        self.statuses: list[tuple[str, Status]] = []
+        self.lines: list[tuple[str, str]] = []
+
+    def status(self, name: str, status: Status) -> None:
+        self.statuses.append((name, status))
+
+    def output(self, name: str, line: str) -> None:
+        self.lines.append((name, line))
+
+
+def child(name: str, *behaviours: str) -> ChildSpec:
+    return ChildSpec(name, "support.child", list(behaviours), {"PYTHONPATH": str(TESTS)})
+
+
+@contextmanager
+def supervisor(heard: Heard | None = None) -> Iterator[Supervisor]:
+    one = Supervisor(heard or Heard())
+    try:
+        yield one
+    finally:
+        one.stop()
+
+
+def test_ready_carries_what_the_child_said_and_stop_ends_it() -> None:
+    with supervisor() as one:
+        one.start(child("a", "ready"))
+        pid = one.wait_ready("a", 20).details["pid"]
+        one.stop()
+        assert one.death is None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        one.stop()  # again: nothing happens
+
+
+def test_statuses_and_output_reach_the_listener_in_order() -> None:
+    heard = Heard()
+    with supervisor(heard) as one:
+        one.start(child("a", "say=hello", "progress=0.25", "nonsense", "ready"))
+        one.wait_ready("a", 20)
+        assert [status for _, status in heard.statuses[:2]] == [Progress("load", 0.25), Progress("odd", None)]
+        assert isinstance(heard.statuses[2][1], Ready)
+        one.stop()
+    assert ("a", "hello") in heard.lines
+
+
+@pytest.mark.parametrize(
+    ("behaviours", "expected"),
+    [
+        (["say=the reason", "exit=3"], "a ended unexpectedly with exit code 3. Its last words:\n  the reason"),
+        (["say=the reason", "kill"], "a was killed by SIGKILL. Its last words:\n  the reason"),
+        (["exit=0"], "a ended unexpectedly with exit code 0, without a word."),
+        (["mutter=half a li", "exit=1"], "a ended unexpectedly with exit code 1. Its last words:\n  half a li"),
+        (["say=a traceback", "error=model 'x' does not exist", "exit=2"], "a: model 'x' does not exist"),
+    ],
+)
+def test_a_child_that_ends_unasked_is_reported_with_its_last_words(behaviours: list[str], expected: str) -> None:
+    with supervisor() as one:
+        one.start(child("a", *behaviours))
+        with pytest.raises(ChildDied) as died:
+            one.wait_ready("a", 20)
+        assert str(died.value) == expected
+
+
+def test_only_the_last_words_are_kept_but_all_are_passed_on() -> None:
+    heard = Heard()
+    with supervisor(heard) as one:
+        one.start(child("a", "say_lines=20000", "exit=1"))
+        death = one.wait_for_death(20)
+        assert death is not None
+        assert death.words == [f"line {number}" for number in range(19_970, 20_000)]
+        assert [line for _, line in heard.lines] == [f"line {number}" for number in range(20_000)]
+
+
+def test_death_of_one_ends_the_others_and_the_first_death_is_kept() -> None:
+    with supervisor() as one:
+        one.start(child("a", "ready"))
+        survivor = one.wait_ready("a", 20).details["pid"]
+        one.start(child("b", "ready", "exit=7"))
+        death = one.wait_for_death(20)
+        assert death is not None
+        assert (death.name, death.how) == ("b", "ended unexpectedly with exit code 7")
+        wait_until_gone(survivor)
+        assert one.death is death
+
+
+def test_on_death_is_called_once() -> None:
+    deaths: list[str] = []
+    one = Supervisor(Heard(), lambda death: deaths.append(death.name))
+    try:
+        one.start(child("a", "ready", "exit=1"))
+        one.start(child("b", "ready", "exit=1"))
+        one.wait_for_death(20)
+    finally:
+        one.stop()
+    assert len(deaths) == 1
+
+
+def test_a_stubborn_child_is_killed_after_the_grace() -> None:
+    one = Supervisor(Heard())
+    one.start(child("a", "stubborn", "ready"))
+    pid = one.wait_ready("a", 20).details["pid"]
+    one.stop(grace_s=0.2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_grandchild_does_not_survive_its_parent() -> None:
+    heard = Heard()
+    with supervisor(heard) as one:
+        one.start(child("a", "grandchild", "ready"))
+        one.wait_ready("a", 20)
+        one.stop()
+    (line,) = [line for _, line in heard.lines if line.startswith("grandchild")]
+    wait_until_gone(int(line.split()[1]))
+
+
+def test_start_timeout() -> None:
+    with supervisor() as one:
+        one.start(child("a"))
+        with pytest.raises(StartTimeout, match="a was not ready after 0.1 seconds"):
+            one.wait_ready("a", 0.1)
+
+
+def test_a_module_that_does_not_exist_is_a_death_with_words() -> None:
+    with supervisor() as one:
+        one.start(ChildSpec("a", "tandem.no_such_module", []))
+        death = one.wait_for_death(20)
+        assert death is not None
+        assert "No module named tandem.no_such_module" in str(death)
+
+
+def test_children_outlive_the_thread_that_asked_for_them() -> None:
+    """The kernel ties a child to the thread that started it: that must be the supervisor's own."""
+    with supervisor() as one:
+        asking = threading.Thread(target=one.start, args=(child("a", "ready"),))
+        asking.start()
+        asking.join()
+        pid = one.wait_ready("a", 20).details["pid"]
+        assert one.wait_for_death(0.3) is None
+        os.kill(pid, 0)
+
+
+def test_an_interrupt_reaches_the_waiting_owner() -> None:
+    with supervisor() as one:
+        one.start(child("a"))
+        timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            one.wait_ready("a", 20)
+        timer.join()
+
+
+LAUNCHER = """
+import sys, signal
+from tandem.launch.supervisor import ChildSpec, PassThrough, Supervisor
+one = Supervisor(PassThrough())
+one.start(ChildSpec("a", "support.child", ["stubborn", "ready"], {"PYTHONPATH": sys.argv[1]}))
+print(one.wait_ready("a", 20).details["pid"], flush=True)
+signal.pause()
+"""
+
+
+def test_even_a_killed_launcher_leaves_no_orphan() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", LAUNCHER, str(TESTS)], stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        pid = int(launcher.stdout.readline())
+        launcher.kill()
+        wait_until_gone(pid)
+
+
+def test_failed_is_a_status() -> None:
+    heard = Heard()
+    with supervisor(heard) as one:
+        one.start(child("a", "error=because", "exit=1"))
+        one.wait_for_death(20)
+    assert ("a", Failed("because")) in heard.statuses

@@ -1,0 +1,49 @@
+"""A process for a supervisor to look after: `python -m support.child BEHAVIOUR… --status-fd N`. Behaviours run in
+order; afterwards it waits for SIGTERM and exits with 0."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    position = arguments.index("--status-fd")
+    status = int(arguments[position + 1])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for behaviour in arguments[:position]:
+        name, _, value = behaviour.partition("=")
+        if name == "ready":
+            os.write(status, json.dumps({"event": "ready", "pid": os.getpid()}).encode() + b"\n")
+        elif name == "progress":
+            os.write(status, json.dumps({"event": "progress", "stage": "load", "done": float(value)}).encode() + b"\n")
+        elif name == "nonsense":
+            os.write(
+                status, b'not json\n[1]\n{"event": "new kind"}\n{"event": "progress", "stage": "odd", "done": "x"}\n'
+            )
+        elif name == "error":
+            os.write(status, json.dumps({"event": "error", "message": value}).encode() + b"\n")
+        elif name == "say":
+            print(value, flush=True)
+        elif name == "say_lines":
+            print("\n".join(f"line {number}" for number in range(int(value))), flush=True)
+        elif name == "mutter":
+            os.write(2, value.encode())  # a line that never ends
+        elif name == "exit":
+            os._exit(int(value))
+        elif name == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif name == "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        elif name == "grandchild":
+            print(f"grandchild {subprocess.Popen(['sleep', '600']).pid}", flush=True)
+        else:
+            raise ValueError(f"unknown behaviour {behaviour!r}")
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()
