@@ -150,9 +150,10 @@ class VersionRefused:
 
 @message
 class Goodbye:
-    """The sender leaves on purpose and says why."""
+    """The sender leaves on purpose and says why; if `final`, the other end must not come back as it is."""
 
     reason: Text = ""
+    final: Annotated[bool, Field(strict=True)] = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

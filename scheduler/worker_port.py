@@ -93,8 +93,8 @@ class WorkerPort:
             log.warning("refused a worker: %s", error)
             self._send(route, VersionRefused(version=PROTOCOL_VERSION))
         except ProtocolError as error:
-            log.warning("worker %s broke the protocol: %s", route.hex(), error)
-            self._send(route, Goodbye(reason=f"protocol error: {error}"[:1_000]))
+            log.warning("worker %s is refused: %s", route.hex(), error)
+            self._send(route, Goodbye(reason=str(error)[:1_000], final=True))
             self._lose(route)
 
     def _handle(self, peer: WorkerPeer, message: object) -> None:
@@ -176,7 +176,7 @@ class WorkerPort:
         peer = self._by_registration.get(instruction.worker)
         if peer is not None:
             log.error("worker %s is expelled: %s", peer.hello.name, instruction.reason)
-            self._send(peer.routing_id, Goodbye(reason=instruction.reason[:1_000]))
+            self._send(peer.routing_id, Goodbye(reason=instruction.reason[:1_000], final=True))
             self._lose(peer.routing_id)
 
     def _send(self, route: bytes, message: Any) -> bool:

@@ -73,7 +73,7 @@ class WorkerConfig(BaseModel):
     def _fit_together(self) -> WorkerConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs ({self.max_num_seqs}): "
-                "every running request gets a token in every step"
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}): every running request gets a token in every step"
             )
         return self

@@ -1,0 +1,77 @@
+"""What a worker tells the scheduler, and through it the clients, about its model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from ..protocol.messages import FileInfo, ModelDescription
+from .config import WorkerConfig
+from .loading import LoadError, ModelSource, local_folder, max_positions, stop_token_ids, weight_files
+from .model import PagedModel
+
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p")
+
+
+def describe(config: WorkerConfig, source: ModelSource, model: PagedModel, max_model_len: int) -> ModelDescription:
+    name = config.served_model_name or Path(config.model).name or config.model
+    return ModelDescription(
+        name=name,
+        architecture=str((getattr(model.config, "architectures", None) or [type(model.config).__name__])[0]),
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=stop_token_ids(source, model.config),
+        default_sampling=default_sampling(source),
+        weights=fingerprint(source),
+        batch_invariant=config.batch_invariant,
+    )
+
+
+def choose_max_model_len(config: WorkerConfig, model: PagedModel) -> int:
+    """The option, or what the model's config allows. Raises LoadError if the option is more than that, or neither
+    says."""
+    allowed = max_positions(model.config)
+    if config.max_model_len is None:
+        if allowed is None:
+            raise LoadError("the model's config does not say how long a sequence may be; give --max-model-len")
+        return allowed
+    if allowed is not None and config.max_model_len > allowed:
+        raise LoadError(f"--max-model-len {config.max_model_len} is over the {allowed} positions of the model's config")
+    return config.max_model_len
+
+
+def default_sampling(source: ModelSource) -> dict[str, float | int]:
+    """temperature, top_k and top_p of generation_config.json, where they are given; greedy if it says do_sample:
+    false."""
+    path = local_folder(source) / "generation_config.json"
+    if not path.is_file():
+        return {}
+    given = json.loads(path.read_text())
+    if given.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {name: given[name] for name in _SAMPLING_DEFAULTS if isinstance(given.get(name), int | float)}
+
+
+def fingerprint(source: ModelSource) -> str:
+    """A hash that two workers share if they loaded the same thing: config and weight files by name, size and (up to 1
+    MiB of) content, or the seed of dummy weights."""
+    folder = local_folder(source)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if source.load_format == "dummy":
+        digest.update(f"dummy {source.seed}".encode())
+    else:
+        for path in weight_files(source, folder, lambda stage, done: None):
+            digest.update(f"{path.name} {os.path.getsize(path)}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1024 * 1024))
+    return digest.hexdigest()
+
+
+def file_infos(files: dict[str, bytes]) -> tuple[FileInfo, ...]:
+    return tuple(
+        FileInfo(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in sorted(files.items())
+    )

@@ -1,0 +1,146 @@
+"""Where steps run: CUDA streams, or on a CPU one thread that stands in for them.
+
+Both keep the same promise: what is launched runs later, in launch order, while the launching thread goes on;
+`StepEvent.wait` sleeps until a step's results are in host memory.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from .staging import Lane
+
+
+class StepEvent(Protocol):
+    def wait(self) -> tuple[int, int]:
+        """Sleeps until the step's tokens are in its lane's host memory. Returns (busy, gap) in microseconds of device
+        time: from the step's start to its end, and from the last step's end to this one's start (0 for the first).
+        Raises what the step raised.
+        """
+        ...
+
+
+class Executor(Protocol):
+    def launch(self, lane: Lane, compute: Callable[[], None], sampled: int) -> StepEvent:
+        """Queues a step: the lane's input to the device, then `compute`, then `sampled` tokens back. Does not wait for
+        any of it."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what was launched."""
+        ...
+
+
+def open_executor(device: torch.device) -> Executor:
+    return CudaExecutor(device) if device.type == "cuda" else ThreadExecutor()
+
+
+class ThreadExecutor:
+    """One thread runs the steps in order. Inputs are copied when the step runs, as late as a CUDA stream might."""
+
+    def __init__(self) -> None:
+        self._steps: queue.SimpleQueue[_ThreadStep | None] = queue.SimpleQueue()
+        self._last_end = 0
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._thread.start()
+
+    def launch(self, lane: Lane, compute: Callable[[], None], sampled: int) -> StepEvent:
+        step = _ThreadStep(lane, compute, sampled)
+        self._steps.put(step)
+        return step
+
+    def close(self) -> None:
+        self._steps.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps the number for each thread that calls it
+        while (step := self._steps.get()) is not None:
+            start = time.perf_counter_ns()
+            step.run()
+            end = time.perf_counter_ns()
+            step.finish((end - start) // 1_000, (start - self._last_end) // 1_000 if self._last_end else 0)
+            self._last_end = end
+
+
+class _ThreadStep:
+    def __init__(self, lane: Lane, compute: Callable[[], None], sampled: int) -> None:
+        self._lane = lane
+        self._compute = compute
+        self._sampled = sampled
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._times = (0, 0)
+
+    def run(self) -> None:
+        try:
+            self._lane.send()
+            self._compute()
+            self._lane.fetch(self._sampled)
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+            self._error = error
+
+    def finish(self, busy_us: int, gap_us: int) -> None:
+        self._times = busy_us, gap_us
+        self._done.set()
+
+    def wait(self) -> tuple[int, int]:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._times
+
+
+class CudaExecutor:
+    """Three streams: inputs to the device, kernels, results back, tied by events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._inputs = torch.cuda.Stream(device)
+        self._compute = torch.cuda.Stream(device)
+        self._results = torch.cuda.Stream(device)
+        self._last_end: torch.cuda.Event | None = None
+
+    def launch(self, lane: Lane, compute: Callable[[], None], sampled: int) -> StepEvent:
+        staged = torch.cuda.Event()
+        with torch.cuda.stream(self._inputs):
+            lane.send()
+            staged.record()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self._compute):
+            self._compute.wait_event(staged)
+            start.record()
+            compute()
+            end.record()
+        done = torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(self._results):
+            self._results.wait_event(end)
+            lane.fetch(sampled)
+            done.record()
+        step = _CudaStep(self._last_end, start, end, done)
+        self._last_end = end
+        return step
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+
+class _CudaStep:
+    def __init__(
+        self, last_end: torch.cuda.Event | None, start: torch.cuda.Event, end: torch.cuda.Event, done: torch.cuda.Event
+    ) -> None:
+        self._last_end = last_end
+        self._start = start
+        self._end = end
+        self._done = done
+
+    def wait(self) -> tuple[int, int]:
+        self._done.synchronize()
+        gap_ms = 0.0 if self._last_end is None else self._last_end.elapsed_time(self._start)
+        return int(self._start.elapsed_time(self._end) * 1_000), max(0, int(gap_ms * 1_000))

@@ -1,0 +1,68 @@
+"""Host memory that the device reads or writes while a step is in flight.
+
+Device memory is ordered by its stream; host memory is not. A buffer that an asynchronous copy still reads must not be
+written, so every buffer exists once per lane, a lane belongs to one step until that step's copies have completed, and
+there are lookahead + 1 lanes.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Lane:
+    """The buffers of one step in flight: what goes to the device, and what comes back."""
+
+    def __init__(self, index: int, *, inputs: int, outputs: int, device: torch.device) -> None:
+        """`inputs`: int32 values that a step may bring; `outputs`: tokens that it may sample."""
+        self.index = index
+        pinned = device.type == "cuda"
+        self._host = torch.empty(inputs, dtype=torch.int32, pin_memory=pinned)
+        self._device = torch.empty(inputs, dtype=torch.int32, device=device)
+        self._array: NDArray[np.int32] = self._host.numpy()
+        self._used = 0
+        self.sampled_device = torch.empty(outputs, dtype=torch.int32, device=device)
+        self.sampled_host = torch.empty(outputs, dtype=torch.int32, pin_memory=pinned)
+        self._free = threading.Event()
+        self._free.set()
+
+    def acquire(self) -> None:
+        """Waits until the step that owned the lane is over; then it is the caller's."""
+        self._free.wait()
+        self._free.clear()
+        self._used = 0
+
+    def release(self) -> None:
+        """The copies of the lane's step have completed."""
+        self._free.set()
+
+    def put(self, values: NDArray[Any]) -> Tensor:
+        """Writes a one-dimensional array of 4-byte values; returns the device's view of it, int32, valid after
+        `send`."""
+        end = self._used + len(values)
+        if end > len(self._array):
+            raise RuntimeError(f"a step brings over {len(self._array)} values, more than its lane holds")
+        self._array[self._used : end] = values.view(np.int32)
+        view = self._device[self._used : end]
+        self._used = end
+        return view
+
+    def send(self) -> None:
+        """Copies what was put to the device, on the current stream."""
+        self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
+
+    def fetch(self, count: int) -> None:
+        """Copies `count` sampled tokens back to the host, on the current stream."""
+        self.sampled_host[:count].copy_(self.sampled_device[:count], non_blocking=True)
+
+
+def input_capacity(slots: int, num_blocks: int, max_tokens: int) -> int:
+    """Most int32 values that one step can bring: per slot the join columns, rows and samples; block table entries;
+    tokens."""
+    return 24 * slots + 2 * (num_blocks + slots) + 4 * max_tokens + 64

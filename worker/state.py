@@ -1,0 +1,165 @@
+"""What the device remembers between steps, and how one step runs on it.
+
+The tensors here are only ever written by kernels of the compute stream, in plan order: that order is the lock. A
+decoding row's input token never visits the host: the step before wrote it to `last_token`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .model import PagedModel
+from .rows import Step
+from .sampler import SamplingColumns, greedy, sample
+from .staging import Lane
+
+
+@dataclass(slots=True)
+class StagedStep:
+    """A step whose arrays are in a lane: the device's views of them, all int32."""
+
+    step: Step
+    lane: Lane
+    join_slot: Tensor
+    join_computed: Tensor
+    join_prompt_length: Tensor
+    join_temperature: Tensor
+    join_top_k: Tensor
+    join_top_p: Tensor
+    join_seed: Tensor
+    table_index: Tensor
+    table_block: Tensor
+    row_slot: Tensor
+    row_of_token: Tensor
+    token_in_row: Tensor
+    chunk_tokens: Tensor
+    query_ends: Tensor
+    sampled_rows: Tensor
+
+
+def stage(step: Step, lane: Lane) -> StagedStep:
+    """Writes a step into its lane, on the host."""
+    plan, put = step.plan, lane.put
+    return StagedStep(
+        step=step,
+        lane=lane,
+        join_slot=put(plan.join_slot),
+        join_computed=put(plan.join_computed),
+        join_prompt_length=put(plan.join_prompt_length),
+        join_temperature=put(plan.join_temperature),
+        join_top_k=put(plan.join_top_k),
+        join_top_p=put(plan.join_top_p),
+        join_seed=put(plan.join_seed.view(np.int32)),
+        table_index=put(step.table_index),
+        table_block=put(step.table_block),
+        row_slot=put(step.row_slot),
+        row_of_token=put(step.row_of_token),
+        token_in_row=put(step.token_in_row),
+        chunk_tokens=put(step.chunk_tokens),
+        query_ends=put(step.query_starts[1:]),
+        sampled_rows=put(step.sampled_rows),
+    )
+
+
+class DeviceState:
+    """Slot-indexed tensors of one worker."""
+
+    def __init__(self, model: PagedModel, *, slots: int, width: int, block_size: int) -> None:
+        device = model.device
+
+        def column(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(slots, dtype=dtype, device=device)
+
+        self._model = model
+        self._block_size = block_size
+        self.block_table = torch.full((slots, width), model.scratch_block, dtype=torch.int32, device=device)
+        self.length = column(torch.int32)
+        """Tokens whose keys and values are computed: the position of the next."""
+        self.last_token = column(torch.int64)
+        """The token sampled last: the next input of a decoding row."""
+        self.prompt_length = column(torch.int32)
+        self.temperature = column(torch.float32)
+        self.top_k = column(torch.int32)
+        self.top_p = column(torch.float32)
+        self.seed = column(torch.int64)
+
+    @torch.no_grad()
+    def run(self, staged: StagedStep) -> None:
+        """One whole step on the current stream: deltas, forward pass, sampling; its tokens end in the lane. Waits for
+        nothing."""
+        self._apply(staged)
+        batch, slots = self._prepare(staged)
+        hidden = self._model.hidden(batch)
+        count = len(staged.step.sampled_rows)
+        if count:
+            rows = staged.sampled_rows
+            last = (staged.query_ends[rows] - 1).to(torch.int64)
+            tokens = self._sample(staged.step, self._model.logits(hidden[last]), slots[rows], batch.kv_lens[rows])
+            self.last_token[slots[rows]] = tokens
+            staged.lane.sampled_device[:count] = tokens
+
+    def _apply(self, staged: StagedStep) -> None:
+        if len(staged.step.table_index):
+            self.block_table.view(-1)[staged.table_index.to(torch.int64)] = staged.table_block
+        if len(staged.step.plan.join_slot):
+            slots = staged.join_slot.to(torch.int64)
+            self.length[slots] = staged.join_computed
+            self.prompt_length[slots] = staged.join_prompt_length
+            self.temperature[slots] = staged.join_temperature.view(torch.float32)
+            self.top_k[slots] = staged.join_top_k
+            self.top_p[slots] = staged.join_top_p.view(torch.float32)
+            self.seed[slots] = _int64(staged.join_seed)
+
+    def _prepare(self, staged: StagedStep) -> tuple[Batch, Tensor]:
+        """The batch that the model computes, and its rows' slots ([R] int64). Advances `length`."""
+        step = staged.step
+        slots = staged.row_slot.to(torch.int64)
+        row_of_token = staged.row_of_token.to(torch.int64)
+        positions = (self.length[slots][row_of_token] + staged.token_in_row).to(torch.int64)
+        query_ends = staged.query_ends
+        query_lens = torch.diff(query_ends, prepend=query_ends.new_zeros(1))
+        kv_lens = self.length[slots] + query_lens
+        self.length[slots] = kv_lens
+        width = -(-int(step.kv_lens.max()) // self._block_size)
+        tables = self.block_table[slots, :width]
+        blocks = tables[row_of_token, positions // self._block_size].to(torch.int64)
+        batch = Batch(
+            lane=staged.lane.index,
+            token_ids=torch.cat([self.last_token[slots[: step.decode_rows]], staged.chunk_tokens.to(torch.int64)]),
+            positions=positions,
+            kv_slots=blocks * self._block_size + positions % self._block_size,
+            row_of_token=row_of_token,
+            block_tables=tables,
+            kv_lens=kv_lens,
+            query_starts=step.query_starts,
+            kv_lens_host=step.kv_lens,
+            decode_rows=step.decode_rows,
+            block_size=self._block_size,
+        )
+        return batch, slots
+
+    def _sample(self, step: Step, logits: Tensor, slots: Tensor, kv_lens: Tensor) -> Tensor:
+        if step.greedy:
+            return greedy(logits)
+        columns = SamplingColumns(
+            temperature=self.temperature[slots],
+            top_k=self.top_k[slots],
+            top_p=self.top_p[slots],
+            seed=self.seed[slots],
+            sample_index=torch.zeros_like(kv_lens),
+            position=kv_lens - self.prompt_length[slots],
+            any_top_k=step.any_top_k,
+            any_top_p=step.any_top_p,
+        )
+        return sample(logits, columns)
+
+
+def _int64(halves: Tensor) -> Tensor:
+    """int64 values from int32 pairs, low half first: a view would need an 8-byte aligned offset."""
+    low = halves[0::2].to(torch.int64) & 0xFFFFFFFF
+    return low | (halves[1::2].to(torch.int64) << 32)
