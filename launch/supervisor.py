@@ -199,12 +199,12 @@ class Supervisor:
         if data is None:
             return False
         for status in child.status_lines.feed(data):
+            self._listener.status(child.spec.name, status)
             if isinstance(status, Ready):
                 self.ready[child.spec.name] = status
                 self._tell_owner()
             elif isinstance(status, Failed):
                 child.told = status.message
-            self._listener.status(child.spec.name, status)
         if not data:
             self._selector.unregister(child.statuses)
         return bool(data)

@@ -51,10 +51,12 @@ class System:
         self._on_death = on_death
         self._scheduler_options = scheduler
         self._worker_options = worker
-        self._count = data_parallel_size
         self.scheduler = build(SchedulerConfig, scheduler)
         Address(self.scheduler.address).require_safe(self.scheduler.insecure)
-        place_workers(worker, data_parallel_size, self.scheduler.worker_address or self.scheduler.address)
+        first = place_workers(worker, data_parallel_size, self.address)[0].config
+        self.model_name = first.served_model_name or first.model
+        """What the workers serve, as clients call it."""
+        self.workers = data_parallel_size
 
     @property
     def address(self) -> str:
@@ -82,7 +84,7 @@ class System:
         supervisor.start(ChildSpec("scheduler", "tandem.scheduler.main", _arguments(self.scheduler)))
         supervisor.wait_ready("scheduler", SCHEDULER_READY_S)
         where = self.scheduler.worker_address or self.scheduler.address
-        places = place_workers(self._worker_options, self._count, where)
+        places = place_workers(self._worker_options, self.workers, where)
         for place in places:
             supervisor.start(
                 ChildSpec(place.config.name, "tandem.worker.main", _arguments(place.config), place.environment)

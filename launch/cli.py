@@ -1,0 +1,112 @@
+"""The command line: `tandem serve | generate | chat | demo | scheduler | worker`. Each command's work is elsewhere;
+here are its flags, its help and its exit code.
+
+Exit codes: 0 done, or ended as asked; 1 something failed; 2 the options cannot work; 130 `generate` was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..protocol.errors import ConfigurationError, TandemError
+from ..scheduler.config import SchedulerConfig
+from ..worker.config import WorkerConfig
+from .config import merged, read_file
+from .options import Group, flags, option_names, with_flags
+
+app = typer.Typer(
+    name="tandem",
+    help="Serves large language models. Without --model, commands use a small built-in one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long flags off on a narrow terminal
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SCHEDULER = Group(SchedulerConfig, "Scheduler")
+WORKER = Group(WorkerConfig, "Worker: model and device", without=("scheduler",))
+SERVE_FLAGS = flags(SCHEDULER, WORKER)
+SCHEDULER_FLAGS = flags(SCHEDULER)
+WORKER_FLAGS = flags(Group(WorkerConfig, "Worker"))
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with options, named like the flags; flags beat it.")
+]
+
+
+def main() -> None:
+    """Entry point of the `tandem` command. Errors that a user can mend are one sentence, never a traceback."""
+    try:
+        app()
+    except ConfigurationError as error:
+        _fail(error, 2)
+    except TandemError as error:
+        _fail(error, 1)
+
+
+def _fail(error: TandemError, code: int) -> None:
+    sys.stderr.write(f"tandem: {error}\n")
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def root(show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if show_version:
+        try:
+            print(version("tandem-serve"))
+        except PackageNotFoundError:
+            print("unknown (run from a source tree that is not installed)")
+        raise typer.Exit
+
+
+@app.command()
+@with_flags(SERVE_FLAGS)
+def serve(
+    config: ConfigFile = None,
+    data_parallel_size: Annotated[
+        int | None, typer.Option(help="How many workers; each needs a GPU of its own if it uses one (default 1).")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Start a scheduler and its workers, and serve until Ctrl-C."""
+    from .serve import serve as run
+
+    file = read_file(config, [*option_names(SERVE_FLAGS), "data_parallel_size"]) if config else {}
+    chosen = merged({**options, "data_parallel_size": data_parallel_size}, file)
+    run(chosen, _count(chosen.pop("data_parallel_size", 1)))
+
+
+@app.command()
+@with_flags(SCHEDULER_FLAGS)
+def scheduler(config: ConfigFile = None, **options: Any) -> None:
+    """Run only the scheduler, in this process: for those who place processes themselves."""
+    from .serve import run_scheduler
+
+    file = read_file(config, option_names(SCHEDULER_FLAGS)) if config else {}
+    sys.exit(run_scheduler(merged(options, file)))
+
+
+@app.command()
+@with_flags(WORKER_FLAGS)
+def worker(config: ConfigFile = None, **options: Any) -> None:
+    """Run only a worker, in this process: for those who place processes themselves."""
+    from .serve import run_worker
+    from .tether import leave
+
+    file = read_file(config, option_names(WORKER_FLAGS)) if config else {}
+    leave(run_worker(merged(options, file)))
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigurationError(f"--data-parallel-size: must be a whole number, not {value!r}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

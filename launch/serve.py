@@ -1,0 +1,88 @@
+"""`tandem serve`, `tandem scheduler` and `tandem worker`: processes that run until somebody ends them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from ..protocol.status import StatusPipe
+from ..protocol.transport import default_address
+from ..scheduler.config import SchedulerConfig
+from .config import Options, build
+from .progress import StartDisplay, note
+from .signals import ending_interrupts, uninterrupted
+from .status import Ready, StatusLines
+from .system import System, place_workers
+
+
+def serve(options: Options, data_parallel_size: int) -> None:
+    """Runs a scheduler and its workers until Ctrl-C, SIGTERM or SIGHUP, and then returns with nothing left behind.
+
+    Raises ConfigurationError for options that cannot work, and ChildDied if a process ends unasked.
+    """
+    options = {"address": default_address().url, **options}
+    # The scheduler's options and the workers' share a configuration file and flags; each takes its own.
+    display = StartDisplay()
+    system = System(options, options, data_parallel_size=data_parallel_size, listener=display)
+    with ending_interrupts():
+        began = time.monotonic()
+        try:
+            with display:
+                system.start()
+            _print_ready(system, time.monotonic() - began)
+            death = system.wait_for_death()
+            if death is not None:
+                raise death
+        except KeyboardInterrupt:
+            note("Stopping.")
+        finally:
+            with uninterrupted(redeliver=False):
+                system.stop()
+
+
+def run_scheduler(options: Options) -> int:
+    """Runs the scheduler in this process until SIGTERM or SIGINT; returns its exit code."""
+    from ..scheduler.main import run
+
+    return run(build(SchedulerConfig, {"address": default_address().url, **options}))
+
+
+def run_worker(options: Options) -> int:
+    """Runs a worker in this process until SIGTERM or SIGINT, showing how its start proceeds; returns its exit code."""
+    (place,) = place_workers(options, 1, options.get("scheduler") or default_address().url)
+    from ..worker.main import run  # imports torch: not before the options are known to be good
+
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    name = place.config.name
+    display = StartDisplay()
+
+    def show() -> None:
+        with display:
+            lines = StatusLines()
+            while data := os.read(read_end, 65_536):
+                for status in lines.feed(data):
+                    display.status(name, status)
+                    if isinstance(status, Ready):
+                        return
+
+    reader = threading.Thread(target=show, name="tandem-start-display", daemon=True)
+    reader.start()
+    try:
+        return run(place.config, StatusPipe(write_end))
+    finally:
+        os.close(write_end)
+        reader.join()
+        os.close(read_end)
+
+
+def _print_ready(system: System, seconds: float) -> None:
+    where = "" if system.address == default_address().url else f" --connect {system.address}"
+    count = f"{system.workers} workers" if system.workers > 1 else "1 worker"
+    print(
+        f"Serving {system.model_name} at {system.address} ({count}, ready in {seconds:.1f} s). Ctrl-C ends it.\n"
+        f"  chat      tandem chat{where}\n"
+        f'  a prompt  tandem generate{where} "What is 17 + 25?"\n'
+        f'  Python    tandem.Client("{system.address}")',
+        flush=True,
+    )
