@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +33,22 @@ def run_trunk(trunk: nn.Module, token_ids: Tensor, positions: Tensor, sink: Laye
     return hidden.squeeze(0)
 
 
+@contextmanager
+def named_failures(module: PreTrainedModel) -> Iterator[None]:
+    """What a model raises on its first steps becomes a LoadError; a full device stays what it is."""
+    try:
+        yield
+    except (LoadError, torch.OutOfMemoryError):
+        raise
+    except UnsupportedAttentionError as error:
+        raise LoadError(str(error)) from error
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise LoadError(
+            f"{type(module).__name__} cannot be run as a decoder-only transformers model over a paged KV cache: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def dense_attention(layer: LayerKV, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention of one whole sequence with itself, in float32: shapes as `AttentionStep.attend`."""
     length, group = query.shape[0], layer.query_heads // layer.kv_heads
@@ -58,15 +76,8 @@ def inspect_layers(module: PreTrainedModel, trunk: nn.Module, device: torch.devi
     config: PretrainedConfig = module.config
     inspector = LayerInspector(dense_attention)
     tokens = probe_tokens(config.vocab_size, 0, device)
-    try:
-        with torch.no_grad():
-            run_trunk(trunk, tokens, torch.arange(PROBE_TOKENS, device=device), inspector)
-    except UnsupportedAttentionError as error:
-        raise LoadError(str(error)) from error
-    except (TypeError, AttributeError) as error:
-        raise LoadError(
-            f"{type(module).__name__} cannot be run as a decoder-only transformers model: {error}"
-        ) from error
+    with torch.no_grad():
+        run_trunk(trunk, tokens, torch.arange(PROBE_TOKENS, device=device), inspector)
     layers, expected = inspector.layers, config.num_hidden_layers
     if len(layers) != expected:
         raise LoadError(

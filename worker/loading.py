@@ -135,11 +135,12 @@ def _attention_problem(config: PretrainedConfig) -> str | None:
 def _rope_problem(config: PretrainedConfig) -> str | None:
     """Rope types whose frequencies follow the longest sequence of the *batch* would let requests change each other."""
     rope: Any = getattr(config, "rope_parameters", None) or {}
+    context = max_positions(config) or 0
     sets = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
     for parameters in sets:
         kind = parameters.get("rope_type")
-        limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-        if kind == "dynamic" or (kind == "longrope" and config.max_position_embeddings > limit):
+        limit = parameters.get("original_max_position_embeddings") or context
+        if kind == "dynamic" or (kind == "longrope" and context > limit):
             return f"its rope type {kind!r} depends on the longest sequence of a batch"
     return None
 

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from . import inspection, invariance
-from .attention import registry
+from .attention import flashinfer, registry
 from .attention.base import AttentionBackend
 from .attention.reference import ReferenceAttention
 from .batch import Batch
@@ -45,14 +44,16 @@ class PagedModel:
         self.device = device
         self.lanes = lanes
         self.batch_invariant = batch_invariant
-        self._module = module
+        self.module = module
         self._trunk, self._head = _split(module)
-        self.kv_spec: tuple[LayerKV, ...] = inspection.inspect_layers(module, self._trunk, device)
+        with inspection.named_failures(module):
+            self.kv_spec: tuple[LayerKV, ...] = inspection.inspect_layers(module, self._trunk, device)
         self.attention_backend = _choose_backend(attention_backend, self.kv_spec, dtype, device, batch_invariant)
         self._layer_of = {layer.layer_idx: index for index, layer in enumerate(self.kv_spec)}
         self._cache: KVCache | None = None
         self._backend: AttentionBackend | None = None
-        self.vocab_size = self._check()
+        with inspection.named_failures(module):
+            self.vocab_size = self._check()
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of KV cache that one block of `block_size` tokens takes."""
@@ -62,7 +63,14 @@ class PagedModel:
         """Allocate blocks 0..num_blocks - 1 and the scratch block num_blocks, zeroed. A former cache is given up."""
         self._cache = self._backend = None
         self._cache = KVCache(self.kv_spec, num_blocks, block_size, dtype=self.dtype, device=self.device)
-        self._backend = ReferenceAttention(self._cache, per_query=self.batch_invariant)
+        if self.attention_backend == "flashinfer":
+            self._backend = flashinfer.FlashInferAttention(self._cache, lanes=self.lanes, device=self.device)
+        else:
+            self._backend = ReferenceAttention(self._cache, per_query=self.batch_invariant)
+
+    def release_kv_cache(self) -> None:
+        """Gives the cache's memory up; the model computes nothing until another is allocated."""
+        self._cache = self._backend = None
 
     @property
     def scratch_block(self) -> int:
@@ -102,12 +110,12 @@ class PagedModel:
         """Compare paged results with the model's own, and in batch-invariant mode bits across batches; returns the
         width of the logits."""
         if self.batch_invariant:
-            invariance.check_tiles(self._module)
-        name, vocab, device = type(self._module).__name__, self.config.vocab_size, self.device
+            invariance.check_tiles(self.module)
+        name, vocab, device = type(self.module).__name__, self.config.vocab_size, self.device
         mixed = [self.logits(rows) for rows in self._probe(inspection.mixed_steps(vocab, device))]
         for sequence, logits in enumerate(mixed):
             tokens = inspection.probe_tokens(vocab, sequence, device)
-            inspection.check_same(name, logits, inspection.own_logits(self._module, tokens), self.dtype)
+            inspection.check_same(name, logits, inspection.own_logits(self.module, tokens), self.dtype)
         if self.batch_invariant:
             alone = [self.logits(rows) for rows in self._probe(inspection.single_steps(vocab, device))]
             inspection.check_same_bits(name, mixed, alone)
@@ -129,8 +137,21 @@ class PagedModel:
 class _GivenRows(nn.Module):
     """Stands where a model's trunk was: hands back the rows it is given."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _GivenOutput:
+        return _GivenOutput(inputs_embeds)
+
+
+class _GivenOutput:
+    """A trunk's output with nothing in it but rows; whatever else a head copies from it is None."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.last_hidden_state = rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _split(module: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -146,15 +167,12 @@ def _split(module: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
 
 def _choose_backend(
-    wanted: BackendName,
-    spec: tuple[LayerKV, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    batch_invariant: bool,
+    wanted: BackendName, spec: tuple[LayerKV, ...], dtype: torch.dtype, device: torch.device, batch_invariant: bool
 ) -> Literal["flashinfer", "reference"]:
-    if wanted == "flashinfer":
-        raise LoadError("attention backend 'flashinfer' is not built yet")
-    return "reference"
+    problem = "it is not batch-invariant" if batch_invariant else flashinfer.problem(spec, dtype, device)
+    if wanted == "flashinfer" and problem is not None:
+        raise LoadError(f"attention backend 'flashinfer' cannot be used: {problem}; use 'auto' or 'reference'")
+    return "flashinfer" if wanted != "reference" and problem is None else "reference"
 
 
 def load_model(

@@ -22,9 +22,13 @@ def dummy_module(
 ) -> PreTrainedModel:
     """Random weights as the model's own initialisation gives them, made on the device in dtype; the same for the same
     seed and device. torch's global random state is left as it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+    with (
+        _named_failures(source, "it cannot be built"),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.device(device),
+    ):
         torch.manual_seed(source.seed)
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
@@ -50,21 +54,18 @@ def safetensors_module(
     if direct:
         options["device_map"] = {"": device}
     loaded: Any
-    try:
-        with _reporting(progress):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=ATTENTION_NAME,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=source.trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise LoadError(f"{source.model}: its weights cannot be loaded: {error}") from error
+    with _named_failures(source, "its weights cannot be loaded"), _reporting(progress):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
     module, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[kind])
@@ -72,6 +73,24 @@ def safetensors_module(
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise LoadError(f"{source.model}: its weight files do not fit its config ({kind}: {shown})")
     return _frozen(module if direct else module.to(device))
+
+
+@contextmanager
+def _named_failures(source: ModelSource, what: str) -> Iterator[None]:
+    """Whatever transformers raises over a model becomes a LoadError that names it; a full device stays what it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise LoadError(f"{source.model}: {what}: KeyError {error}") from error
+        raise LoadError(
+            f"{source.model}: {what}: its code chooses among attention classes of its own and does not call "
+            "transformers' attention registry"
+        ) from error
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise LoadError(f"{source.model}: {what}: {error}") from error
 
 
 def _experts(implementation: str | None) -> dict[str, Any]:

@@ -87,9 +87,7 @@ def tiny_model(arch: str, seed: int = 0) -> PreTrainedModel:
     """transformers' own model of `tiny_config(arch)`, with random weights of this seed, in float32 on the CPU."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            tiny_config(arch), dtype=torch.float32
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(arch), dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:  # norms and biases start as ones and zeros, which would hide mistakes
