@@ -1,0 +1,46 @@
+"""The client: text in and out of a running service, without torch or transformers."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .aio import AsyncClient as AsyncClient
+    from .completion import CompletionStream as CompletionStream
+    from .prompts import ChatOptions as ChatOptions
+    from .prompts import TokensPrompt as TokensPrompt
+    from .results import Chunk as Chunk
+    from .results import Completion as Completion
+    from .results import Timings as Timings
+    from .results import Usage as Usage
+    from .sync import Client as Client
+    from .sync import SyncCompletionStream as SyncCompletionStream
+    from .tokenizer import Tokenizer as Tokenizer
+
+_WHERE = {
+    "AsyncClient": ".aio",
+    "Client": ".sync",
+    "CompletionStream": ".completion",
+    "SyncCompletionStream": ".sync",
+    "Completion": ".results",
+    "Chunk": ".results",
+    "Usage": ".results",
+    "Timings": ".results",
+    "ChatOptions": ".prompts",
+    "TokensPrompt": ".prompts",
+    "Tokenizer": ".tokenizer",
+}
+
+__all__ = [*_WHERE]
+
+
+def __getattr__(name: str) -> object:
+    """Imports what is asked for, so that a program pays for what it uses."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_WHERE[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -96,7 +96,7 @@ class _Metering(Extension):
     """The calls that `_meter` writes into templates, and the `generation` tag of training templates, which renders
     what it holds."""
 
-    tags = {"generation"}  # noqa: RUF012 - as declared by jinja2
+    tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -1,0 +1,365 @@
+"""The asynchronous client."""
+
+# ruff: noqa: ASYNC109 - `timeout` is what users of OpenAI's and every other client expect
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast, overload
+
+from ..protocol.errors import InvalidRequest, Overloaded, ServiceUnavailable
+from .completion import CompletionStream, Started
+from .results import Completion
+
+# NumPy, ZeroMQ, pydantic, tokenizers and jinja2 take longer to import than somebody should wait who only names a
+# class of ours, so what needs them is imported where it is used first.
+if TYPE_CHECKING:
+    from ..protocol.messages import FileInfo, ModelDescription
+    from ..protocol.sampling import SamplingParams
+    from .prompts import ChatOptions, Message, Prompt
+    from .tokenizer import Tokenizer
+
+LONG_TEXT = 16_384
+"""Text of at least so many characters is tokenized on another thread."""
+CONNECT_TIMEOUT_S = 60.0
+MAX_CONCURRENCY = 256
+CONTEXT_TOKENS = 32
+"""Tokens of the prompt in which something visible is looked for, so that the answer's text keeps a leading space."""
+SHORTEST_RETRY_S = 0.05
+LONGEST_RETRY_S = 5.0
+
+
+class AsyncClient:
+    """A connection to a running Tandem service.
+
+        async with AsyncClient() as client:
+            completion = await client.generate("The capital of France is", max_tokens=16)
+            async for chunk in client.stream([{"role": "user", "content": "Hello!"}]):
+                print(chunk.text, end="")
+
+    `address` is what `tandem serve` printed (default: $TANDEM_ADDRESS, else this user's own service). Prompts are text,
+    token ids, or lists of chat messages; sampling parameters are keyword arguments or a SamplingParams, and what is not
+    given comes from the model's generation_config.json. A client belongs to the event loop it was connected on; any
+    number of its tasks may use it at once.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        insecure: bool = False,
+        connect_timeout: float = CONNECT_TIMEOUT_S,
+        reconnect_timeout: float = 10.0,
+        max_concurrency: int = MAX_CONCURRENCY,
+        name: str = "",
+    ) -> None:
+        """Connects to nothing yet. `insecure` admits a tcp address; `connect_timeout` (s) includes waiting for a worker
+        to load the model; a scheduler that cannot be reached for `reconnect_timeout` (s) fails open requests;
+        `max_concurrency` bounds how much of a list of prompts is in flight at once; `name` is for the service's logs.
+        Raises ConfigurationError for an address that cannot be."""
+        from ..protocol.transport import Address, default_address
+        from .connection import Connection
+
+        where = Address(address) if address is not None else default_address()
+        where.require_safe(insecure)
+        if max_concurrency < 1:
+            raise InvalidRequest(
+                f"max_concurrency: {max_concurrency}, must be at least 1",
+                field="max_concurrency",
+                limit=1,
+                value=max_concurrency,
+            )
+        self._connection = Connection(where, name=name, reconnect_timeout_s=reconnect_timeout)
+        self._connect_timeout = connect_timeout
+        self._max_concurrency = max_concurrency
+        self._opened = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loading: tuple[tuple[FileInfo, ...], asyncio.Task[Tokenizer | None]] | None = None
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Waits until the service can take requests. Raises ServiceUnavailable after `connect_timeout`."""
+        if self._opened:
+            raise RuntimeError("this client was connected before; make a new one")
+        self._opened = True
+        self._loop = asyncio.get_running_loop()
+        await self._connection.open(self._connect_timeout)
+
+    async def close(self) -> None:
+        """Cancels what is open and disconnects. Idempotent."""
+        if self._loading is not None:
+            task = self._loading[1]
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- what is served --------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        return self._connection.address.url
+
+    @property
+    def model(self) -> ModelDescription:
+        """What the service serves: name, max_model_len (tokens), vocab_size, eos_token_ids, default_sampling … Raises
+        ServiceUnavailable unless connected."""
+        return self._connection.model
+
+    async def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, fetched on first use; None if the model comes without one."""
+        self._require_loop()
+        files = self._connection.files
+        if self._loading is None or self._loading[0] != files or _failed(self._loading[1]):
+            self._loading = files, asyncio.create_task(self._load_tokenizer(files))
+        # A caller that is cancelled must not take the tokenizer away from the others.
+        return await asyncio.shield(self._loading[1])
+
+    async def _load_tokenizer(self, files: Sequence[FileInfo]) -> Tokenizer | None:
+        from .tokenizer import TOKENIZER_FILE, Tokenizer
+
+        if TOKENIZER_FILE not in {info.name for info in files}:
+            return None
+        contents = {info.name: await self._connection.fetch(info) for info in files}
+        return await asyncio.to_thread(Tokenizer.from_files, contents)
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    @overload
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        chat: ChatOptions | None = None,
+        **sampling: Any,
+    ) -> Completion: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+        chat: ChatOptions | None = None,
+        **sampling: Any,
+    ) -> list[Completion]: ...
+
+    async def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+        chat: ChatOptions | None = None,
+        **sampling: Any,
+    ) -> Completion | list[Completion]:
+        """Generates to the end. A list of prompts gives a list of completions in its order, with at most
+        `max_concurrency` in flight; the first failure cancels the rest and is raised. `sampling_params` may then be a
+        list too.
+
+        `timeout` (s) is for each prompt, from when its turn comes. Raises InvalidRequest, Overloaded (a list waits and
+        tries again instead), RequestFailed, RequestTimeout, RequestCancelled, ServiceUnavailable. Cancelling the task
+        cancels the requests.
+        """
+        from .prompts import is_batch
+
+        if is_batch(prompt):
+            return await self._generate_all(cast("Sequence[Prompt]", prompt), sampling_params, chat, sampling, timeout)
+        stream = self._new_stream(
+            cast("Prompt", prompt),
+            cast("SamplingParams | None", sampling_params),
+            chat,
+            sampling,
+            timeout=timeout,
+            collect=True,
+        )
+        return await stream.collect()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        chat: ChatOptions | None = None,
+        **sampling: Any,
+    ) -> CompletionStream:
+        """The answer as it comes: an asynchronous iterator of chunks, which is also an asynchronous context manager.
+
+        The request starts with the first iteration (or on entering the context). Leaving the loop early, closing the
+        stream, or cancelling the task that iterates cancels the request. Errors are those of `generate`, raised while
+        iterating.
+        """
+        return self._new_stream(prompt, sampling_params, chat, sampling, timeout=timeout, collect=False)
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        documents: Sequence[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        template_variables: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Completion:
+        """The model's answer to a chat. Tools are JSON schemas as in OpenAI's API; `template_variables` are passed to
+        the chat template (`{"enable_thinking": False}`). Otherwise as `generate`."""
+        from .prompts import ChatOptions, is_chat
+
+        if not is_chat(messages):
+            raise InvalidRequest("messages: expected a list of dicts, each with a role", field="messages")
+        options = ChatOptions(
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_variables=template_variables,
+        )
+        return await self.generate(messages, sampling_params, timeout=timeout, chat=options, **sampling)
+
+    def cancel(self, request: CompletionStream) -> None:
+        """Cancels a streamed request; its reader gets RequestCancelled after the tokens that have arrived. Nothing
+        happens if it is over."""
+        request.cancel()
+
+    # --- within ----------------------------------------------------------------------------------------------------
+
+    def _new_stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        chat: ChatOptions | None,
+        sampling: Mapping[str, Any],
+        *,
+        timeout: float | None,
+        collect: bool,
+    ) -> CompletionStream:
+        from ..protocol.sampling import SamplingParams
+
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidRequest(
+                f"sampling_params: expected a SamplingParams, got {type(params).__name__}", field="sampling_params"
+            )
+        return CompletionStream(partial(self._start, prompt, params, chat, sampling, collect), timeout)
+
+    async def _start(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        chat: ChatOptions | None,
+        sampling: Mapping[str, Any],
+        collect: bool,
+    ) -> Started:
+        from .prompts import is_chat, resolve_sampling, to_token_ids
+        from .stream import History
+
+        loop = self._require_loop()
+        model = await self._connection.ready(self._connect_timeout)
+        checked = resolve_sampling(model, params, sampling)
+        tokenizer = await self.tokenizer()
+        if is_chat(prompt) or (isinstance(prompt, str) and len(prompt) >= LONG_TEXT):
+            ids = await asyncio.to_thread(to_token_ids, prompt, tokenizer, chat)
+        else:
+            ids = to_token_ids(prompt, tokenizer, chat)
+        ticket, tokens = await self._connection.submit(
+            History(ids, checked), collect=collect, patience=self._connect_timeout
+        )
+        context = ids[-CONTEXT_TOKENS:].tolist()
+        return Started(
+            tokens=tokens,
+            detokenizer=None if tokenizer is None else tokenizer.detokenizer(context),
+            stop_ids=frozenset(checked.stop_token_ids) | frozenset(() if checked.ignore_eos else model.eos_token_ids),
+            cancel=partial(self._connection.cancel, ticket),
+            loop=loop,
+        )
+
+    async def _generate_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        chat: ChatOptions | None,
+        sampling: Mapping[str, Any],
+        time_limit: float | None,
+    ) -> list[Completion]:
+        from ..protocol.sampling import SamplingParams
+
+        if params is None or isinstance(params, SamplingParams):
+            params_of: Sequence[SamplingParams | None] = [params] * len(prompts)
+        else:
+            params_of = params
+        if len(params_of) != len(prompts):
+            raise InvalidRequest(
+                f"sampling_params: {len(params_of)} for {len(prompts)} prompts",
+                field="sampling_params",
+                limit=len(prompts),
+                value=len(params_of),
+            )
+        done: dict[int, Completion] = {}
+        todo = iter(range(len(prompts)))
+
+        async def work() -> None:
+            for i in todo:  # shared: each worker takes the next one
+                done[i] = await self._generate_patiently(prompts[i], params_of[i], chat, sampling, time_limit)
+
+        workers = [asyncio.create_task(work()) for _ in range(min(self._max_concurrency, len(prompts)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return [done[i] for i in range(len(prompts))]
+
+    async def _generate_patiently(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        chat: ChatOptions | None,
+        sampling: Mapping[str, Any],
+        time_limit: float | None,
+    ) -> Completion:
+        """Tries again while the service is overloaded."""
+        loop = self._require_loop()
+        deadline = None if time_limit is None else loop.time() + time_limit
+        while True:
+            left = None if deadline is None else max(0.0, deadline - loop.time())
+            stream = self._new_stream(prompt, params, chat, sampling, timeout=left, collect=True)
+            try:
+                return await stream.collect()
+            except Overloaded as error:
+                pause = min(max(error.retry_after, SHORTEST_RETRY_S), LONGEST_RETRY_S)
+                if deadline is not None and loop.time() + pause > deadline:
+                    raise
+                await asyncio.sleep(pause)
+
+    def _require_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            raise ServiceUnavailable("not connected: use the client in an async with block, or await connect()")
+        if loop is not self._loop:
+            raise RuntimeError("this client was connected on another event loop; make one for each loop, or use Client")
+        return loop
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

@@ -1,0 +1,373 @@
+"""One client's conversation with the scheduler, on one event loop: greeting, lease, requests, files.
+
+    greeting ──Welcome with a model──▶ ready ──UnknownPeer, Goodbye, unreachable for too long──▶ greeting
+
+While greeting, ClientHello is sent until somebody answers. Leaving `ready` fails all open requests, since the scheduler
+has forgotten them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+import numpy as np
+import zmq
+
+from ..protocol.codec import decode, encode
+from ..protocol.errors import (
+    InvalidRequest,
+    OffsetError,
+    Overloaded,
+    ProtocolError,
+    RequestCancelled,
+    ServiceUnavailable,
+    TandemError,
+    VersionMismatch,
+)
+from ..protocol.messages import (
+    PROTOCOL_VERSION,
+    Accepted,
+    Cancel,
+    ClientHello,
+    FileChunk,
+    FileInfo,
+    Goodbye,
+    ModelDescription,
+    Ping,
+    Refused,
+    Tokens,
+    UnknownPeer,
+    VersionRefused,
+    Welcome,
+)
+from ..protocol.transport import Address, LoopSocket, open_dealer, require_private
+from .files import FileFetcher
+from .stream import MAX_UNREAD_TOKENS, History, TokenStream
+
+HELLO_RETRY_S = 3.0
+"""A greeting that nobody answered is repeated after this time."""
+CONNECT_RETRY_S = 0.02
+SEND_RETRY_S = 0.01
+LONGEST_SILENCE_S = 1.0
+"""Something is sent at least so often: it renews the lease, and shows whether the scheduler can be reached."""
+MAX_UNSENT_CANCELS = 65_536
+
+
+class Connection:
+    """See the module. Everything here must be called on the loop that `open` ran on."""
+
+    def __init__(self, address: Address, *, name: str = "", reconnect_timeout_s: float = 10.0) -> None:
+        self.address = address
+        self._name = name
+        self._reconnect_timeout_s = reconnect_timeout_s
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._socket: LoopSocket | None = None
+        self._welcome: Welcome | None = None
+        self._ready = asyncio.Event()
+        self._failure: TandemError | None = None
+        """Why the connection is over for good."""
+        self._streams: dict[int, TokenStream] = {}
+        self._next_ticket = 0
+        self._fetcher = FileFetcher(self._send_patiently)
+        self._unsent_cancels: deque[int] = deque(maxlen=MAX_UNSENT_CANCELS)
+        self._timer: asyncio.TimerHandle | None = None
+        self._hello_at: float | None = None
+        self._sent_at = 0.0
+        self._unreachable_since: float | None = None
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    async def open(self, patience: float) -> None:
+        """Connects and waits until there is a model. Raises ServiceUnavailable (VersionMismatch if that is why) after
+        `patience` seconds, ConfigurationError if the address is another user's, and leaves nothing open then."""
+        if self.address.is_ipc and self.address.directory.exists():
+            require_private(self.address.directory)
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        try:
+            dealer = open_dealer(self._context, self.address.endpoint("clients"))
+            self._socket = LoopSocket(dealer, self._on_frames)
+            self._tick()
+            await self.ready(patience)
+        except BaseException:
+            self.close()
+            raise
+
+    async def ready(self, patience: float) -> ModelDescription:
+        """Waits until requests can be sent, and returns what is served. Raises as `open`."""
+        if self._failure is None and not self._ready.is_set():
+            try:
+                async with asyncio.timeout(patience):
+                    await self._ready.wait()
+            except TimeoutError:
+                raise ServiceUnavailable(self._why_not_ready(patience)) from None
+        if self._failure is not None:
+            raise self._failure
+        return self.model
+
+    def close(self, reason: str = "the client was closed") -> None:
+        """Ends everything: open requests fail with RequestCancelled, and the scheduler cancels them. Idempotent."""
+        if self._failure is None:
+            self._failure = ServiceUnavailable(reason)
+        self._end_streams(RequestCancelled(reason))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._socket is not None:
+            if self._welcome is not None:
+                self._socket.send([encode(Goodbye(reason=reason))])
+            self._socket.close()
+            self._socket = None
+        if self._context is not None:
+            context, self._context = self._context, None
+            context.term()  # waits at most for the socket's linger
+        self._ready.set()  # nobody waits for what will not come
+
+    @property
+    def is_closed(self) -> bool:
+        return self._failure is not None
+
+    @property
+    def model(self) -> ModelDescription:
+        """What is served. Raises ServiceUnavailable before `open`."""
+        if self._welcome is None or self._welcome.model is None:
+            raise self._failure or ServiceUnavailable(
+                "not connected: use the client in a with block, or call connect()"
+            )
+        return self._welcome.model
+
+    @property
+    def files(self) -> tuple[FileInfo, ...]:
+        """The tokenizer files that `fetch` can get."""
+        return () if self._welcome is None else self._welcome.files
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    async def submit(self, history: History, *, collect: bool, patience: float) -> tuple[int, TokenStream]:
+        """Sends a request; returns its ticket and the stream that its tokens will come through. `collect` lifts the
+        limit on unread tokens. Raises ServiceUnavailable if it could not be sent within `patience` seconds."""
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        stream = TokenStream(history, lambda: self.cancel(ticket), None if collect else MAX_UNREAD_TOKENS)
+        try:
+            async with asyncio.timeout(patience):
+                await self._send_patiently(history.submission(ticket))
+        except TimeoutError:
+            raise ServiceUnavailable(self._why_not_ready(patience)) from None
+        self._streams[ticket] = stream
+        return ticket, stream
+
+    def cancel(self, ticket: int, error: TandemError | None = None) -> None:
+        """Ends a request now, on both ends; nothing happens if it is over."""
+        stream = self._streams.pop(ticket, None)
+        if stream is None:
+            return
+        stream.fail(error or RequestCancelled("the request was cancelled"))
+        if not self._send(encode(Cancel(ticket=ticket))):
+            self._unsent_cancels.append(ticket)
+
+    async def fetch(self, info: FileInfo) -> bytes:
+        """A tokenizer file's content; see FileFetcher.fetch."""
+        return await self._fetcher.fetch(info)
+
+    # --- what the scheduler says -----------------------------------------------------------------------------------
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        if self._failure is not None:
+            return
+        try:
+            if len(frames) != 1:
+                raise ProtocolError(f"a message has one frame, not {len(frames)}")
+            self._handle(decode(frames[0], *_INCOMING))
+        except VersionMismatch as error:
+            self._give_up(error)
+        except ProtocolError as error:
+            broken = ProtocolError(f"the scheduler at {self.address.url} broke the protocol: {error}")
+            if self._ready.is_set():
+                self._leave(broken)
+            else:
+                self._give_up(broken)  # this is no scheduler of ours
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case Tokens():
+                self._on_tokens(message)
+            case Accepted():
+                stream = self._streams.get(message.ticket)
+                if stream is not None and self._is_current(message.epoch):
+                    stream.history.epoch, stream.history.number = message.epoch, message.number
+            case Refused():
+                if self._is_current(message.epoch):
+                    self._on_refused(message)
+            case FileChunk():
+                self._fetcher.on_chunk(message)
+            case Welcome():
+                self._on_welcome(message)
+            case UnknownPeer():
+                if self._ready.is_set():
+                    self._leave(_lost("the scheduler restarted, or took this client for gone"))
+            case VersionRefused():
+                raise VersionMismatch(
+                    f"the scheduler at {self.address.url} speaks protocol version {message.version}, "
+                    f"this client {PROTOCOL_VERSION}; install the same release of tandem on both ends"
+                )
+            case Goodbye():
+                self._leave(_lost(f"the scheduler said goodbye: {message.reason}"))
+
+    def _is_current(self, epoch: int) -> bool:
+        return self._welcome is not None and self._welcome.epoch == epoch
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        if welcome.version != PROTOCOL_VERSION:
+            self._handle(VersionRefused(version=welcome.version))
+        if self._welcome is not None and self._welcome.epoch != welcome.epoch:
+            self._end_streams(_lost("the scheduler restarted"))
+        self._welcome = welcome
+        if welcome.model is not None:
+            self._ready.set()
+
+    def _on_tokens(self, message: Tokens) -> None:
+        if not self._is_current(message.epoch):
+            return
+        count, token = message.count, message.token
+        rows = len(message.ticket)
+        if not (len(message.offset) == len(count) == rows and int(count.sum()) == len(token)):
+            raise ProtocolError("Tokens: the columns do not fit together")
+        if (rows and int(count.min()) < 1) or (len(token) and int(token.min()) < 0):
+            raise ProtocolError("Tokens: a count below 1 or a negative token")
+        borders = np.cumsum(count).tolist()
+        tokens = token.tolist()
+        begin = 0
+        for ticket, offset, end in zip(message.ticket.tolist(), message.offset.tolist(), borders, strict=True):
+            stream = self._streams.get(ticket)
+            if stream is not None:  # otherwise it was cancelled here
+                try:
+                    stream.push(offset, tokens[begin:end])
+                except OffsetError as error:
+                    self.cancel(ticket, error)
+            begin = end
+        for ended in message.ended:
+            stream = self._streams.pop(ended.ticket, None)
+            if stream is not None:
+                try:
+                    stream.end(ended)
+                except ProtocolError as error:
+                    stream.fail(error)
+
+    def _on_refused(self, refused: Refused) -> None:
+        stream = self._streams.pop(refused.ticket, None)
+        if stream is None:
+            return
+        if refused.code == "overloaded":
+            stream.fail(Overloaded(refused.message, retry_after=refused.retry_after_s))
+        else:
+            stream.fail(
+                InvalidRequest(
+                    refused.message,
+                    field=refused.field,
+                    limit=_number_or_text(refused.limit),
+                    value=_number_or_text(refused.value),
+                )
+            )
+
+    # --- sending, and noticing that nobody listens -----------------------------------------------------------------
+
+    def _send(self, data: bytes) -> bool:
+        if self._socket is None or not self._socket.send([data]):
+            return False
+        self._sent_at = self._loop.time()
+        self._unreachable_since = None
+        return True
+
+    async def _send_patiently(self, message: Any) -> None:
+        """Sends as soon as there is a service and room in its queue; ZeroMQ does not say when there is room again."""
+        data = encode(message)
+        while True:
+            await self._ready.wait()
+            if self._failure is not None:
+                raise self._failure
+            if self._send(data):
+                return
+            await asyncio.sleep(SEND_RETRY_S)
+
+    def _tick(self) -> None:
+        """Says hello until it is answered, then something at least every LONGEST_SILENCE_S."""
+        now = self._loop.time()
+        delay = CONNECT_RETRY_S
+        if self._welcome is None:
+            if self._hello_at is None or now - self._hello_at > HELLO_RETRY_S:
+                sent = self._send(encode(ClientHello(version=PROTOCOL_VERSION, name=self._name)))
+                self._hello_at = now if sent else None
+        else:
+            silence = min(self._welcome.lease_s / 3, LONGEST_SILENCE_S)
+            while self._unsent_cancels and self._send(encode(Cancel(ticket=self._unsent_cancels[0]))):
+                self._unsent_cancels.popleft()
+            if now - self._sent_at >= silence / 2 and not self._send(encode(Ping())):
+                self._on_unreachable(now)
+                if self._welcome is None:
+                    return
+            else:
+                delay = silence / 2
+        self._tick_in(delay)
+
+    def _tick_in(self, delay: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._failure is None:
+            self._timer = self._loop.call_later(delay, self._tick)
+
+    def _on_unreachable(self, now: float) -> None:
+        if self._unreachable_since is None:
+            self._unreachable_since = now
+        elif now - self._unreachable_since > self._reconnect_timeout_s:
+            where, seconds = self.address.url, self._reconnect_timeout_s
+            self._leave(_lost(f"the scheduler at {where} could not be reached for {seconds:g} s"))
+
+    def _leave(self, error: TandemError) -> None:
+        """Back to greeting, at once."""
+        self._end_streams(error)
+        self._welcome = self._hello_at = self._unreachable_since = None
+        self._unsent_cancels.clear()
+        self._ready.clear()
+        self._tick_in(0.0)
+
+    def _give_up(self, error: TandemError) -> None:
+        if self._failure is None:
+            self._failure = error
+            self._end_streams(error)
+            self._ready.set()
+
+    def _end_streams(self, error: TandemError) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+        self._fetcher.fail(error)
+
+    def _why_not_ready(self, waited: float) -> str:
+        where = f"at {self.address.url} within {waited:g} s"
+        if self._ready.is_set():
+            return f"the scheduler {where} took no more messages"
+        if self._welcome is not None:
+            return f"the scheduler {where} had no worker with a loaded model; start one, or allow more time to connect"
+        if self._hello_at is not None:
+            return f"something listens but no scheduler answered {where}"
+        return f"no scheduler could be reached {where}; is `tandem serve` running, with this address?"
+
+
+_INCOMING = (Tokens, Accepted, Refused, Welcome, FileChunk, UnknownPeer, VersionRefused, Goodbye)
+
+
+def _lost(why: str) -> ServiceUnavailable:
+    return ServiceUnavailable(f"{why}; open requests are lost")
+
+
+def _number_or_text(text: str) -> int | float | str | None:
+    """Limits and values travel as text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None

@@ -1,0 +1,169 @@
+"""What a caller may pass as prompt and sampling parameters, and what becomes of it: token ids and complete
+SamplingParams."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
+
+from ..protocol.errors import ConfigurationError, InvalidRequest
+from ..protocol.messages import ModelDescription
+from ..protocol.sampling import MAX_SEED, SAMPLING_FIELDS, SamplingParams
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, as vLLM writes it."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Message: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message] | TokensPrompt
+"""Text, token ids, or a chat: a list of messages with `role` and `content`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How a chat becomes text; see ChatTemplate.render."""
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    chat_template: str | None = None
+    """Replaces the model's own template (Jinja source)."""
+    add_generation_prompt: bool | None = None
+    """None: unless the final message is continued."""
+    continue_final_message: bool = False
+    template_variables: Mapping[str, Any] | None = None
+
+
+def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
+    """Whether it is a list of chat messages."""
+    return _is_list(prompt) and len(prompt) > 0 and all(isinstance(item, Mapping) and "role" in item for item in prompt)
+
+
+def is_batch(prompt: object) -> bool:
+    """Whether it is a list of several prompts rather than one."""
+    return (
+        _is_list(prompt)
+        and len(prompt) > 0
+        and not is_chat(prompt)
+        and not all(isinstance(item, int | np.integer) for item in prompt)
+    )
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def to_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: ChatOptions | None = None) -> npt.NDArray[np.int32]:
+    """The prompt's tokens, at least one. Raises InvalidRequest naming the field that is wrong, and ConfigurationError
+    if the model has no tokenizer or chat template for it."""
+    ids: object
+    if isinstance(prompt, str):
+        ids = _require(tokenizer).encode(prompt)
+    elif is_chat(prompt):
+        options = chat or ChatOptions()
+        add_generation_prompt = options.add_generation_prompt
+        text_tokenizer = _require(tokenizer)
+        text = text_tokenizer.chat_template(bool(options.tools), options.chat_template).render(
+            prompt,
+            tools=options.tools,
+            documents=options.documents,
+            add_generation_prompt=not options.continue_final_message
+            if add_generation_prompt is None
+            else add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            variables=options.template_variables,
+        )
+        ids = text_tokenizer.encode(text, add_special_tokens=False)
+    elif isinstance(prompt, Mapping):
+        if set(prompt) != {"prompt_token_ids"}:
+            raise InvalidRequest(
+                f'prompt: a dict has "prompt_token_ids" and nothing else, got {sorted(map(str, prompt))}; '
+                "a chat is a list of messages",
+                field="prompt",
+            )
+        ids = prompt["prompt_token_ids"]
+    else:
+        ids = prompt
+    return _as_column(ids)
+
+
+def _require(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise ConfigurationError("the model comes without a tokenizer: pass token ids instead of text")
+    return tokenizer
+
+
+def _as_column(ids: object) -> npt.NDArray[np.int32]:
+    if not (_is_list(ids) or isinstance(ids, np.ndarray)):
+        raise InvalidRequest(
+            f"prompt: expected text, token ids or chat messages, got {type(ids).__name__}", field="prompt"
+        )
+    if len(ids) == 0:
+        raise InvalidRequest("prompt: empty; a prompt has at least one token", field="prompt", limit=1, value=0)
+    try:
+        wide = np.asarray(ids)
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest(f"prompt: no flat list of token ids ({error})", field="prompt") from error
+    if wide.ndim != 1 or not np.issubdtype(wide.dtype, np.integer):
+        raise InvalidRequest(
+            f"prompt: expected a flat list of integers, got {wide.ndim} dimensions of {wide.dtype}", field="prompt"
+        )
+    bad = wide[(wide < 0) | (wide > 2**31 - 1)]
+    if len(bad):
+        raise InvalidRequest(f"prompt: {bad[0]} is no token id", field="prompt", limit=2**31 - 1, value=int(bad[0]))
+    return wide.astype(np.int32)
+
+
+def resolve_sampling(
+    model: ModelDescription, params: SamplingParams | None, overrides: Mapping[str, Any]
+) -> SamplingParams:
+    """Complete, checked parameters, with a seed.
+
+    Without `params` the model's own defaults (generation_config.json: temperature, top_k, top_p) apply, then
+    `overrides`; with `params` only `overrides`. Raises InvalidRequest naming field, limit and value.
+    """
+    unknown = sorted(set(overrides) - set(SAMPLING_FIELDS))
+    if unknown:
+        raise InvalidRequest(
+            f"{unknown[0]}: not a sampling parameter that is supported here; these are: {', '.join(SAMPLING_FIELDS)}",
+            field=unknown[0],
+            value=overrides[unknown[0]],
+        )
+    if params is None:
+        defaults = {name: value for name, value in model.default_sampling.items() if name in SAMPLING_FIELDS}
+        params = SamplingParams(**{**defaults, **overrides})
+    elif overrides:
+        params = replace(params, **overrides)
+    checked = _checked(params)
+    if checked.seed is None:
+        checked = replace(checked, seed=secrets.randbelow(MAX_SEED + 1))
+    return checked
+
+
+@cache
+def _adapter() -> TypeAdapter[SamplingParams]:
+    return TypeAdapter(SamplingParams)
+
+
+def _checked(params: SamplingParams) -> SamplingParams:
+    try:
+        return _adapter().validate_python({name: getattr(params, name) for name in SAMPLING_FIELDS})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        limit = next((value for key, value in first.get("ctx", {}).items() if key != "error"), None)
+        raise InvalidRequest(
+            f"{field}: {first['msg']}, got {first['input']!r:.100}", field=field, limit=limit, value=first["input"]
+        ) from error

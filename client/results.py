@@ -1,0 +1,66 @@
+"""What the client gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+"""Why a request ended well: at a stop token, or at max_tokens or the model's context length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the prefix cache."""
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went, in seconds. The first three are the scheduler's, from its acceptance of the
+    request; the last two are this client's, from the call."""
+
+    queue_s: float
+    """Until work on the request began."""
+    first_token_s: float
+    total_s: float
+    client_first_token_s: float
+    client_total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed answer."""
+
+    text: str
+    """New text; empty while the tokens so far end within a character."""
+    token_ids: list[int]
+    """New tokens; the last chunk may have none."""
+    offset: int
+    """Position of the first of them in the output."""
+    finish_reason: FinishReason | None = None
+    """Set on the last chunk, and only there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer."""
+
+    text: str
+    """Without special tokens and without the stop token that ended it."""
+    token_ids: list[int]
+    """All output tokens; the last is the stop token if finish_reason is "stop"."""
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    prompt_token_ids: list[int]
+    seed: int | None
+    """What to pass as `seed` to have the same tokens again."""

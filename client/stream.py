@@ -1,0 +1,145 @@
+"""One request's tokens as they arrive: nothing missing, nothing twice, never more unread than a limit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ..protocol.errors import OffsetError, ProtocolError, RequestCancelled, RequestFailed, TandemError
+from ..protocol.messages import Ended, Submit
+from ..protocol.sampling import SamplingParams
+
+MAX_UNREAD_TOKENS = 65_536
+"""A reader that leaves more tokens than this unread loses its request."""
+
+
+@dataclass(slots=True)
+class History:
+    """All there is to know of a request: enough to go on with it elsewhere, from the token after the last one here."""
+
+    prompt: npt.NDArray[np.int32]
+    sampling: SamplingParams
+    """As sent, with the seed."""
+    name: str = ""
+    generated: list[int] = field(default_factory=list)
+    """Tokens received so far, read or not."""
+    epoch: int | None = None
+    number: int | None = None
+    """What the scheduler of `epoch` calls the request, once it accepted it."""
+
+    def submission(self, ticket: int) -> Submit:
+        """The message that starts the request or, with tokens received, resumes it."""
+        return Submit(
+            ticket=ticket,
+            prompt=self.prompt,
+            sampling=self.sampling,
+            generated=np.array(self.generated, np.int32),
+            name=self.name,
+        )
+
+
+class TokenStream:
+    """Between the connection, which pushes, and one reader. Both live on one event loop.
+
+    Ends once: with `ended` set, or with `error`.
+    """
+
+    def __init__(
+        self, history: History, on_overflow: Callable[[], None], max_unread: int | None = MAX_UNREAD_TOKENS
+    ) -> None:
+        self.history = history
+        self.ended: Ended | None = None
+        self.error: TandemError | None = None
+        self.first_token_at: float | None = None
+        """Loop time."""
+        self._on_overflow = on_overflow
+        self._max_unread = max_unread
+        self._read = len(history.generated)
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.ended is not None or self.error is not None
+
+    @property
+    def offset(self) -> int:
+        """Position of the next token to be read."""
+        return self._read
+
+    # --- the connection's side -------------------------------------------------------------------------------------
+
+    def push(self, offset: int, tokens: list[int]) -> None:
+        """Takes tokens that begin at `offset`. Raises OffsetError for a gap or a repeat, and takes none then."""
+        generated = self.history.generated
+        if offset != len(generated):
+            raise OffsetError(len(generated), offset)
+        if self.first_token_at is None:
+            self.first_token_at = asyncio.get_running_loop().time()
+        generated.extend(tokens)
+        unread = len(generated) - self._read
+        if self._max_unread is not None and unread > self._max_unread:
+            self.fail(
+                RequestFailed(
+                    f"{unread} tokens were left unread, over the limit of {self._max_unread}; the request was "
+                    "cancelled. Read streams faster, or use generate()"
+                )
+            )
+            self._on_overflow()
+        self._wake()
+
+    def end(self, ended: Ended) -> None:
+        """Takes the request's end. Raises ProtocolError if it has another number of tokens than arrived."""
+        if ended.reason in ("stop", "length"):
+            if ended.completion_tokens != len(self.history.generated):
+                raise ProtocolError(
+                    f"stream broken: the request ended after {ended.completion_tokens} tokens, "
+                    f"{len(self.history.generated)} arrived"
+                )
+            self.ended = ended
+            self._wake()
+        elif ended.reason == "abort":
+            self.fail(RequestCancelled(ended.error or "the request was cancelled before it ended"))
+        else:
+            self.fail(RequestFailed(ended.error or f"the request ended with {ended.reason!r}"))
+
+    def fail(self, error: TandemError) -> None:
+        """Ends the stream with an error; the first ending counts. Tokens that have arrived can still be read."""
+        if not self.is_over:
+            self.error = error
+            self._wake()
+
+    # --- the reader's side -----------------------------------------------------------------------------------------
+
+    async def read(self) -> list[int]:
+        """All unread tokens, at least one unless the request ended well. Raises the stream's error once all tokens
+        before it are read. A cancelled read loses nothing."""
+        generated = self.history.generated
+        while len(generated) == self._read and not self.is_over:
+            await self._wait()
+        tokens = generated[self._read :]
+        if not tokens and self.error is not None:
+            raise self.error
+        self._read += len(tokens)
+        return tokens
+
+    async def wait_over(self) -> None:
+        """Returns when the request has ended, well or not, without reading."""
+        while not self.is_over:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError("this stream is being read by another task already")
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,293 @@
+"""The synchronous client: an AsyncClient on an event loop of its own, on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+
+from ..protocol.errors import ServiceUnavailable
+from .aio import CONNECT_TIMEOUT_S, MAX_CONCURRENCY, AsyncClient
+
+if TYPE_CHECKING:
+    from ..protocol.messages import ModelDescription
+    from ..protocol.sampling import SamplingParams
+    from .completion import CompletionStream
+    from .prompts import ChatOptions, Message, Prompt
+    from .results import Chunk, Completion
+    from .tokenizer import Tokenizer
+
+_T = TypeVar("_T")
+
+
+class Client:
+    """A connection to a running Tandem service, for programs that are not asynchronous, and for notebooks.
+
+        with Client() as client:
+            print(client.generate("The capital of France is", max_tokens=16).text)
+            for chunk in client.stream([{"role": "user", "content": "Hello!"}]):
+                print(chunk.text, end="")
+
+    Connects at once. Any number of threads may use it. Ctrl-C during a call cancels its requests. For parameters and
+    what is raised see AsyncClient.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        insecure: bool = False,
+        connect_timeout: float = CONNECT_TIMEOUT_S,
+        reconnect_timeout: float = 10.0,
+        max_concurrency: int = MAX_CONCURRENCY,
+        name: str = "",
+    ) -> None:
+        """As AsyncClient, and connects: raises ServiceUnavailable after `connect_timeout` seconds."""
+        self._client = AsyncClient(
+            address,
+            insecure=insecure,
+            connect_timeout=connect_timeout,
+            reconnect_timeout=reconnect_timeout,
+            max_concurrency=max_concurrency,
+            name=name,
+        )
+        self._thread = _LoopThread()
+        # A program that forgets to close must end all the same, and its thread with the client.
+        self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._client)
+        try:
+            self._thread.run(self._client.connect())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Cancels what is open, disconnects and ends the thread. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        return self._client.address
+
+    @property
+    def model(self) -> ModelDescription:
+        """What the service serves; see AsyncClient.model."""
+        return self._client.model
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None if the model comes without one."""
+        return self._thread.run(self._client.tokenizer())
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        chat: ChatOptions | None = None,
+        **sampling: Any,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+        chat: ChatOptions | None = None,
+        **sampling: Any,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: Any = None,
+        *,
+        timeout: float | None = None,
+        chat: ChatOptions | None = None,
+        **sampling: Any,
+    ) -> Completion | list[Completion]:
+        """As AsyncClient.generate: one completion, or a list for a list of prompts."""
+        coroutine: Coroutine[Any, Any, Completion | list[Completion]] = self._client.generate(
+            prompt, sampling_params, timeout=timeout, chat=chat, **sampling
+        )
+        return self._thread.run(coroutine)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        chat: ChatOptions | None = None,
+        **sampling: Any,
+    ) -> SyncCompletionStream:
+        """As AsyncClient.stream: an iterator of chunks, which is also a context manager."""
+        stream = self._client.stream(prompt, sampling_params, timeout=timeout, chat=chat, **sampling)
+        return SyncCompletionStream(stream, self._thread.run)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        documents: Sequence[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        template_variables: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Completion:
+        """As AsyncClient.chat."""
+        return self._thread.run(
+            self._client.chat(
+                messages,
+                sampling_params,
+                timeout=timeout,
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_variables=template_variables,
+                **sampling,
+            )
+        )
+
+    def cancel(self, request: SyncCompletionStream) -> None:
+        """Cancels a streamed request, from any thread; its reader gets RequestCancelled."""
+        request.cancel()
+
+
+class SyncCompletionStream:
+    """A streamed answer: iterate over it for chunks, call `result()` for the whole. One thread may read it at a time.
+
+    The request is cancelled by `cancel`, by `close`, by leaving the context, or when nobody holds the stream any more.
+    """
+
+    def __init__(self, stream: CompletionStream, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._stream = stream
+        self._run = run
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        chunk: Chunk | None = self._run(_next_or_none(self._stream))
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def result(self) -> Completion:
+        """Reads what is left and returns the whole answer."""
+        completion: Completion = self._run(self._stream.result())
+        return completion
+
+    def cancel(self) -> None:
+        """Cancels the request; its reader gets the tokens that have arrived, then RequestCancelled."""
+        self._run(_cancel(self._stream))
+
+    def close(self) -> None:
+        """Cancels the request if it is not over, and ends the iteration."""
+        self._run(self._stream.aclose())
+
+    def __enter__(self) -> Self:
+        self._run(self._stream.start())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def text(self) -> str:
+        """All text that has been read."""
+        return self._stream.text
+
+
+async def _next_or_none(stream: CompletionStream) -> Chunk | None:
+    async for chunk in stream:
+        return chunk
+    return None
+
+
+async def _cancel(stream: CompletionStream) -> None:
+    stream.cancel()
+
+
+class _LoopThread:
+    """An event loop that runs on a thread until it is stopped."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._main, name="tandem-client", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Runs it there and waits. An exception here, such as KeyboardInterrupt, cancels it."""
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("a Client cannot be used from within its own event loop; use AsyncClient")
+        with self._lock:
+            if self._stopped:
+                coroutine.close()
+                raise ServiceUnavailable("the client was closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise ServiceUnavailable("the client was closed during the call") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self, last: Coroutine[Any, Any, None]) -> None:
+        """Runs `last`, ends every other task, then the thread. Idempotent."""
+        with self._lock:
+            if self._stopped:
+                last.close()
+                return
+            self._stopped = True
+        asyncio.run_coroutine_threadsafe(self._finish(last), self._loop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    async def _finish(self, last: Coroutine[Any, Any, None]) -> None:
+        try:
+            await last
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self._loop.shutdown_default_executor()
+        finally:
+            self._loop.stop()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+
+def _shut_down(thread: _LoopThread, client: AsyncClient) -> None:
+    thread.stop(client.close())
