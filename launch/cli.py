@@ -18,6 +18,7 @@ from ..scheduler.config import SchedulerConfig
 from ..worker.config import WorkerConfig
 from .config import merged, read_file
 from .options import Group, flags, option_names, with_flags
+from .sampling import sampling_flags
 
 app = typer.Typer(
     name="tandem",
@@ -32,11 +33,24 @@ SCHEDULER = Group(SchedulerConfig, "Scheduler")
 WORKER = Group(WorkerConfig, "Worker: model and device", without=("scheduler",))
 SERVE_FLAGS = flags(SCHEDULER, WORKER)
 SCHEDULER_FLAGS = flags(SCHEDULER)
+EMBEDDED_FLAGS = flags(
+    # `--seed` is the sampling's there, and a worker of one's own needs no name.
+    Group(WorkerConfig, "If no running service is used", without=("scheduler", "name", "seed"))
+)
+SAMPLING_FLAGS = sampling_flags()
 WORKER_FLAGS = flags(Group(WorkerConfig, "Worker"))
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file with options, named like the flags; flags beat it.")
 ]
+Connect = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of a running service (default: $TANDEM_ADDRESS, else your own running one, else one is started "
+        "for this command)."
+    ),
+]
+SystemMessage = Annotated[str | None, typer.Option("--system", help="The chat's system message.")]
 
 
 def main() -> None:
@@ -100,6 +114,65 @@ def worker(config: ConfigFile = None, **options: Any) -> None:
 
     file = read_file(config, option_names(WORKER_FLAGS)) if config else {}
     leave(run_worker(merged(options, file)))
+
+
+@app.command()
+@with_flags([*SAMPLING_FLAGS, *EMBEDDED_FLAGS])
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="File with more prompts, one a line; - is stdin.")
+    ] = None,
+    connect: Connect = None,
+    system: SystemMessage = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt's text; no chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each answer.")] = False,
+    config: ConfigFile = None,
+    **options: Any,
+) -> None:
+    """Answer prompts. One is streamed; several are answered at once."""
+    from .generate import generate as run
+    from .generate import read_prompts
+
+    sampling, worker_options = _split(options, config)
+    given = [*(prompts or []), *(read_prompts(file) if file else [])]
+    code = run(
+        given,
+        connect=connect,
+        worker_options=worker_options,
+        sampling=sampling,
+        system=system,
+        raw=raw,
+        as_json=as_json,
+    )
+    sys.exit(code)
+
+
+@app.command()
+@with_flags([*SAMPLING_FLAGS, *EMBEDDED_FLAGS])
+def chat(connect: Connect = None, system: SystemMessage = None, config: ConfigFile = None, **options: Any) -> None:
+    """Talk to a model in the terminal."""
+    from .chat import chat as run
+
+    sampling, worker_options = _split(options, config)
+    run(connect=connect, worker_options=worker_options, sampling=sampling, system=system)
+
+
+@app.command()
+@with_flags(EMBEDDED_FLAGS)
+def demo(config: ConfigFile = None, **options: Any) -> None:
+    """Watch the built-in model answer a dozen questions at once."""
+    from .demo import demo as run
+
+    sys.exit(run(_split(options, config)[1]))
+
+
+def _split(options: dict[str, Any], config: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sampling parameters, and the options for a worker, of flags and configuration file together."""
+    chosen = merged(options, read_file(config, list(options)) if config else {})
+    sampling_names = set(option_names(SAMPLING_FLAGS))
+    sampling = {name: value for name, value in chosen.items() if name in sampling_names}
+    return sampling, {name: value for name, value in chosen.items() if name not in sampling_names}
 
 
 def _count(value: object) -> int:

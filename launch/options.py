@@ -86,20 +86,20 @@ def flag(
 
 
 def _flag(name: str, field: FieldInfo, heading: str) -> Parameter:
-    kind, choices = _plain(field.annotation)
+    kind, choices = plain(field.annotation)
     help_text = field.description or ""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     return flag(name, kind, heading, help_text, default, "|".join(map(str, choices)) if choices else None)
 
 
-def _plain(annotation: Any) -> tuple[type, tuple[Any, ...]]:
+def plain(annotation: Any) -> tuple[type, tuple[Any, ...]]:
     """The type that a flag's text is converted to, and the only values if there is a list of them."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
-        return _plain(typing.get_args(annotation)[0])
+        return plain(typing.get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         (inner,) = (part for part in typing.get_args(annotation) if part is not type(None))
-        return _plain(inner)
+        return plain(inner)
     if origin is Literal:
         choices = typing.get_args(annotation)
         return type(choices[0]), choices

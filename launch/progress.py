@@ -120,5 +120,6 @@ def prompt_bar(total: int) -> Iterator[PromptCount]:
         yield PromptCount(None, total)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    # Answers that go to the terminal must appear above the bar; those that go to a file must not be touched.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bars:
         yield PromptCount(bars, total)

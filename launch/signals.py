@@ -11,19 +11,32 @@ from types import FrameType
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
+class Ending:
+    """Whether somebody asked the whole program to end, rather than pressed Ctrl-C in the midst of something."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+
 @contextmanager
-def ending_interrupts() -> Iterator[None]:
+def ending_interrupts() -> Iterator[Ending]:
     """While the block runs, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread. Call it there.
 
     SIGINT gets Python's own handler back even where the shell made it ignored (a job in the background), because the
     others arrive through it, and because asyncio.run turns it into a cancellation.
     """
+    ending = Ending()
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        ending.asked = True
+        signal.raise_signal(signal.SIGINT)
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in ENDING:
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     try:
-        yield
+        yield ending
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -57,7 +70,3 @@ def interrupt_main_thread() -> None:
     identity = threading.main_thread().ident
     if identity is not None:
         signal.pthread_kill(identity, signal.SIGINT)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    signal.raise_signal(signal.SIGINT)

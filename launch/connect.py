@@ -1,0 +1,103 @@
+"""Which service a command talks to: the one that was named, the user's running one, or one of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..protocol.errors import ConfigurationError, TandemError
+from ..protocol.transport import Address, default_address
+from .config import Options
+from .embedded import EmbeddedSystem
+from .progress import StartDisplay, note
+from .signals import interrupt_main_thread, uninterrupted
+from .supervisor import ChildDied
+
+NEUTRAL = ("insecure", "log_level")
+"""Options that do not by themselves ask for a system of one's own."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service to connect to."""
+
+    address: str
+    insecure: bool
+    embedded: EmbeddedSystem | None
+    """The system behind it, if it is our own."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was our own and has died: an interrupt then means that, and not Ctrl-C."""
+        return self.embedded is not None and self.embedded.death is not None
+
+
+@contextmanager
+def service(connect: str | None, worker_options: Options, *, embed: bool = False) -> Iterator[Service]:
+    """The service that `connect` names; else, without options for a worker and unless `embed`, the one at
+    $TANDEM_ADDRESS or this user's running one; else an embedded system that lives as long as the block.
+
+    Call it in the main thread, within ending_interrupts(): if a process of the embedded system dies, the block is
+    interrupted and ChildDied raised. Raises ConfigurationError if the options contradict each other.
+    """
+    insecure = bool(worker_options.get("insecure"))
+    asked = [name for name in worker_options if name not in NEUTRAL]
+    if connect is not None:
+        if asked:
+            raise ConfigurationError(
+                f"--connect names a running service, and --{asked[0].replace('_', '-')} is for starting one; "
+                "give one of the two"
+            )
+        yield Service(connect, insecure, None)
+        return
+    if not asked and not embed:
+        running = os.environ.get("TANDEM_ADDRESS")
+        if running or _answers(default_address()):
+            address = default_address().url
+            note(f"Using the service at {address}.")
+            yield Service(address, insecure, None)
+            return
+    yield from _embedded(worker_options)
+
+
+def _embedded(worker_options: Options) -> Iterator[Service]:
+    armed = False
+
+    def on_death(_death: ChildDied) -> None:
+        if armed:
+            interrupt_main_thread()
+
+    display = StartDisplay()
+    scheduler_options = {"log_level": worker_options["log_level"]} if "log_level" in worker_options else {}
+    system = EmbeddedSystem(worker_options, scheduler_options, listener=display, on_death=on_death)
+    try:
+        with display:
+            system.start()
+        armed = True
+        if system.death is None:
+            yield Service(system.address, insecure=False, embedded=system)
+    except (KeyboardInterrupt, TandemError):
+        if system.death is None:
+            raise
+    finally:
+        armed = False
+        with uninterrupted(redeliver=False):
+            system.stop()
+    if system.death is not None:
+        raise system.death
+
+
+def _answers(address: Address) -> bool:
+    """Whether somebody listens at an ipc address."""
+    if not address.is_ipc:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(address.endpoint("clients").removeprefix("ipc://"))
+        except OSError:
+            return False
+    return True

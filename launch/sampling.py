@@ -1,0 +1,23 @@
+"""Sampling parameters as flags, made from the fields of SamplingParams."""
+
+from __future__ import annotations
+
+import typing
+
+from ..protocol.sampling import SamplingParams
+from .options import Parameter, flag, plain
+
+HELP = {
+    "temperature": "0 always takes the most probable token; higher is more varied (default: the model's).",
+    "top_k": "Choose among this many most probable tokens; 0 is all (default: the model's).",
+    "top_p": "Choose among the most probable tokens that together reach this probability (default: the model's).",
+    "seed": "The same seed gives the same answer.",
+    "max_tokens": "Most tokens of an answer (default: what the context length leaves).",
+    "ignore_eos": "Go on after the model's end-of-sequence token.",
+}
+
+
+def sampling_flags() -> list[Parameter]:
+    """One flag for each parameter in HELP. What they may be is checked by the client, which raises InvalidRequest."""
+    hints = typing.get_type_hints(SamplingParams, include_extras=True)
+    return [flag(name, plain(hints[name])[0], "Sampling", text) for name, text in HELP.items()]
