@@ -79,7 +79,7 @@ def merged(flags: Options, file: Options) -> dict[str, Any]:
     return {**file, **{name: value for name, value in flags.items() if value is not None}}
 
 
-def build(model: type[M], options: Options, **fixed: Any) -> M:
+def build(model: type[M], options: Options, /, **fixed: Any) -> M:
     """A validated configuration from those of `options` that `model` has, and from `fixed`, which the launcher sets.
 
     Raises ConfigurationError that names each bad option, what it may be and what it was.

@@ -1,0 +1,181 @@
+"""Flags, configuration files and their errors. Nothing is started here: whatever is wrong is found before."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tandem.launch import cli
+from tandem.launch.config import build, merged, read_file
+from tandem.launch.system import place_workers, visible_gpus
+from tandem.protocol.errors import ConfigurationError
+from tandem.scheduler.config import SchedulerConfig
+from tandem.worker.config import WorkerConfig
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `tandem arguments…`, within this process."""
+    monkeypatch.setattr(sys, "argv", ["tandem", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    code = ended.value.code
+    assert isinstance(code, int | None)
+    return code or 0, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("command", "models"),
+    [
+        ("serve", [SchedulerConfig, WorkerConfig]),
+        ("scheduler", [SchedulerConfig]),
+        ("worker", [WorkerConfig]),
+    ],
+)
+def test_every_option_of_a_process_is_a_flag_with_its_description(
+    command: str,
+    models: list[type[SchedulerConfig] | type[WorkerConfig]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, command, "--help")
+    assert code == 0
+    words = " ".join(out.split())
+    for model in models:
+        for name, field in model.model_fields.items():
+            if (command, name) == ("serve", "scheduler"):
+                continue  # the launcher decides where its own scheduler is
+            assert f"--{name.replace('_', '-')} " in words
+            assert field.description
+            assert len(models) > 1 or field.description.removesuffix(".") in words
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "serve", "scheduler", "worker"])
+def test_help_of_every_command(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = run(capsys, monkeypatch, command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: tandem {command}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--max-num-seqs", "0"], "--max-num-seqs: input should be greater than or equal to 1, not 0"),
+        (["serve", "--device", "tpu"], "--device: input should be 'auto', 'cuda' or 'cpu', not 'tpu'"),
+        (["serve", "--block-size", "7"], "--block-size: input should be 8, 16, 32, 64 or 128, not 7"),
+        (["serve", "--max-num-batched-tokens", "8"], "max_num_batched_tokens (8) must be at least max_num_seqs (256)"),
+        (["serve", "--data-parallel-size", "0"], "--data-parallel-size: must be at least 1, not 0"),
+        (["serve", "--address", "tcp://127.0.0.1:7000"], "--insecure"),
+        (["serve", "--address", "http://x"], "expected ipc:///directory or tcp://host:port"),
+        (["serve", "--name", "scheduler"], "--name: 'scheduler' names the scheduler already"),
+        (["generate"], "no prompt was given"),
+        (["generate", "--raw", "--system", "x", "hello"], "--system is part of a chat"),
+        (["generate", "--file", "/nonexistent/prompts", "x"], "cannot read the prompts in /nonexistent/prompts"),
+        (
+            ["generate", "--connect", "ipc:///x", "--model", "m", "hello"],
+            "--connect names a running service, and --model",
+        ),
+        (["generate", "--connect", "tcp://127.0.0.1:7000", "hello"], "--insecure"),
+        (["chat", "--max-num-seqs", "0"], "--max-num-seqs: input should be greater than or equal to 1, not 0"),
+        (["demo", "--config", "/nonexistent.yaml"], "cannot read the configuration file /nonexistent.yaml"),
+    ],
+)
+def test_bad_options_are_refused_in_a_sentence(
+    arguments: list[str],
+    message: str,
+    runtime: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, out, err = run(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("tandem: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run(capsys, monkeypatch, "serve", "--max-num-seq", "3")
+    assert code == 2
+    assert "--max-num-seqs" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max-num-seq: 3", "unknown option 'max-num-seq'; did you mean 'max-num-seqs'?"),
+        ("qqqq: 3", "unknown option 'qqqq'; known are block-size, dtype"),
+        ("dtype: [", "is not valid YAML"),
+        ("- dtype", "must hold options as `name: value`, not a list"),
+        ("dtype: float32\ndtype: auto", "'dtype' is given twice"),
+        ("block-size: 8\nblock_size: 16", "'block_size' is given twice"),
+        ("dtype: !!python/object/apply:os.system [ls]", "is not valid YAML"),
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_bad_configuration_files(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError) as refused:
+        read_file(path, ["dtype", "max_num_seqs", "block_size"])
+    assert message in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("max-num-seqs: 8\nblock_size: 32\nrevision: null\n")
+    file = read_file(path, list(WorkerConfig.model_fields))
+    options = merged({"max_num_seqs": 4, "lookahead": None, "enforce": None}, file)
+    config = build(WorkerConfig, options, scheduler="ipc:///x", model="m")
+    assert (config.max_num_seqs, config.block_size, config.lookahead, config.revision) == (4, 32, 1, None)
+
+
+def test_an_empty_configuration_file_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("# nothing\n")
+    assert read_file(path, ["dtype"]) == {}
+
+
+def test_yaml_booleans_are_no_numbers() -> None:
+    with pytest.raises(ConfigurationError, match="--max-num-seqs: true is not a value it can have"):
+        build(WorkerConfig, {"max_num_seqs": True}, scheduler="ipc:///x", model="m")
+
+
+def test_all_bad_options_are_named_at_once() -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        build(WorkerConfig, {"max_num_seqs": 0, "dtype": "int3"}, scheduler="ipc:///x", model="m")
+    assert "--max-num-seqs" in str(refused.value)
+    assert "--dtype" in str(refused.value)
+
+
+def test_the_builtin_model_is_the_default_and_has_a_name() -> None:
+    (place,) = place_workers({}, 1, "ipc:///x")
+    assert Path(place.config.model).parts[-3:] == ("launch", "builtin", "model")
+    assert (place.config.served_model_name, place.config.name) == ("tandem-builtin", "worker")
+    (place,) = place_workers({"model": "org/other", "name": "w"}, 1, "ipc:///x")
+    assert (place.config.model, place.config.served_model_name, place.config.name) == ("org/other", None, "w")
+
+
+def test_each_worker_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,7")
+    places = place_workers({}, 2, "ipc:///x")
+    assert [(place.config.name, dict(place.environment)) for place in places] == [
+        ("worker-0", {"CUDA_VISIBLE_DEVICES": "3"}),
+        ("worker-1", {"CUDA_VISIBLE_DEVICES": "5"}),
+    ]
+    with pytest.raises(ConfigurationError, match="each worker needs a GPU of its own, and 3 are visible"):
+        place_workers({}, 4, "ipc:///x")
+    assert [place.environment for place in place_workers({"device": "cpu"}, 4, "ipc:///x")] == [{}] * 4
+
+
+def test_visible_gpus_are_counted_from_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("nvidia2", "nvidia10", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert visible_gpus(tmp_path) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus(tmp_path) == []

@@ -1,0 +1,167 @@
+"""Commands as users run them: real processes, real sockets, and nothing left when they are gone."""
+
+import json
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tandem.client import Client
+from tandem.launch.embedded import EmbeddedSystem
+from tandem.launch.supervisor import ChildDied
+from tandem.protocol.errors import ConfigurationError
+
+from support.commands import files_below, gone, tandem
+
+
+def test_serve_generate_chat_and_a_clean_end(runtime: Path, engine: list[str], tmp_path: Path) -> None:
+    environment = {"XDG_RUNTIME_DIR": str(runtime)}
+    config = tmp_path / "serve.yaml"
+    config.write_text("served-model-name: tiny\nmax-num-seqs: 8\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\ntwo\nthree\n")
+    with tandem("serve", "--config", str(config), *engine, environment=environment) as serve:
+        serve.wait_for("Ctrl-C ends it.")
+        assert f"Serving tiny at ipc://{runtime}/tandem/default" in serve.output
+
+        # The running service is found without being named, and asked the same question twice.
+        sampling = ["--max-tokens", "12", "--seed", "7", "--temperature", "0.9"]
+        answers = []
+        for more in ([], ["--connect", f"ipc://{runtime}/tandem/default"]):
+            with tandem("generate", *sampling, *more, "--json", "hello", environment=environment) as generate:
+                assert generate.finish() == 0
+                answers.append(json.loads(generate.output.splitlines()[-1]))
+        assert answers[0] == answers[1]
+        assert answers[0]["seed"] == 7
+        assert 1 <= answers[0]["completion_tokens"] <= 12
+
+        with tandem("generate", *sampling, "--json", "-f", str(prompts), "zero", environment=environment) as generate:
+            assert generate.finish() == 0
+        lines = [json.loads(line) for line in generate.output.splitlines() if line.startswith("{")]
+        assert [line["prompt"] for line in lines] == ["zero", "one", "two", "three"]
+        assert "4 of 4 prompts answered" in generate.output
+
+        # One request that cannot be is reported, and does not take the others with it.
+        with tandem("generate", "--max-tokens", "4", "x" * 600, "short", environment=environment) as generate:
+            assert generate.finish() == 1
+        assert "failed: " in generate.output
+        assert "> short\n" in generate.output
+
+        with tandem("chat", *sampling, environment=environment, stdin=True) as chat:
+            for line in ("hello", "", "/reset", "again"):
+                chat.write(line)
+            assert chat.finish() == 0
+
+        with tandem("serve", *engine, environment=environment) as second:
+            assert second.finish() == 1
+        assert "another scheduler is serving there" in second.output
+
+        processes = serve.descendants()
+        assert len(processes) == 2
+        serve.send(signal.SIGTERM)
+        assert serve.finish(20) == 0
+    assert gone(processes)
+    assert files_below(runtime) == ["tandem"]
+
+
+def test_a_dead_worker_is_reported_and_ends_the_service(runtime: Path, engine: list[str]) -> None:
+    address = f"ipc://{runtime}/mine"
+    with tandem("serve", "--address", address, *engine, environment={}) as serve:
+        serve.wait_for("registered with scheduler")
+        serve.wait_for("Ctrl-C ends it.")
+        processes = serve.descendants()
+        (worker,) = [one for one in processes if "tandem.worker.main" in one.cmdline()]
+        worker.kill()
+        assert serve.finish(20) == 1
+    assert "tandem: worker was killed by SIGKILL. Its last words:" in serve.output
+    assert "registered with scheduler" in serve.output.split("last words:")[1]
+    assert gone(processes)
+    assert files_below(runtime) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_serve_can_be_ended_while_it_starts(number: signal.Signals, runtime: Path, engine: list[str]) -> None:
+    with tandem("serve", "--address", f"ipc://{runtime}/mine", *engine, environment={}) as serve:
+        serve.wait_for("scheduler: ready")
+        processes = serve.descendants()
+        serve.send(number)
+        assert serve.finish(20) == 0
+    assert gone(processes)
+    assert files_below(runtime) == []
+
+
+def test_a_model_that_does_not_exist_is_one_sentence(runtime: Path) -> None:
+    with tandem("serve", "--address", f"ipc://{runtime}/mine", "--model", "/nonexistent/m", environment={}) as serve:
+        assert serve.finish() == 1
+    assert serve.output.splitlines()[-1] == "tandem: worker: no such folder: /nonexistent/m"
+    assert "Traceback" not in serve.output
+    assert files_below(runtime) == []
+
+
+def test_scheduler_and_worker_placed_by_hand(runtime: Path, engine: list[str]) -> None:
+    address = f"ipc://{runtime}/mine"
+    with (
+        tandem("scheduler", "--address", address, environment={}) as scheduler,
+        tandem("worker", "--scheduler", address, "--name", "by-hand", *engine, environment={}) as worker,
+    ):
+        worker.wait_for("registered with scheduler")
+        with Client(address) as client:
+            assert client.generate([5, 6, 7], max_tokens=3, ignore_eos=True).usage.completion_tokens == 3
+        worker.send(signal.SIGTERM)
+        assert worker.finish(20) == 0
+        scheduler.send(signal.SIGINT)
+        assert scheduler.finish(20) == 0
+    assert files_below(runtime) == []
+
+
+def test_two_embedded_systems_at_once(runtime: Path, model_folder: Path) -> None:
+    options = {"model": str(model_folder), "load_format": "dummy", "device": "cpu", "threads": 1}
+    with EmbeddedSystem({**options, "seed": 1}) as one, EmbeddedSystem({**options, "seed": 2}) as two:
+        assert one.address != two.address
+        with Client(one.address) as first, Client(two.address) as second:
+            prompt = list(range(2, 30))
+            tokens = [c.generate(prompt, max_tokens=16, temperature=0, ignore_eos=True) for c in (first, second)]
+            assert tokens[0].token_ids != tokens[1].token_ids  # other weights
+            again = first.generate(prompt, max_tokens=16, temperature=0, ignore_eos=True)
+            assert again.token_ids == tokens[0].token_ids
+        children = psutil.Process().children(recursive=True)
+        assert len(children) == 4
+        two.stop()
+        two.stop()
+        with Client(one.address) as first:
+            assert first.generate([3], max_tokens=1).usage.completion_tokens == 1
+    assert gone(children)
+    assert files_below(runtime) == ["tandem"]
+
+
+def test_an_embedded_system_that_cannot_start_leaves_nothing(runtime: Path) -> None:
+    system = EmbeddedSystem({"model": "/nonexistent/m"})
+    with pytest.raises(ChildDied, match="no such folder: /nonexistent/m"):
+        system.start()
+    assert files_below(runtime) == ["tandem"]
+    with pytest.raises(ConfigurationError, match="an embedded system chooses its own"):
+        EmbeddedSystem({}, {"address": "ipc:///x"})
+
+
+def test_generate_reports_a_worker_that_dies_under_it(runtime: Path, engine: list[str]) -> None:
+    """The client alone would wait for its service to come back."""
+    arguments = ["generate", *engine, "--ignore-eos", "--temperature", "0", "hello"]
+    with tandem(*arguments, environment={"PYTHONUNBUFFERED": "1"}) as generate:
+        generate.wait_for("worker: ready\n")
+        processes = generate.descendants()
+        (worker,) = [one for one in processes if "tandem.worker.main" in one.cmdline()]
+        worker.kill()
+        assert generate.finish(30) == 1
+    assert "tandem: worker was killed by SIGKILL" in generate.output
+    assert gone(processes)
+    assert files_below(runtime) == ["tandem"]
+
+
+def test_demo_shows_answers_and_speed(runtime: Path, engine: list[str]) -> None:
+    with tandem("demo", *engine, environment={}) as demo:
+        assert demo.finish() == 0
+    assert "> What is 458 + 267?\n" in demo.output
+    assert "12 questions at once: " in demo.output
+    assert " tokens/s (ready after " in demo.output
+    assert files_below(runtime) == ["tandem"]
