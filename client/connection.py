@@ -182,7 +182,7 @@ class Connection:
                 raise ProtocolError(f"a message has one frame, not {len(frames)}")
             self._handle(decode(frames[0], *_INCOMING))
         except VersionMismatch as error:
-            self._give_up(error)
+            self._give_up(VersionMismatch(f"the scheduler at {self.address.url}: {error}"))
         except ProtocolError as error:
             broken = ProtocolError(f"the scheduler at {self.address.url} broke the protocol: {error}")
             if self._ready.is_set():
@@ -208,11 +208,6 @@ class Connection:
             case UnknownPeer():
                 if self._ready.is_set():
                     self._leave(_lost("the scheduler restarted, or took this client for gone"))
-            case VersionRefused():
-                raise VersionMismatch(
-                    f"the scheduler at {self.address.url} speaks protocol version {message.version}, "
-                    f"this client {PROTOCOL_VERSION}; install the same release of tandem on both ends"
-                )
             case Goodbye():
                 self._leave(_lost(f"the scheduler said goodbye: {message.reason}"))
 
@@ -220,8 +215,6 @@ class Connection:
         return self._welcome is not None and self._welcome.epoch == epoch
 
     def _on_welcome(self, welcome: Welcome) -> None:
-        if welcome.version != PROTOCOL_VERSION:
-            self._handle(VersionRefused(version=welcome.version))
         if self._welcome is not None and self._welcome.epoch != welcome.epoch:
             self._end_streams(_lost("the scheduler restarted"))
         self._welcome = welcome
