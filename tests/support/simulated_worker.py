@@ -1,0 +1,114 @@
+"""A worker without a model: follows plans to the letter and keeps, as its KV cache, the tokens themselves.
+
+The token that follows a sequence is a hash of all tokens before it, *read back from the cache through the block table*.
+So a block that two rows share, a stale block table or a token computed twice or never shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tandem.protocol.messages import StepPlan
+
+HOLE = -7
+"""What a cache position holds before anything was written there."""
+
+
+def next_token(sequence: list[int], vocab: int) -> int:
+    """The token that follows: any function of the whole sequence will do."""
+    value = 1469598103934665603
+    for token in sequence:
+        value = ((value ^ (token + 1)) * 1099511628211) & (2**64 - 1)
+    return (value >> 20) % vocab
+
+
+def continuation(prompt: list[int], limit: int, stops: frozenset[int], vocab: int) -> tuple[list[int], str]:
+    """What an undisturbed request receives, and why it ends; `limit` counts the prompt too."""
+    sequence = list(prompt)
+    while len(sequence) < limit:
+        sequence.append(next_token(sequence, vocab))
+        if sequence[-1] in stops:
+            return sequence[len(prompt) :], "stop"
+    return sequence[len(prompt) :], "length"
+
+
+@dataclass
+class SimulatedRow:
+    tokens: list[int]
+    computed: int
+    blocks: list[int]
+    decoding: bool = False
+
+
+@dataclass
+class SimulatedWorker:
+    """Takes plans at once and computes them when asked, in order, as a device would."""
+
+    num_blocks: int
+    block_size: int
+    slots: int
+    max_tokens: int
+    vocab: int
+    plans: deque[StepPlan] = field(default_factory=deque)
+    rows: dict[int, SimulatedRow] = field(default_factory=dict)
+    sampled: int = 0
+    """Tokens sampled so far, wanted or not."""
+    largest_step: int = 0
+
+    def __post_init__(self) -> None:
+        self.cache = np.full((self.num_blocks, self.block_size), HOLE, np.int64)
+
+    def compute(self) -> tuple[int, list[int]]:
+        """Executes the oldest plan; returns its step and tokens."""
+        plan = self.plans.popleft()
+        self._apply(plan)
+        decoding = sorted(slot for slot, row in self.rows.items() if row.decoding)
+        total = len(decoding) + int(plan.chunk_length.sum())
+        assert 0 < total <= self.max_tokens, f"plan {plan.step} has {total} tokens"
+        self.largest_step = max(self.largest_step, total)
+        sampling = [self.rows[slot] for slot in decoding]
+        for row in sampling:
+            self._write(row, 1)
+        for slot, length in zip(plan.chunk_slot.tolist(), plan.chunk_length.tolist(), strict=True):
+            row = self.rows[slot]
+            assert not row.decoding
+            assert 0 < length <= len(row.tokens) - row.computed
+            self._write(row, length)
+            if row.computed == len(row.tokens):
+                row.decoding = True
+                sampling.append(row)
+        tokens = [self._sample(row) for row in sampling]
+        self.sampled += len(tokens)
+        return plan.step, tokens
+
+    def _apply(self, plan: StepPlan) -> None:
+        for slot in plan.leave.tolist():
+            del self.rows[slot]
+        starts = np.concatenate([[0], np.cumsum(plan.join_length)])
+        block_starts = np.concatenate([[0], np.cumsum(plan.join_num_blocks)])
+        for index, slot in enumerate(plan.join_slot.tolist()):
+            assert slot not in self.rows, f"slot {slot} joins twice"
+            assert 0 <= slot < self.slots
+            self.rows[slot] = SimulatedRow(
+                tokens=plan.join_token[starts[index] : starts[index + 1]].tolist(),
+                computed=int(plan.join_computed[index]),
+                blocks=plan.join_block[block_starts[index] : block_starts[index + 1]].tolist(),
+            )
+        for slot, block in zip(plan.grow_slot.tolist(), plan.grow_block.tolist(), strict=True):
+            self.rows[slot].blocks.append(block)
+        owned = [block for row in self.rows.values() for block in row.blocks]
+        assert len(set(owned)) == len(owned), "two rows own one block"
+
+    def _write(self, row: SimulatedRow, length: int) -> None:
+        for position in range(row.computed, row.computed + length):
+            self.cache[row.blocks[position // self.block_size], position % self.block_size] = row.tokens[position]
+        row.computed += length
+
+    def _sample(self, row: SimulatedRow) -> int:
+        positions = range(row.computed)
+        sequence = [int(self.cache[row.blocks[p // self.block_size], p % self.block_size]) for p in positions]
+        row.tokens.append(next_token(sequence, self.vocab))
+        return row.tokens[-1]
