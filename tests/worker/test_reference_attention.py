@@ -117,7 +117,7 @@ def test_tiles_beyond_every_query_leave_the_bits() -> None:
     wider = torch.nn.functional.pad(case.batch.block_tables, (0, 40), value=case.cache.scratch_block)
     case.batch.block_tables = wider
     step = ReferenceAttention(case.cache, per_query=True).begin(case.batch)
-    step.spans = None  # lengths known to the device alone
+    step.by_host, step.prefill, step.scattered = False, [], case.batch.num_tokens  # as on a GPU
     counts = [count for _, count in ROWS]
     query, key, value = (
         torch.cat([parts[i][-count:] for parts, count in zip(case.sequences, counts, strict=True)]) for i in range(3)

@@ -9,9 +9,12 @@ queries of the batch nor on how many tiles they need, nor on the block size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..batch import Batch
@@ -23,9 +26,7 @@ TILE = 128
 _START = -1e30
 """Initial running maximum: finite, so that subtracting it from -inf is not NaN; below any real score."""
 _GATHER_BUDGET = 1 << 26
-"""Bytes of gathered keys (or values, float32) per tile; queries are taken in chunks that keep to it."""
-_CHUNK_MULTIPLE = 16
-"""Query chunks are multiples of this: the same as the row tile of batch-invariant matmuls."""
+"""Bytes of keys (or values, float32) that a chunk of queries may gather per tile."""
 
 
 class ReferenceAttention(AttentionBackend):
@@ -41,78 +42,75 @@ class ReferenceAttention(AttentionBackend):
         self.per_query = per_query
 
     def begin(self, batch: Batch) -> ReferenceStep:
-        return ReferenceStep(self.cache, batch, per_row_prefill=not self.per_query and not batch.token_ids.is_cuda)
+        return ReferenceStep(self.cache, batch, per_query=self.per_query)
 
 
 class ReferenceStep:
-    def __init__(self, cache: KVCache, batch: Batch, *, per_row_prefill: bool) -> None:
+    def __init__(self, cache: KVCache, batch: Batch, *, per_query: bool) -> None:
         self.cache = cache
         self.batch = batch
+        self.per_query = per_query
         self.tables = _whole_tiles(batch.block_tables, batch.block_size, cache.scratch_block)
-        self.tiled_tokens = batch.decode_rows if per_row_prefill else batch.num_tokens
-        # Captured graphs replay with other lengths, so only the CPU may skip tiles by host lengths.
-        self.spans = None if batch.token_ids.is_cuda else _token_spans(batch)
+        # A captured graph replays with other lengths, so only a CPU may go by what the host knows of them.
+        self.by_host = not batch.token_ids.is_cuda
+        starts = batch.query_starts.tolist()
+        tiled = batch.decode_rows if self.by_host else batch.num_rows
+        self.prefill = [(row, starts[row], starts[row + 1]) for row in range(tiled, batch.num_rows)]
+        self.scattered = starts[tiled]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         spec = self.cache.spec[layer]
         self.cache.append(layer, self.batch.kv_slots, key, value)
         out = torch.empty(query.shape[0], spec.query_heads, spec.value_dim, dtype=query.dtype, device=query.device)
-        chunk = _chunk_size(spec)
-        for start in range(0, self.tiled_tokens, chunk):
-            end = min(start + chunk, self.tiled_tokens)
-            out[start:end] = self._attend_tiled(layer, spec, query, start, end)
-        if self.tiled_tokens < self.batch.num_tokens:
-            for row in range(self.batch.decode_rows, self.batch.num_rows):
-                start, end = int(self.batch.query_starts[row]), int(self.batch.query_starts[row + 1])
-                out[start:end] = self._attend_row(layer, spec, query, row, start, end)
+        chunk = max(1, _GATHER_BUDGET // (TILE * spec.kv_heads * max(spec.head_dim, spec.value_dim) * 4))
+        for start, end in _chunks(0, self.scattered, chunk):
+            tiles = self._tiles(spec, self.batch.kv_lens_host[start:end] - 1)
+            rows = self.batch.row_of_token[start:end]
+            out[start:end] = self._attend_tiled(_Scattered(self, layer, rows), spec, query, start, end, tiles)
+        for row, first, last in self.prefill:
+            if not self.per_query:
+                out[first:last] = self._attend_row(layer, spec, query, row, first, last)
+                continue
+            kv_len = int(self.batch.kv_lens_host[row])
+            for start, end in _chunks(first, last, chunk):
+                tiles = self._tiles(spec, np.array([kv_len - last + start, kv_len - last + end - 1]))
+                keys = _Shared(self, layer, row, kv_len)
+                out[start:end] = self._attend_tiled(keys, spec, query, start, end, tiles)
         return out
 
-    def _attend_tiled(self, layer: int, spec: LayerKV, query: Tensor, start: int, end: int) -> Tensor:
-        """Queries [start, end) by tiles, each with keys of its own: [n, query_heads, value_dim] float32."""
-        keys, values = self.cache.flat(layer)
+    def _attend_tiled(
+        self, tiled: _Scattered | _Shared, spec: LayerKV, query: Tensor, start: int, end: int, tiles: range
+    ) -> Tensor:
+        """Queries [start, end) by tiles: [n, query_heads, value_dim] float32."""
         n, kv_heads = end - start, spec.kv_heads
         group = spec.query_heads // kv_heads
-        positions = self.batch.positions[start:end]
-        tables = self.tables[self.batch.row_of_token[start:end]]
-        q = query[start:end].to(torch.float32).mul(spec.scale).reshape(n * kv_heads, group, spec.head_dim)
+        positions = self.batch.positions[start:end, None]
+        q = query[start:end].to(torch.float32).mul(spec.scale).reshape(n, kv_heads, group, spec.head_dim)
         m = torch.full((n, kv_heads, group, 1), _START, dtype=torch.float32, device=query.device)
         total = torch.zeros_like(m)
         acc = torch.zeros(n, kv_heads, group, spec.value_dim, dtype=torch.float32, device=query.device)
-        blocks_per_tile = TILE // self.batch.block_size
-        in_block = torch.arange(self.batch.block_size, device=query.device)
-        in_tile = torch.arange(TILE, device=query.device)
-        first, last = self._tile_range(spec, start, end)
-        for tile in range(first, last):
-            blocks = tables[:, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
-            slots = (blocks[:, :, None] * self.batch.block_size + in_block).flatten()
-            kv_positions = in_tile + tile * TILE
-            seen = kv_positions <= positions[:, None]
+        for tile in tiles:
+            kv_positions = torch.arange(tile * TILE, (tile + 1) * TILE, device=query.device)
+            unseen = kv_positions > positions
             if spec.window is not None:
-                seen &= kv_positions > positions[:, None] - spec.window
-            k = keys[slots].to(torch.float32).view(n, TILE, kv_heads, spec.head_dim).transpose(1, 2)
-            v = values[slots].to(torch.float32).view(n, TILE, kv_heads, spec.value_dim).transpose(1, 2)
-            # Weight 0 does not silence a NaN or inf that a former owner left in a block.
-            v = v.masked_fill(~seen[:, None, :, None], 0.0)
-            scores = torch.bmm(q, k.reshape(n * kv_heads, TILE, spec.head_dim).transpose(1, 2))
-            scores = _softcap(scores, spec.softcap).view(n, kv_heads, group, TILE)
-            scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
+                unseen |= kv_positions <= positions - spec.window
+            tiled.load(tile, unseen)
+            scores = _softcap(tiled.scores(q), spec.softcap)
+            scores = scores.masked_fill_(unseen[:, None, None, :], float("-inf"))
             m_new = torch.maximum(m, scores.amax(-1, keepdim=True))
             weights = torch.exp(scores - m_new)
             correction = torch.exp(m - m_new)
             total = total * correction + weights.sum(-1, keepdim=True)
-            added = torch.bmm(weights.reshape(n * kv_heads, group, TILE), v.reshape(n * kv_heads, TILE, spec.value_dim))
-            acc = acc * correction + added.view_as(acc)
+            acc = acc * correction + tiled.weighted(weights)
             m = m_new
         return (acc / total).view(n, spec.query_heads, spec.value_dim)
 
-    def _tile_range(self, spec: LayerKV, start: int, end: int) -> tuple[int, int]:
-        """The tiles that some query of [start, end) may see."""
-        if self.spans is None:
-            return 0, self.tables.shape[1] * self.batch.block_size // TILE
-        first, last = self.spans
-        low, high = min(first[start:end]), max(last[start:end])
-        lowest = 0 if spec.window is None else max(0, low - spec.window + 1)
-        return lowest // TILE, high // TILE + 1
+    def _tiles(self, spec: LayerKV, positions: NDArray[np.int32]) -> range:
+        """The tiles that some query at one of `positions` may see."""
+        if not self.by_host:
+            return range(self.tables.shape[1] * self.batch.block_size // TILE)
+        lowest = 0 if spec.window is None else max(0, int(positions.min()) - spec.window + 1)
+        return range(lowest // TILE, int(positions.max()) // TILE + 1)
 
     def _attend_row(self, layer: int, spec: LayerKV, query: Tensor, row: int, start: int, end: int) -> Tensor:
         """Queries [start, end) of one row against that row's keys at once: [n, query_heads, value_dim] float32."""
@@ -138,27 +136,92 @@ class ReferenceStep:
         return out.permute(2, 0, 1, 3).reshape(n, spec.query_heads, spec.value_dim)
 
 
+class _Scattered:
+    """Tiles of queries that each have keys of their own: gathered per query."""
+
+    def __init__(self, step: ReferenceStep, layer: int, rows: Tensor) -> None:
+        self.step, self.layer = step, layer
+        self.tables = step.tables[rows]
+
+    def load(self, tile: int, unseen: Tensor) -> None:
+        n, cache = unseen.shape[0], self.step.cache
+        spec, (keys, values) = cache.spec[self.layer], cache.flat(self.layer)
+        rows = _head_rows(self.tables, tile, cache.block_size, spec.kv_heads)
+        self.keys = _gather(keys, rows).view(n * spec.kv_heads, TILE, spec.head_dim)
+        gathered = _gather(values, rows).view(n, spec.kv_heads, TILE, spec.value_dim)
+        # Weight 0 does not silence a NaN or inf that a former owner left in a block.
+        gathered.masked_fill_(unseen[:, None, :, None], 0.0)
+        self.values = gathered.view(n * spec.kv_heads, TILE, spec.value_dim)
+
+    def scores(self, query: Tensor) -> Tensor:
+        n, kv_heads, group, _ = query.shape
+        return _bmm(query.flatten(0, 1), self.keys.transpose(1, 2)).view(n, kv_heads, group, TILE)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        n, kv_heads, group, _ = weights.shape
+        return _bmm(weights.flatten(0, 1), self.values).view(n, kv_heads, group, -1)
+
+
+class _Shared:
+    """Tiles of queries of one row: its keys are gathered once and lent to every query, each of which is still a
+    product of its own, of the same shape as in `_Scattered`, and so has the same bits."""
+
+    def __init__(self, step: ReferenceStep, layer: int, row: int, kv_len: int) -> None:
+        self.step, self.layer, self.kv_len = step, layer, kv_len
+        self.tables = step.tables[row : row + 1]
+
+    def load(self, tile: int, unseen: Tensor) -> None:
+        cache = self.step.cache
+        spec, (keys, values) = cache.spec[self.layer], cache.flat(self.layer)
+        rows = _head_rows(self.tables, tile, cache.block_size, spec.kv_heads)
+        self.keys = _gather(keys, rows).view(spec.kv_heads, TILE, spec.head_dim)
+        self.values = _gather(values, rows).view(spec.kv_heads, TILE, spec.value_dim)
+        self.values[:, max(0, self.kv_len - tile * TILE) :] = 0.0  # as above; what is before is the row's own
+
+    def scores(self, query: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:3], TILE)
+        for head, keys in enumerate(self.keys):
+            out[:, head] = _bmm(query[:, head], keys.t().expand(query.shape[0], -1, -1))
+        return out
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        out = weights.new_empty(*weights.shape[:3], self.values.shape[2])
+        for head, values in enumerate(self.values):
+            out[:, head] = _bmm(weights[:, head], values.expand(weights.shape[0], -1, -1))
+        return out
+
+
+def _head_rows(tables: Tensor, tile: int, block_size: int, kv_heads: int) -> Tensor:
+    """Where the tile's tokens lie in a flat cache seen as [slots * kv_heads, dim], head by head:
+    [n * kv_heads * TILE] for block tables [n, whole tiles]."""
+    per_tile = TILE // block_size
+    blocks = tables[:, None, tile * per_tile : (tile + 1) * per_tile, None]
+    slots = (blocks * block_size + torch.arange(block_size, device=tables.device)).flatten(2)
+    return (slots * kv_heads + torch.arange(kv_heads, device=tables.device)[None, :, None]).flatten()
+
+
+def _gather(cache: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a flat cache [slots, kv_heads, dim], float32. (index_select is many times quicker here than indexing.)"""
+    return torch.index_select(cache.view(-1, cache.shape[2]), 0, rows).to(torch.float32)
+
+
+def _bmm(left: Tensor, right: Tensor) -> Tensor:
+    """torch.bmm, never of a single pair: that one would be shared among threads, and rounded, in another way."""
+    if left.shape[0] > 1:
+        return torch.bmm(left, right)
+    return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
+
+
+def _chunks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, end, size):
+        yield at, min(at + size, end)
+
+
 def _softcap(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-
-def _chunk_size(spec: LayerKV) -> int:
-    """Queries per chunk such that one tile's gathered keys stay within the budget."""
-    per_query = TILE * spec.kv_heads * max(spec.head_dim, spec.value_dim) * 4
-    return max(_CHUNK_MULTIPLE, _GATHER_BUDGET // per_query // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
 
 
 def _whole_tiles(block_tables: Tensor, block_size: int, scratch_block: int) -> Tensor:
     """Block tables [R, W'] int64 whose width is a whole number of tiles."""
     missing = -block_tables.shape[1] % (TILE // block_size)
     return torch.nn.functional.pad(block_tables.to(torch.int64), (0, missing), value=scratch_block)
-
-
-def _token_spans(batch: Batch) -> tuple[list[int], list[int]]:
-    """Each token's position, twice: as the lower and as the upper end of what its chunk must cover."""
-    positions: list[int] = []
-    for row in range(batch.num_rows):
-        n = int(batch.query_starts[row + 1] - batch.query_starts[row])
-        kv_len = int(batch.kv_lens_host[row])
-        positions.extend(range(kv_len - n, kv_len))
-    return positions, positions
