@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+LAST_WORDS_S = 1.0
+"""How long calls that are open when the client is closed may take to end by themselves."""
+
 
 class Client:
     """A connection to a running Tandem service, for programs that are not asynchronous, and for notebooks.
@@ -274,9 +277,11 @@ class _LoopThread:
         try:
             await last
             others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            if others:  # calls that were open have just failed, and say why if they may
+                _, late = await asyncio.wait(others, timeout=LAST_WORDS_S)
+                for task in late:
+                    task.cancel()
+                await asyncio.gather(*late, return_exceptions=True)
             await self._loop.shutdown_default_executor()
         finally:
             self._loop.stop()

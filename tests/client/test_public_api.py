@@ -1,0 +1,56 @@
+"""What `tandem` offers, and what naming it costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+import tandem
+import tandem.client
+
+LIGHT = """
+import sys
+import tandem
+from tandem import Client, AsyncClient, InvalidRequest
+heavy = {"torch", "transformers", "numpy", "zmq", "pydantic", "tokenizers", "jinja2"} & set(sys.modules)
+print(*sorted(heavy))
+"""
+COMPLETE = """
+import sys
+from tandem import *
+import tandem.client.connection, tandem.client.tokenizer, tandem.client.prompts
+print(*sorted({"torch", "transformers", "huggingface_hub", "fastapi"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("module", [tandem, tandem.client])
+def test_every_name_is_there(module: object) -> None:
+    names = module.__all__  # type: ignore[attr-defined]
+    assert len(names) == len(set(names))
+    for name in names:
+        assert getattr(module, name).__name__ == name
+    assert set(names) <= set(dir(module))
+
+
+def test_the_api_is_this() -> None:
+    assert set(tandem.__all__) == set(
+        """
+        Client AsyncClient SamplingParams ChatOptions TokensPrompt CompletionStream SyncCompletionStream Completion
+        Chunk Usage Timings TandemError ConfigurationError ServiceUnavailable VersionMismatch AuthenticationError
+        ProtocolError OffsetError RequestError InvalidRequest Overloaded RequestFailed RequestTimeout RequestCancelled
+        """.split()
+    )
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = tandem.nonsense
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = tandem.client.nonsense
+
+
+@pytest.mark.parametrize("code", [LIGHT, COMPLETE], ids=["names only", "everything"])
+def test_what_imports_bring_along(code: str) -> None:
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
