@@ -261,6 +261,8 @@ def main() -> None:
         tokenizer_training.train().save_pretrained(options.out)
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(options.out)
     torch.set_float32_matmul_precision("high")
+    # Rows come in ten widths, and cuDNN builds a plan for each; the flash kernel needs none.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     training = Training(tokenizer, torch.device(options.device), options.seed, options.compile)
     if options.checkpoint.exists():
         training.load_checkpoint(options.checkpoint)
