@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,6 +180,17 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
     socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
 
+class Sent(Enum):
+    """What became of a message that was to be sent."""
+
+    QUEUED = "queued"
+    FULL = "the peer's queue is full"
+    GONE = "nobody of that identity is connected"
+
+    def __bool__(self) -> bool:
+        return self is Sent.QUEUED
+
+
 class LoopSocket:
     """A ZeroMQ socket driven by an asyncio loop through callbacks, without a task or future per message.
 
@@ -205,20 +217,21 @@ class LoopSocket:
         self._loop.add_reader(self._fd, self._read)
         self._read_soon()
 
-    def send(self, frames: list[bytes]) -> bool:
-        """Queues a message; False if the peer is unknown or its queue is full, and then nothing was queued. Never
-        blocks."""
+    def send(self, frames: list[bytes]) -> Sent:
+        """Queues a message, or says why it was not queued. Never blocks."""
+        if self._closed:
+            return Sent.GONE
         try:
             self._socket.send_multipart(frames, flags=zmq.DONTWAIT)
         except zmq.Again:
-            return False
+            return Sent.FULL
         except zmq.ZMQError as error:
             if error.errno == zmq.EHOSTUNREACH:
-                return False
+                return Sent.GONE
             raise
         finally:
             self._read_soon()
-        return True
+        return Sent.QUEUED
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
         """Idempotent. Queued messages may go out for up to `linger_ms` more."""

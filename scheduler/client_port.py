@@ -30,7 +30,7 @@ from ..protocol.messages import (
     Welcome,
     WorkerStats,
 )
-from ..protocol.transport import LoopSocket
+from ..protocol.transport import LoopSocket, Sent
 from .core import Core
 from .events import Accept, Cancelled, ClientLost, Deliver, Event, Reject, Submitted
 from .files import FileStore
@@ -209,7 +209,11 @@ class ClientPort:
         if self._socket is None:
             return
         data = encode(message)
-        if peer.backlog or not self._socket.send([peer.routing_id, data]):
+        sent = Sent.FULL if peer.backlog else self._socket.send([peer.routing_id, data])
+        if sent is Sent.GONE:
+            log.info("client %d (%s) disconnected", peer.client, peer.name)
+            self._lose(peer.routing_id)
+        elif sent is Sent.FULL:
             peer.backlog.append(data)
             if len(peer.backlog) > MAX_BACKLOG_MESSAGES:
                 log.warning("client %d (%s) does not read; its requests are cancelled", peer.client, peer.name)
@@ -234,9 +238,14 @@ class ClientPort:
 
     def _send_backlogs(self) -> None:
         """Tries again where a queue was full, until nothing waits."""
-        for peer in self._by_client.values():
-            while peer.backlog and self._socket is not None and self._socket.send([peer.routing_id, peer.backlog[0]]):
-                peer.backlog.popleft()
+        for peer in list(self._by_client.values()):
+            sent = Sent.QUEUED
+            while peer.backlog and self._socket is not None and sent is Sent.QUEUED:
+                sent = self._socket.send([peer.routing_id, peer.backlog[0]])
+                if sent is Sent.QUEUED:
+                    peer.backlog.popleft()
+            if sent is Sent.GONE:
+                self._lose(peer.routing_id)
         self._retrying = any(peer.backlog for peer in self._by_client.values())
         if self._retrying:
             self._call_later(RETRY_S, self._send_backlogs)

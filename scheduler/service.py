@@ -7,9 +7,9 @@ messages. All of it happens in callbacks of one asyncio loop, none of which ever
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import zmq
 
@@ -21,7 +21,7 @@ from .core import Core
 from .events import Accept, Deliver, Event, Expel, Reject, SendPlan
 from .worker_port import WorkerPort
 
-log = logging.getLogger(__name__)
+STOPPING = "the scheduler is stopping"
 
 
 class Service:
@@ -33,11 +33,6 @@ class Service:
         worker_address = Address(config.worker_address or config.address)
         if not address.is_ipc and worker_address.url == address.url:
             raise ConfigurationError("with a tcp address, workers need an address of their own: give --worker-address")
-        self._directories: list[ServiceDirectory] = []
-        for one in dict.fromkeys((address, worker_address)):
-            one.require_safe(config.insecure)
-            if one.is_ipc:
-                self._directories.append(ServiceDirectory(one.directory))
         self.epoch = time.time_ns()
         self._loop = asyncio.get_running_loop()
         self._core = Core(
@@ -55,8 +50,16 @@ class Service:
             self.epoch, config.worker_lease, self._post, self._loop.time, self._core, self.clients.serve_model
         )
         self.clients.worker_stats = self.workers.stats
-        self.clients.attach(self._open(context, address.endpoint("clients"), self.clients.on_message))
-        self.workers.attach(self._open(context, worker_address.endpoint("workers"), self.workers.on_message))
+        with ExitStack() as opened:
+            for one in dict.fromkeys((address, worker_address)):
+                one.require_safe(config.insecure)
+                if one.is_ipc:
+                    opened.callback(ServiceDirectory(one.directory).close)
+            self.clients.attach(self._open(context, address.endpoint("clients"), self.clients.on_message))
+            opened.callback(self.clients.close, STOPPING)
+            self.workers.attach(self._open(context, worker_address.endpoint("workers"), self.workers.on_message))
+            opened.callback(self.workers.close, STOPPING)
+            self._opened = opened.pop_all()
         self._housekeeping = self._loop.create_task(self._keep_house(min(config.client_lease, config.worker_lease) / 4))
 
     def _open(
@@ -67,10 +70,7 @@ class Service:
     def close(self) -> None:
         """Tells everybody, closes the sockets and removes them from the file system."""
         self._housekeeping.cancel()
-        self.clients.close("the scheduler is stopping")
-        self.workers.close("the scheduler is stopping")
-        for directory in self._directories:
-            directory.close()
+        self._opened.close()
 
     def _post(self, event: Event) -> None:
         """Hands an event to the core with whatever else arrives in this turn of the loop."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from ..protocol.codec import decode, encode
@@ -118,8 +119,8 @@ class WorkerPort:
         """Registers a worker. Raises ProtocolError, which refuses it, if it does not fit the service or cannot run one
         request."""
         self._lose(route)
-        if self._model is not None and hello.model != self._model:
-            raise ProtocolError(f"worker {hello.name} serves {hello.model}, this service serves {self._model}")
+        if self._model is not None:
+            _require_same(hello.name, hello.model, self._model)
         room = hello.num_blocks * hello.block_size
         if min(hello.block_size, hello.max_num_seqs) < 1 or room < hello.model.max_model_len:
             raise ProtocolError(
@@ -180,7 +181,7 @@ class WorkerPort:
             self._lose(peer.routing_id)
 
     def _send(self, route: bytes, message: Any) -> bool:
-        return self._socket is not None and self._socket.send([route, encode(message)])
+        return self._socket is not None and bool(self._socket.send([route, encode(message)]))
 
     # --- workers that go -------------------------------------------------------------------------------------------
 
@@ -195,3 +196,11 @@ class WorkerPort:
         if peer is not None:
             del self._by_registration[peer.registration]
             self._post(WorkerLost(peer.registration))
+
+
+def _require_same(name: str, offered: ModelDescription, served: ModelDescription) -> None:
+    """Raises ProtocolError, naming the first field that differs, unless a worker brings what the service serves."""
+    for field in fields(ModelDescription):
+        theirs, ours = getattr(offered, field.name), getattr(served, field.name)
+        if theirs != ours:
+            raise ProtocolError(f"worker {name} differs from the service in {field.name}: {theirs!r}, not {ours!r}")

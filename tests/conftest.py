@@ -82,7 +82,7 @@ def one_name_per_module() -> Iterator[None]:
     twice = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not file or name == "tandem" or name.startswith("tandem."):
+        if not file or not os.path.isabs(file) or name == "tandem" or name.startswith("tandem."):
             continue
         path = Path(file).resolve()
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "scripts"):
