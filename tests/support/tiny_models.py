@@ -84,10 +84,15 @@ def tiny_config(arch: str) -> PretrainedConfig:
 
 
 def tiny_model(arch: str, seed: int = 0) -> PreTrainedModel:
-    """transformers' own model of `tiny_config(arch)`, with random weights of this seed, in float32 on the CPU."""
+    """transformers' own model of `tiny_config(arch)`, with random weights of this seed, in float32 on the CPU.
+
+    With eager attention: some versions' SDPA leaves out Gemma2's soft cap.
+    """
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(arch), dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            tiny_config(arch), dtype=torch.float32, attn_implementation="eager"
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:  # norms and biases start as ones and zeros, which would hide mistakes
