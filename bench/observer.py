@@ -1,0 +1,43 @@
+"""Asking a running scheduler how it is, over a connection of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import zmq
+
+from ..protocol.codec import decode, encode
+from ..protocol.messages import PROTOCOL_VERSION, AskStats, ClientHello, Goodbye, Stats, Welcome
+from ..protocol.transport import Address, open_dealer
+
+DEADLINE_MS = 60_000
+
+
+class Observer:
+    """A client that only asks for Stats."""
+
+    def __init__(self, address: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = open_dealer(self._context, Address(address).endpoint("clients"))
+        self._socket.send(encode(ClientHello(version=PROTOCOL_VERSION, name="observer")))
+
+    def stats(self) -> Stats:
+        self._socket.send(encode(AskStats()))
+        while True:
+            if not self._socket.poll(DEADLINE_MS):
+                raise TimeoutError("the scheduler does not answer")
+            message = decode(self._socket.recv(), Welcome, Stats, Goodbye)
+            if isinstance(message, Stats):
+                return message
+
+    def wait_until(self, condition: Callable[[Stats], bool], rounds: int = 20_000) -> Stats:
+        """Asks again until it holds. Every answer takes a turn of the scheduler's loop, so this paces itself."""
+        for _ in range(rounds):
+            found = self.stats()
+            if condition(found):
+                return found
+        raise TimeoutError(f"never came true; last: {found}")
+
+    def close(self) -> None:
+        self._socket.close(0)
+        self._context.term()
