@@ -12,6 +12,7 @@ from .config import Options
 from .connect import Service, service
 from .progress import note
 from .signals import Ending, ending_interrupts
+from .terminal import write_answer
 
 HELP = "Enter sends, /reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 PROMPT = "> "
@@ -73,8 +74,7 @@ class _Conversation:
         try:
             with stream:
                 for chunk in stream:
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
+                    write_answer(chunk.text)
             print(flush=True)
         except KeyboardInterrupt:
             if self._ending.asked or self._target.is_over:

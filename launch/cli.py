@@ -56,7 +56,7 @@ SystemMessage = Annotated[str | None, typer.Option("--system", help="The chat's 
 def main() -> None:
     """Entry point of the `tandem` command. Errors that a user can mend are one sentence, never a traceback."""
     try:
-        app()
+        app(prog_name="tandem")
     except ConfigurationError as error:
         _fail(error, 2)
     except TandemError as error:

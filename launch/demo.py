@@ -18,6 +18,7 @@ from .config import Options
 from .connect import Service, service
 from .progress import note
 from .signals import ending_interrupts
+from .terminal import shown
 
 QUESTIONS = (
     "What is 458 + 267?",
@@ -114,6 +115,6 @@ def _table(answers: Sequence[Answer]) -> Table:
     table.add_column(ratio=1)
     table.add_column(justify="right", style="dim")
     for answer in answers:
-        text = Text(answer.text) if answer.done else Text(answer.text + "▌", style="bold")
+        text = Text(shown(answer.text)) if answer.done else Text(shown(answer.text) + "▌", style="bold")
         table.add_row(answer.question, text, str(answer.tokens) if answer.tokens else "")
     return table

@@ -15,6 +15,7 @@ from .config import Options
 from .connect import Service, service
 from .progress import PromptCount, note, prompt_bar
 from .signals import ending_interrupts
+from .terminal import write_answer
 
 INTERRUPTED = 130
 MAX_CONCURRENCY = 256
@@ -109,8 +110,7 @@ class _Run:
     async def _stream(self, client: AsyncClient) -> None:
         async with client.stream(self._prompt(0), **self._sampling) as stream:
             async for chunk in stream:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                write_answer(chunk.text)
             print(flush=True)
             completion = await stream.result()
         if sys.stderr.isatty():
@@ -142,7 +142,7 @@ class _Run:
             print(json.dumps({"prompt": prompt, **_as_dict(answer)}, ensure_ascii=False), flush=True)
             return
         print(f"> {prompt}")
-        print(f"failed: {answer}\n" if isinstance(answer, RequestError) else f"{answer.text}\n", flush=True)
+        write_answer(f"failed: {answer}\n\n" if isinstance(answer, RequestError) else f"{answer.text}\n\n")
 
 
 def _as_dict(answer: Completion | RequestError) -> dict[str, Any]:

@@ -82,13 +82,14 @@ class System:
             self.scheduler = self.scheduler.model_copy(update={"worker_address": address})
         self._supervisor = supervisor = Supervisor(self._listener, self._on_death)
         supervisor.start(ChildSpec("scheduler", "tandem.scheduler.main", _arguments(self.scheduler)))
-        supervisor.wait_ready("scheduler", SCHEDULER_READY_S)
+        # Workers connect only once they have loaded a model, long after the scheduler listens.
         where = self.scheduler.worker_address or self.scheduler.address
         places = place_workers(self._worker_options, self.workers, where)
         for place in places:
             supervisor.start(
                 ChildSpec(place.config.name, "tandem.worker.main", _arguments(place.config), place.environment)
             )
+        supervisor.wait_ready("scheduler", SCHEDULER_READY_S)
         return [supervisor.wait_ready(place.config.name) for place in places]
 
     def wait_for_death(self, timeout_s: float | None = None) -> ChildDied | None:

@@ -23,7 +23,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with random weights, a tokenizer and a chat template."""
-    return write_model_folder(tmp_path_factory.mktemp("model"))
+    return write_model_folder(tmp_path_factory.mktemp("model"), max_model_len=8192)
 
 
 @pytest.fixture

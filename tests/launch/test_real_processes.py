@@ -12,7 +12,7 @@ from tandem.launch.embedded import EmbeddedSystem
 from tandem.launch.supervisor import ChildDied
 from tandem.protocol.errors import ConfigurationError
 
-from support.commands import files_below, gone, tandem
+from support.commands import files_below, gone, tandem, terminal
 
 
 def test_serve_generate_chat_and_a_clean_end(runtime: Path, engine: list[str], tmp_path: Path) -> None:
@@ -30,37 +30,47 @@ def test_serve_generate_chat_and_a_clean_end(runtime: Path, engine: list[str], t
         answers = []
         for more in ([], ["--connect", f"ipc://{runtime}/tandem/default"]):
             with tandem("generate", *sampling, *more, "--json", "hello", environment=environment) as generate:
-                assert generate.finish() == 0
+                assert generate.finish() == 0, generate.output
                 answers.append(json.loads(generate.output.splitlines()[-1]))
         assert answers[0] == answers[1]
         assert answers[0]["seed"] == 7
         assert 1 <= answers[0]["completion_tokens"] <= 12
 
         with tandem("generate", *sampling, "--json", "-f", str(prompts), "zero", environment=environment) as generate:
-            assert generate.finish() == 0
+            assert generate.finish() == 0, generate.output
         lines = [json.loads(line) for line in generate.output.splitlines() if line.startswith("{")]
         assert [line["prompt"] for line in lines] == ["zero", "one", "two", "three"]
         assert "4 of 4 prompts answered" in generate.output
 
         # One request that cannot be is reported, and does not take the others with it.
-        with tandem("generate", "--max-tokens", "4", "x" * 600, "short", environment=environment) as generate:
-            assert generate.finish() == 1
+        with tandem("generate", "--max-tokens", "4", "x" * 9000, "short", environment=environment) as generate:
+            assert generate.finish() == 1, generate.output
         assert "failed: " in generate.output
         assert "> short\n" in generate.output
 
         with tandem("chat", *sampling, environment=environment, stdin=True) as chat:
             for line in ("hello", "", "/reset", "again"):
                 chat.write(line)
-            assert chat.finish() == 0
+            assert chat.finish() == 0, chat.output
+
+        # On a terminal, Ctrl-C stops an answer and not the conversation.
+        with terminal("chat", "--ignore-eos", environment=environment) as chat:
+            chat.wait_for("> ")
+            chat.write("tell me everything")
+            chat.wait_for("everything\r\n")
+            chat.send(signal.SIGINT)
+            chat.wait_for("[stopped]\r\n> ")
+            chat.write("/exit")
+            assert chat.finish() == 0, chat.output
 
         with tandem("serve", *engine, environment=environment) as second:
-            assert second.finish() == 1
+            assert second.finish() == 1, second.output
         assert "another scheduler is serving there" in second.output
 
         processes = serve.descendants()
         assert len(processes) == 2
         serve.send(signal.SIGTERM)
-        assert serve.finish(20) == 0
+        assert serve.finish(20) == 0, serve.output
     assert gone(processes)
     assert files_below(runtime) == ["tandem"]
 
@@ -73,7 +83,7 @@ def test_a_dead_worker_is_reported_and_ends_the_service(runtime: Path, engine: l
         processes = serve.descendants()
         (worker,) = [one for one in processes if "tandem.worker.main" in one.cmdline()]
         worker.kill()
-        assert serve.finish(20) == 1
+        assert serve.finish(20) == 1, serve.output
     assert "tandem: worker was killed by SIGKILL. Its last words:" in serve.output
     assert "registered with scheduler" in serve.output.split("last words:")[1]
     assert gone(processes)
@@ -86,14 +96,14 @@ def test_serve_can_be_ended_while_it_starts(number: signal.Signals, runtime: Pat
         serve.wait_for("scheduler: ready")
         processes = serve.descendants()
         serve.send(number)
-        assert serve.finish(20) == 0
+        assert serve.finish(20) == 0, serve.output
     assert gone(processes)
     assert files_below(runtime) == []
 
 
 def test_a_model_that_does_not_exist_is_one_sentence(runtime: Path) -> None:
     with tandem("serve", "--address", f"ipc://{runtime}/mine", "--model", "/nonexistent/m", environment={}) as serve:
-        assert serve.finish() == 1
+        assert serve.finish() == 1, serve.output
     assert serve.output.splitlines()[-1] == "tandem: worker: no such folder: /nonexistent/m"
     assert "Traceback" not in serve.output
     assert files_below(runtime) == []
@@ -109,9 +119,9 @@ def test_scheduler_and_worker_placed_by_hand(runtime: Path, engine: list[str]) -
         with Client(address) as client:
             assert client.generate([5, 6, 7], max_tokens=3, ignore_eos=True).usage.completion_tokens == 3
         worker.send(signal.SIGTERM)
-        assert worker.finish(20) == 0
+        assert worker.finish(20) == 0, worker.output
         scheduler.send(signal.SIGINT)
-        assert scheduler.finish(20) == 0
+        assert scheduler.finish(20) == 0, scheduler.output
     assert files_below(runtime) == []
 
 
@@ -152,7 +162,7 @@ def test_generate_reports_a_worker_that_dies_under_it(runtime: Path, engine: lis
         processes = generate.descendants()
         (worker,) = [one for one in processes if "tandem.worker.main" in one.cmdline()]
         worker.kill()
-        assert generate.finish(30) == 1
+        assert generate.finish(30) == 1, generate.output
     assert "tandem: worker was killed by SIGKILL" in generate.output
     assert gone(processes)
     assert files_below(runtime) == ["tandem"]
@@ -160,7 +170,7 @@ def test_generate_reports_a_worker_that_dies_under_it(runtime: Path, engine: lis
 
 def test_demo_shows_answers_and_speed(runtime: Path, engine: list[str]) -> None:
     with tandem("demo", *engine, environment={}) as demo:
-        assert demo.finish() == 0
+        assert demo.finish() == 0, demo.output
     assert "> What is 458 + 267?\n" in demo.output
     assert "12 questions at once: " in demo.output
     assert " tokens/s (ready after " in demo.output

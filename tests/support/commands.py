@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pty
 import selectors
 import signal
 import subprocess
@@ -21,15 +23,22 @@ DEADLINE_S = 90.0
 class Command:
     """A running `tandem …`, with what it has written so far."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], stdin: bool = False) -> None:
+    def __init__(self, arguments: list[str], environment: dict[str, str], *, stdin: bool, on_terminal: bool) -> None:
+        self.output = ""
+        inside = None
+        if on_terminal:
+            self._terminal, inside = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tandem.launch.cli", *arguments],
-            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdin=inside or (subprocess.PIPE if stdin else subprocess.DEVNULL),
+            stdout=inside or subprocess.PIPE,
+            stderr=inside or subprocess.STDOUT,
             env={**os.environ, **environment},
         )
-        self.output = ""
+        if inside is not None:
+            os.close(inside)
+            self.process.stdin = open(os.dup(self._terminal), "wb")  # noqa: SIM115  (communicate() closes it)
+            self.process.stdout = open(self._terminal, "rb")  # noqa: SIM115
 
     def wait_for(self, text: str, deadline_s: float = DEADLINE_S) -> str:
         """Reads until `text` has been written; raises TimeoutError, or EOFError if the command ends before."""
@@ -40,7 +49,7 @@ class Command:
             while text not in self.output:
                 if not selector.select(max(0.0, end - time.monotonic())):
                     raise TimeoutError(f"{text!r} was not written within {deadline_s:g} s, but:\n{self.output}")
-                data = os.read(self.process.stdout.fileno(), 65_536)
+                data = _read(self.process.stdout.fileno())
                 if not data:
                     raise EOFError(f"the command ended without writing {text!r}, but:\n{self.output}")
                 self.output += data.decode(errors="replace")
@@ -54,9 +63,19 @@ class Command:
 
     def finish(self, deadline_s: float = DEADLINE_S) -> int:
         """Reads to the end and returns the exit code."""
-        rest, _ = self.process.communicate(timeout=deadline_s)
-        self.output += rest.decode(errors="replace")
-        return self.process.returncode
+        assert self.process.stdout is not None
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+            self.process.stdin = None
+        end = time.monotonic() + deadline_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while selector.select(max(0.0, end - time.monotonic())):
+                data = _read(self.process.stdout.fileno())
+                self.output += data.decode(errors="replace")
+                if not data:
+                    break
+        return self.process.wait(max(0.1, end - time.monotonic()))
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -68,13 +87,37 @@ class Command:
 @contextmanager
 def tandem(*arguments: str, environment: dict[str, str], stdin: bool = False) -> Iterator[Command]:
     """Runs `tandem arguments…`; kills it if the test leaves it running."""
-    command = Command(list(arguments), environment, stdin)
+    with _ending(Command(list(arguments), environment, stdin=stdin, on_terminal=False)) as command:
+        yield command
+
+
+@contextmanager
+def terminal(*arguments: str, environment: dict[str, str]) -> Iterator[Command]:
+    """The same on a terminal, from which it reads and to which it writes."""
+    with _ending(Command(list(arguments), environment, stdin=True, on_terminal=True)) as command:
+        yield command
+
+
+@contextmanager
+def _ending(command: Command) -> Iterator[Command]:
     try:
         yield command
     finally:
         if command.process.poll() is None:
             command.process.kill()
-        command.process.communicate()
+        command.process.wait()
+        for pipe in (command.process.stdin, command.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 65_536)
+    except OSError as error:
+        if error.errno == errno.EIO:  # how a terminal says that the other end is closed
+            return b""
+        raise
 
 
 def gone(processes: list[psutil.Process], deadline_s: float = 20.0) -> bool:
