@@ -281,15 +281,13 @@ class AsyncClient:
             ids = await asyncio.to_thread(to_token_ids, prompt, tokenizer, chat)
         else:
             ids = to_token_ids(prompt, tokenizer, chat)
-        ticket, tokens = await self._connection.submit(
-            History(ids, checked), collect=collect, patience=self._connect_timeout
-        )
+        tokens = await self._connection.submit(History(ids, checked), collect=collect, patience=self._connect_timeout)
         context = ids[-CONTEXT_TOKENS:].tolist()
         return Started(
             tokens=tokens,
             detokenizer=None if tokenizer is None else tokenizer.detokenizer(context),
             stop_ids=frozenset(checked.stop_token_ids) | frozenset(() if checked.ignore_eos else model.eos_token_ids),
-            cancel=partial(self._connection.cancel, ticket),
+            cancel=partial(self._connection.cancel, tokens),
             loop=loop,
         )
 

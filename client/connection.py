@@ -145,28 +145,27 @@ class Connection:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    async def submit(self, history: History, *, collect: bool, patience: float) -> tuple[int, TokenStream]:
-        """Sends a request; returns its ticket and the stream that its tokens will come through. `collect` lifts the
-        limit on unread tokens. Raises ServiceUnavailable if it could not be sent within `patience` seconds."""
+    async def submit(self, history: History, *, collect: bool, patience: float) -> TokenStream:
+        """Sends a request; returns the stream that its tokens will come through. `collect` lifts the limit on unread
+        tokens. Raises ServiceUnavailable if it could not be sent within `patience` seconds."""
         ticket = self._next_ticket
         self._next_ticket += 1
-        stream = TokenStream(history, lambda: self.cancel(ticket), None if collect else MAX_UNREAD_TOKENS)
+        stream = TokenStream(ticket, history, self.cancel, None if collect else MAX_UNREAD_TOKENS)
         try:
             async with asyncio.timeout(patience):
                 await self._send_patiently(history.submission(ticket))
         except TimeoutError:
             raise ServiceUnavailable(self._why_not_ready(patience)) from None
         self._streams[ticket] = stream
-        return ticket, stream
+        return stream
 
-    def cancel(self, ticket: int, error: TandemError | None = None) -> None:
+    def cancel(self, stream: TokenStream, error: TandemError | None = None) -> None:
         """Ends a request now, on both ends; nothing happens if it is over."""
-        stream = self._streams.pop(ticket, None)
-        if stream is None:
+        if self._streams.pop(stream.ticket, None) is None:
             return
         stream.fail(error or RequestCancelled("the request was cancelled"))
-        if not self._send(encode(Cancel(ticket=ticket))):
-            self._unsent_cancels.append(ticket)
+        if not self._send(encode(Cancel(ticket=stream.ticket))):
+            self._unsent_cancels.append(stream.ticket)
 
     async def fetch(self, info: FileInfo) -> bytes:
         """A tokenizer file's content; see FileFetcher.fetch."""
@@ -206,7 +205,7 @@ class Connection:
             case Welcome():
                 self._on_welcome(message)
             case UnknownPeer():
-                if self._ready.is_set():
+                if self._welcome is not None:
                     self._leave(_lost("the scheduler restarted, or took this client for gone"))
             case Goodbye():
                 self._leave(_lost(f"the scheduler said goodbye: {message.reason}"))
@@ -239,7 +238,7 @@ class Connection:
                 try:
                     stream.push(offset, tokens[begin:end])
                 except OffsetError as error:
-                    self.cancel(ticket, error)
+                    self.cancel(stream, error)
             begin = end
         for ended in message.ended:
             stream = self._streams.pop(ended.ticket, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE_CHARS = 1 << 20
+MAX_SOURCE_CHARS = 128 * 1024
 MAX_WIDTH = 1_000
 """Largest width, indent or precision that a template may ask for."""
 MAX_NODES = 200_000
@@ -41,10 +41,12 @@ class TemplateLimitError(jinja2.TemplateError):
 
 @dataclass(slots=True)
 class Budget:
-    """What one rendering may use. `turns` counts loop turns and macro calls down; sizes are in characters."""
+    """What one rendering may use: `turns` of loops and macro calls, a `size` of one value and a `total` of all values
+    together that were ever made (characters, or an eighth of it list elements), and `seconds`."""
 
     turns: int = 500_000
     size: int = 8 << 20
+    total: int = 512 << 20
     seconds: float = 10.0
     deadline: float = field(init=False)
 
@@ -59,13 +61,26 @@ class Budget:
             raise TemplateLimitError(f"the template runs longer than {self.seconds:g} s")
 
     def admit(self, size: int) -> None:
+        """Before or after a value of this size is made."""
+        self._check(size)
+        self.total -= size
+        if self.total < 0:
+            raise TemplateLimitError("the template makes too many large values")
+
+    def admit_value(self, value: object) -> None:
+        if isinstance(value, str | bytes):
+            self.admit(len(value))
+        elif isinstance(value, list | tuple):
+            self.admit(8 * len(value))
+
+    def _check(self, size: int) -> None:
         if size > self.size:
             raise TemplateLimitError(f"the template makes a value of over {self.size} characters or elements")
 
     def measure(self, value: object) -> None:
         """Refuses a value that would be too large as text: too long, too many parts, nested too deeply."""
         if isinstance(value, str | bytes):
-            self.admit(len(value))
+            self._check(len(value))
         elif isinstance(value, list | tuple | dict | set | frozenset):
             self._measure_container(value)
 
@@ -86,7 +101,7 @@ class Budget:
                     stack.extend((part, depth + 1) for part in parts)
             if left < 0 or depth > MAX_DEPTH:
                 raise TemplateLimitError(f"the template makes a value of over {MAX_NODES} parts or {MAX_DEPTH} levels")
-        self.admit(size)
+        self._check(size)
 
 
 _budget: ContextVar[Budget] = ContextVar("budget")
@@ -113,9 +128,14 @@ class _Metering(Extension):
     def join(self, *parts: object) -> str:
         return _join(_text(part) for part in parts)
 
+    def part(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
+        result = value[start:stop:step]
+        _budget.get().admit_value(result)
+        return result
+
 
 class _Rewriter(NodeTransformer):
-    """Puts a count into every loop and macro body, and makes `~` a measured join."""
+    """Puts a count into every loop and macro body, and makes measured calls of `~` and of slices."""
 
     def _counted(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -128,6 +148,13 @@ class _Rewriter(NodeTransformer):
         self.generic_visit(node)
         return _call("join", node.nodes).set_lineno(node.lineno)
 
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if not isinstance(node.arg, nodes.Slice):
+            return node
+        borders = [border or nodes.Const(None) for border in (node.arg.start, node.arg.stop, node.arg.step)]
+        return _call("part", [node.node, *borders]).set_lineno(node.lineno)
+
 
 def _call(method: str, args: list[nodes.Expr]) -> nodes.Call:
     return nodes.Call(nodes.ExtensionAttribute(_Metering.identifier, method), args, [], None, None)
@@ -139,11 +166,14 @@ def _text(value: object) -> str:
 
 
 def _join(parts: Iterable[str]) -> str:
-    budget, pieces, size = _budget.get(), [], 0
+    budget, pieces = _budget.get(), []
+    left = budget.size
     for part in parts:
-        size += len(part)
-        budget.admit(size)
+        left -= len(part)
+        if left < 0:
+            break
         pieces.append(part)
+    budget.admit(budget.size - left)
     return "".join(pieces)
 
 
@@ -218,13 +248,15 @@ def _guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
-        if name in _GROWING and len(args) > skip:
-            _require_growth(name, args[skip], args[skip + 1 :], kwargs)
-        elif len(args) > skip:
-            budget.measure(args[skip])
+        if len(args) > skip:
+            if isinstance(args[skip], Iterator):
+                args = (*args[:skip], list(args[skip]), *args[skip + 1 :])  # so that it can be measured
+            if name in _GROWING:
+                _require_growth(name, args[skip], args[skip + 1 :], kwargs)
+            else:
+                budget.measure(args[skip])
         result = function(*args, **kwargs)
-        if isinstance(result, str):
-            budget.admit(len(result))
+        budget.admit_value(result)
         return result
 
     return guarded
@@ -314,7 +346,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MAX_INT_BITS:
                 raise TemplateLimitError(f"the template calculates with a number of over {MAX_INT_BITS} bits")
-        return super().call_binop(context, operator, left, right)
+        result = super().call_binop(context, operator, left, right)
+        budget.admit_value(result)
+        return result
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         name = getattr(__obj, "__name__", None)
@@ -322,8 +356,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if owner is None and hasattr(__obj, "__wrapped__"):  # jinja2's stand-in for str.format
             owner = getattr(__obj.__wrapped__, "__self__", None)
         if name in _GROWING and isinstance(owner, str | bytes | int):
+            args = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
             _require_growth(str(name), owner, args, kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        _budget.get().admit_value(result)
+        return result
 
 
 def render_bounded(template: jinja2.Template, variables: Mapping[str, Any], budget: Budget) -> str:

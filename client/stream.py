@@ -49,8 +49,14 @@ class TokenStream:
     """
 
     def __init__(
-        self, history: History, on_overflow: Callable[[], None], max_unread: int | None = MAX_UNREAD_TOKENS
+        self,
+        ticket: int,
+        history: History,
+        on_overflow: Callable[[TokenStream], None],
+        max_unread: int | None = MAX_UNREAD_TOKENS,
     ) -> None:
+        self.ticket = ticket
+        """What the connection calls the request now; a resumption has a new one."""
         self.history = history
         self.ended: Ended | None = None
         self.error: TandemError | None = None
@@ -88,7 +94,7 @@ class TokenStream:
                     "cancelled. Read streams faster, or use generate()"
                 )
             )
-            self._on_overflow()
+            self._on_overflow(self)
         self._wake()
 
     def end(self, ended: Ended) -> None:

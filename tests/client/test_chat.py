@@ -110,6 +110,7 @@ ALTERNATING = """\
 {{ messages | map(attribute="role") | unique | list }} {{ dict(a=1).items() | list }} {{ {"a": none} }}
 {{ messages | selectattr("role", "equalto", "user") | list | length }} {{ "a&<b>" | tojson }} {{ [1, 2] + [3] }}
 {{ "x y".split() | batch(1) | list }}
+{{ messages[0:1]|length }} {{ messages[-1:]|length }} {{ ("a", "b")|join("-") }} {{ ", ".join(["x"]|map("upper")) }}
 {{ "abc"[::-1] | center(9) | replace(" ", ".") }} {{ "" ~ none ~ undefined_name ~ 1 }}
 """
 

@@ -368,6 +368,22 @@ def test_a_scheduler_that_forgot_us_is_greeted_anew() -> None:
     play(scenario, script)
 
 
+def test_a_scheduler_that_restarts_before_it_has_a_model() -> None:
+    async def main() -> None:
+        async with ScriptedScheduler(model=None, lease_s=0.3) as scheduler:
+            client = AsyncClient(scheduler.address, connect_timeout=20.0)
+            connecting = asyncio.create_task(client.connect())
+            await scheduler.until(Ping)
+            scheduler.epoch += 1
+            scheduler.model = MODEL
+            scheduler.say(UnknownPeer(epoch=scheduler.epoch))
+            await connecting
+            assert (await client.generate([1])).text == ANSWER
+            await client.close()
+
+    asyncio.run(main())
+
+
 def test_goodbye_fails_open_requests() -> None:
     def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
         scheduler.begin(submit)

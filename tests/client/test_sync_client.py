@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +108,20 @@ def test_a_forgotten_client_goes_with_its_last_reference(scheduler: ScriptedSche
     gc.collect()
     on_thread(scheduler, lambda: scheduler.until(Goodbye))
     assert not our_threads()
+
+
+def test_a_program_that_forgets_to_close_ends(scheduler: ScriptedScheduler) -> None:
+    code = f"""
+from tandem import Client
+client = Client({scheduler.address!r})
+print(client.chat([{{"role": "user", "content": "Hi"}}]).text)
+stream = client.stream("Hi")
+next(stream)
+"""
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert ANSWER in run.stdout
+    on_thread(scheduler, lambda: scheduler.until(Goodbye))
 
 
 def test_within_a_running_loop(scheduler: ScriptedScheduler) -> None:
