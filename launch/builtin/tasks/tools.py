@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..chat import Chat, JsonObject, Message, ToolCall
 from . import arithmetic, lists, smalltalk
-from .source import Source
+from .source import Exchange, Source
 from .words import ADJECTIVES, CITIES, COLORS, COMMON_WORDS, FOODS, NAMES, NOUNS, THINGS
 
 _WEATHER = ("sunny", "cloudy", "rainy", "windy", "snowy", "foggy")
@@ -184,12 +184,22 @@ def _start(s: Source, tools: list[Tool]) -> Chat:
     return Chat([*system], [tool.schema(s) for tool in tools])
 
 
-def _draw_use(s: Source, tools: list[Tool]) -> tuple[Tool, Use]:
-    tool, use = s.problem(
-        lambda: (lambda tool: (tool, tool.use(s)))(s.pick(tools)),
-        lambda drawn: f"tool {drawn[0].name} {json.dumps(drawn[1].arguments)}",
-    )
-    return tool, use
+def _draw_use(s: Source, tools: list[Tool]) -> tuple[Tool, Use] | None:
+    """A use of one of the tools; None if all of them lie on the other side of the split, as a light's few uses may."""
+
+    def draw() -> tuple[Tool, Use]:
+        tool = s.pick(tools)
+        return tool, tool.use(s)
+
+    return s.find(draw, lambda drawn: f"tool {drawn[0].name} {json.dumps(drawn[1].arguments)}", tries=200)
+
+
+def _first_use(s: Source) -> tuple[list[Tool], Tool, Use]:
+    """Tools that have a use on this side of the split, and one such use."""
+    while True:
+        tools = _toolbox(s)
+        if drawn := _draw_use(s, tools):
+            return tools, *drawn
 
 
 def _add_call(s: Source, chat: Chat, tool: Tool, use: Use) -> None:
@@ -204,17 +214,16 @@ def _add_result(chat: Chat, use: Use) -> None:
 
 def tool_call(s: Source) -> Chat:
     """A request that one of the listed tools serves; ends in the call."""
-    tools = [_invented(s)] if s.held_out and s.chance(0.3) else _toolbox(s)
+    tools, tool, use = _first_use(s)
     chat = _start(s, tools)
-    _add_call(s, chat, *_draw_use(s, tools))
+    _add_call(s, chat, tool, use)
     return chat
 
 
 def tool_answer(s: Source) -> Chat:
     """The same, ending in the answer from the tool's result."""
-    tools = _toolbox(s)
+    tools, tool, use = _first_use(s)
     chat = _start(s, tools)
-    tool, use = _draw_use(s, tools)
     _add_call(s, chat, tool, use)
     _add_result(chat, use)
     return chat
@@ -224,14 +233,15 @@ def tool_chat(s: Source) -> Chat:
     """Several requests with tools at hand, some of which need none."""
     tools = _toolbox(s)
     chat = _start(s, tools)
-    # The calculator's calculations go to the calculator when it is there.
-    plain = (smalltalk.greeting, lists.sorting) if any(tool.name == "calculator" for tool in tools) else (smalltalk.greeting, lists.sorting, arithmetic.addition)
+    plain: tuple[Callable[[Source], Exchange], ...] = (smalltalk.greeting, lists.sorting, arithmetic.addition)
+    if any(tool.name == "calculator" for tool in tools):
+        plain = plain[:2]  # where there is a calculator, it calculates
     for _ in range(s.integer(1, 5)):
-        if s.chance(0.35):
+        drawn = None if s.chance(0.35) else _draw_use(s, tools)
+        if drawn is None:
             request, answer = s.pick(plain)(s)
             chat.messages += [Message("user", request), Message("assistant", answer)]
             continue
-        tool, use = _draw_use(s, tools)
-        _add_call(s, chat, tool, use)
-        _add_result(chat, use)
+        _add_call(s, chat, *drawn)
+        _add_result(chat, drawn[1])
     return chat
