@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast, overload
 
-from ..protocol.errors import InvalidRequest, Overloaded, ServiceUnavailable
+from ..protocol.errors import InvalidRequest, ServiceUnavailable
+from .batch import in_order, patiently
 from .completion import CompletionStream, Started
 from .results import Completion
 
@@ -28,8 +29,6 @@ CONNECT_TIMEOUT_S = 60.0
 MAX_CONCURRENCY = 256
 CONTEXT_TOKENS = 32
 """Tokens of the prompt in which something visible is looked for, so that the answer's text keeps a leading space."""
-SHORTEST_RETRY_S = 0.05
-LONGEST_RETRY_S = 5.0
 
 
 class AsyncClient:
@@ -312,43 +311,15 @@ class AsyncClient:
                 limit=len(prompts),
                 value=len(params_of),
             )
-        done: dict[int, Completion] = {}
-        todo = iter(range(len(prompts)))
 
-        async def work() -> None:
-            for i in todo:  # shared: each worker takes the next one
-                done[i] = await self._generate_patiently(prompts[i], params_of[i], chat, sampling, time_limit)
+        async def one(i: int) -> Completion:
+            def attempt(time_left: float | None) -> Awaitable[Completion]:
+                stream = self._new_stream(prompts[i], params_of[i], chat, sampling, timeout=time_left, collect=True)
+                return stream.collect()
 
-        workers = [asyncio.create_task(work()) for _ in range(min(self._max_concurrency, len(prompts)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-        return [done[i] for i in range(len(prompts))]
+            return await patiently(attempt, time_limit)
 
-    async def _generate_patiently(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        chat: ChatOptions | None,
-        sampling: Mapping[str, Any],
-        time_limit: float | None,
-    ) -> Completion:
-        """Tries again while the service is overloaded."""
-        loop = self._require_loop()
-        deadline = None if time_limit is None else loop.time() + time_limit
-        while True:
-            left = None if deadline is None else max(0.0, deadline - loop.time())
-            stream = self._new_stream(prompt, params, chat, sampling, timeout=left, collect=True)
-            try:
-                return await stream.collect()
-            except Overloaded as error:
-                pause = min(max(error.retry_after, SHORTEST_RETRY_S), LONGEST_RETRY_S)
-                if deadline is not None and loop.time() + pause > deadline:
-                    raise
-                await asyncio.sleep(pause)
+        return await in_order(len(prompts), self._max_concurrency, one)
 
     def _require_loop(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.get_running_loop()

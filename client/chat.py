@@ -15,7 +15,8 @@ from typing import Any, NoReturn, TypeAlias
 import jinja2
 
 from ..protocol.errors import ConfigurationError, InvalidRequest
-from .sandbox import BoundedEnvironment, Budget, TemplateLimitError, render_bounded
+from .metering import Budget, TemplateLimitError
+from .sandbox import BoundedEnvironment, render_bounded
 
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least "role", and "content" or what else the template knows (tool_calls, reasoning_content …)."""

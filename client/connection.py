@@ -12,14 +12,10 @@ import asyncio
 from collections import deque
 from typing import Any
 
-import numpy as np
 import zmq
 
 from ..protocol.codec import decode, encode
 from ..protocol.errors import (
-    InvalidRequest,
-    OffsetError,
-    Overloaded,
     ProtocolError,
     RequestCancelled,
     ServiceUnavailable,
@@ -44,6 +40,7 @@ from ..protocol.messages import (
 )
 from ..protocol.transport import Address, LoopSocket, open_dealer, require_private
 from .files import FileFetcher
+from .requests import OpenRequests
 from .stream import MAX_UNREAD_TOKENS, History, TokenStream
 
 HELLO_RETRY_S = 3.0
@@ -68,8 +65,7 @@ class Connection:
         self._ready = asyncio.Event()
         self._failure: TandemError | None = None
         """Why the connection is over for good."""
-        self._streams: dict[int, TokenStream] = {}
-        self._next_ticket = 0
+        self._requests = OpenRequests(self.cancel)
         self._fetcher = FileFetcher(self._send_patiently)
         self._unsent_cancels: deque[int] = deque(maxlen=MAX_UNSENT_CANCELS)
         self._timer: asyncio.TimerHandle | None = None
@@ -126,6 +122,11 @@ class Connection:
         self._ready.set()  # nobody waits for what will not come
 
     @property
+    def open_requests(self) -> int:
+        """How many requests have not ended."""
+        return len(self._requests)
+
+    @property
     def is_closed(self) -> bool:
         return self._failure is not None
 
@@ -148,20 +149,19 @@ class Connection:
     async def submit(self, history: History, *, collect: bool, patience: float) -> TokenStream:
         """Sends a request; returns the stream that its tokens will come through. `collect` lifts the limit on unread
         tokens. Raises ServiceUnavailable if it could not be sent within `patience` seconds."""
-        ticket = self._next_ticket
-        self._next_ticket += 1
+        ticket = self._requests.new_ticket()
         stream = TokenStream(ticket, history, self.cancel, None if collect else MAX_UNREAD_TOKENS)
         try:
             async with asyncio.timeout(patience):
                 await self._send_patiently(history.submission(ticket))
         except TimeoutError:
             raise ServiceUnavailable(self._why_not_ready(patience)) from None
-        self._streams[ticket] = stream
+        self._requests.add(stream)
         return stream
 
     def cancel(self, stream: TokenStream, error: TandemError | None = None) -> None:
         """Ends a request now, on both ends; nothing happens if it is over."""
-        if self._streams.pop(stream.ticket, None) is None:
+        if not self._requests.remove(stream):
             return
         stream.fail(error or RequestCancelled("the request was cancelled"))
         if not self._send(encode(Cancel(ticket=stream.ticket))):
@@ -191,15 +191,9 @@ class Connection:
 
     def _handle(self, message: Any) -> None:
         match message:
-            case Tokens():
-                self._on_tokens(message)
-            case Accepted():
-                stream = self._streams.get(message.ticket)
-                if stream is not None and self._is_current(message.epoch):
-                    stream.history.epoch, stream.history.number = message.epoch, message.number
-            case Refused():
-                if self._is_current(message.epoch):
-                    self._on_refused(message)
+            case Tokens() | Accepted() | Refused():
+                if self._welcome is not None and self._welcome.epoch == message.epoch:
+                    self._requests.handle(message)
             case FileChunk():
                 self._fetcher.on_chunk(message)
             case Welcome():
@@ -210,59 +204,12 @@ class Connection:
             case Goodbye():
                 self._leave(_lost(f"the scheduler said goodbye: {message.reason}"))
 
-    def _is_current(self, epoch: int) -> bool:
-        return self._welcome is not None and self._welcome.epoch == epoch
-
     def _on_welcome(self, welcome: Welcome) -> None:
         if self._welcome is not None and self._welcome.epoch != welcome.epoch:
             self._end_streams(_lost("the scheduler restarted"))
         self._welcome = welcome
         if welcome.model is not None:
             self._ready.set()
-
-    def _on_tokens(self, message: Tokens) -> None:
-        if not self._is_current(message.epoch):
-            return
-        count, token = message.count, message.token
-        rows = len(message.ticket)
-        if not (len(message.offset) == len(count) == rows and int(count.sum()) == len(token)):
-            raise ProtocolError("Tokens: the columns do not fit together")
-        if (rows and int(count.min()) < 1) or (len(token) and int(token.min()) < 0):
-            raise ProtocolError("Tokens: a count below 1 or a negative token")
-        borders = np.cumsum(count).tolist()
-        tokens = token.tolist()
-        begin = 0
-        for ticket, offset, end in zip(message.ticket.tolist(), message.offset.tolist(), borders, strict=True):
-            stream = self._streams.get(ticket)
-            if stream is not None:  # otherwise it was cancelled here
-                try:
-                    stream.push(offset, tokens[begin:end])
-                except OffsetError as error:
-                    self.cancel(stream, error)
-            begin = end
-        for ended in message.ended:
-            stream = self._streams.pop(ended.ticket, None)
-            if stream is not None:
-                try:
-                    stream.end(ended)
-                except ProtocolError as error:
-                    stream.fail(error)
-
-    def _on_refused(self, refused: Refused) -> None:
-        stream = self._streams.pop(refused.ticket, None)
-        if stream is None:
-            return
-        if refused.code == "overloaded":
-            stream.fail(Overloaded(refused.message, retry_after=refused.retry_after_s))
-        else:
-            stream.fail(
-                InvalidRequest(
-                    refused.message,
-                    field=refused.field,
-                    limit=_number_or_text(refused.limit),
-                    value=_number_or_text(refused.value),
-                )
-            )
 
     # --- sending, and noticing that nobody listens -----------------------------------------------------------------
 
@@ -332,9 +279,7 @@ class Connection:
             self._ready.set()
 
     def _end_streams(self, error: TandemError) -> None:
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(error)
+        self._requests.fail_all(error)
         self._fetcher.fail(error)
 
     def _why_not_ready(self, waited: float) -> str:
@@ -353,13 +298,3 @@ _INCOMING = (Tokens, Accepted, Refused, Welcome, FileChunk, UnknownPeer, Version
 
 def _lost(why: str) -> ServiceUnavailable:
     return ServiceUnavailable(f"{why}; open requests are lost")
-
-
-def _number_or_text(text: str) -> int | float | str | None:
-    """Limits and values travel as text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text or None

@@ -183,7 +183,7 @@ def test_the_first_failure_of_a_list_cancels_the_rest() -> None:
     async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
         with pytest.raises(RequestFailed):
             await client.generate([[1], [2], [3], [4]])
-        assert not client._connection._streams
+        assert not client._connection.open_requests
 
     play(scenario, script)
 

@@ -464,7 +464,7 @@ async def _cancel_generate_of_a_list(client: AsyncClient) -> None:
 
 async def _cancel_when_sent(client: AsyncClient, call: Coroutine[Any, Any, object]) -> None:
     task = asyncio.create_task(call)
-    while not client._connection._streams:  # noqa: ASYNC110 - no event of the client's tells
+    while not client._connection.open_requests:  # noqa: ASYNC110 - no event of the client's tells
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -504,7 +504,7 @@ def test_letting_go_cancels(let_go: Callable[[AsyncClient], Coroutine[Any, Any, 
         scheduler.script = ScriptedScheduler.answer
         assert (await client.generate([1])).text == ANSWER
         assert len(scheduler.of(Cancel)) == 1
-        assert not client._connection._streams
+        assert not client._connection.open_requests
 
     play(scenario, ScriptedScheduler.begin)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tandem.client.chat import ChatTemplate
-from tandem.client.sandbox import Budget
+from tandem.client.metering import Budget
 from tandem.protocol.errors import InvalidRequest, TandemError
 
 USER = [{"role": "user", "content": "x" * 1_000}]

@@ -1,0 +1,104 @@
+"""Which open request a message from the scheduler is for, and what it does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..protocol.errors import InvalidRequest, OffsetError, Overloaded, ProtocolError, TandemError
+from ..protocol.messages import Accepted, Refused, Tokens
+from .stream import TokenStream
+
+
+class OpenRequests:
+    """The requests of one connection that have not ended, by ticket. Messages for others are dropped: those requests
+    were cancelled here while the message was on its way."""
+
+    def __init__(self, cancel: Callable[[TokenStream, TandemError], None]) -> None:
+        """`cancel` ends a request on both ends."""
+        self._cancel = cancel
+        self._streams: dict[int, TokenStream] = {}
+        self._next_ticket = 0
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def new_ticket(self) -> int:
+        """Never given before."""
+        self._next_ticket += 1
+        return self._next_ticket - 1
+
+    def add(self, stream: TokenStream) -> None:
+        self._streams[stream.ticket] = stream
+
+    def remove(self, stream: TokenStream) -> bool:
+        """Whether it was open."""
+        return self._streams.pop(stream.ticket, None) is not None
+
+    def fail_all(self, error: TandemError) -> None:
+        """Ends every request here; the scheduler is told nothing."""
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+
+    def handle(self, message: Tokens | Accepted | Refused) -> None:
+        """Raises ProtocolError if the message makes no sense, and has changed nothing then."""
+        match message:
+            case Tokens():
+                self._on_tokens(message)
+            case Accepted():
+                stream = self._streams.get(message.ticket)
+                if stream is not None:
+                    stream.history.epoch, stream.history.number = message.epoch, message.number
+            case Refused():
+                stream = self._streams.pop(message.ticket, None)
+                if stream is not None:
+                    stream.fail(_refusal(message))
+
+    def _on_tokens(self, message: Tokens) -> None:
+        count, token = message.count, message.token
+        rows = len(message.ticket)
+        if not (len(message.offset) == len(count) == rows and int(count.sum()) == len(token)):
+            raise ProtocolError("Tokens: the columns do not fit together")
+        if (rows and int(count.min()) < 1) or (len(token) and int(token.min()) < 0):
+            raise ProtocolError("Tokens: a count below 1 or a negative token")
+        borders = np.cumsum(count).tolist()
+        tokens = token.tolist()
+        begin = 0
+        for ticket, offset, end in zip(message.ticket.tolist(), message.offset.tolist(), borders, strict=True):
+            stream = self._streams.get(ticket)
+            if stream is not None:
+                try:
+                    stream.push(offset, tokens[begin:end])
+                except OffsetError as error:
+                    self._cancel(stream, error)
+            begin = end
+        for ended in message.ended:
+            stream = self._streams.pop(ended.ticket, None)
+            if stream is not None:
+                try:
+                    stream.end(ended)
+                except ProtocolError as error:
+                    stream.fail(error)
+
+
+def _refusal(refused: Refused) -> TandemError:
+    if refused.code == "overloaded":
+        return Overloaded(refused.message, retry_after=refused.retry_after_s)
+    return InvalidRequest(
+        refused.message,
+        field=refused.field,
+        limit=_number_or_text(refused.limit),
+        value=_number_or_text(refused.value),
+    )
+
+
+def _number_or_text(text: str) -> int | float | str | None:
+    """Limits and values travel as text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None
