@@ -15,6 +15,8 @@ from tandem.worker.batch import Batch
 from tandem.worker.inspection import dense_attention, make_batch
 from tandem.worker.kv_cache import KVCache, LayerKV
 
+from support.cuda import no_waiting
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 BLOCK_SIZE = 16
@@ -150,9 +152,5 @@ def test_a_step_waits_for_nothing() -> None:
     case = Case((PLAIN,), "mixed")
     arguments: list[Any] = [case.flashinfer(), torch.bfloat16, 0]
     case.attend(*arguments)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         case.attend(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
