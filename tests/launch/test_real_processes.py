@@ -57,7 +57,8 @@ def test_serve_generate_chat_and_a_clean_end(runtime: Path, engine: list[str], t
         with terminal("chat", "--ignore-eos", environment=environment) as chat:
             chat.wait_for("> ")
             chat.write("tell me everything")
-            chat.wait_for("everything\r\n")
+            chat.wait_for("everything\r\n")  # the terminal's echo
+            chat.wait_for_more()
             chat.send(signal.SIGINT)
             chat.wait_for("[stopped]\r\n> ")
             chat.write("/exit")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,16 +42,24 @@ class Command:
 
     def wait_for(self, text: str, deadline_s: float = DEADLINE_S) -> str:
         """Reads until `text` has been written; raises TimeoutError, or EOFError if the command ends before."""
+        return self._read_until(lambda: text in self.output, repr(text), deadline_s)
+
+    def wait_for_more(self, deadline_s: float = DEADLINE_S) -> str:
+        """Reads until anything has been written that was not read before."""
+        length = len(self.output)
+        return self._read_until(lambda: len(self.output) > length, "more", deadline_s)
+
+    def _read_until(self, enough: Callable[[], bool], what: str, deadline_s: float) -> str:
         assert self.process.stdout is not None
         end = time.monotonic() + deadline_s
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            while text not in self.output:
+            while not enough():
                 if not selector.select(max(0.0, end - time.monotonic())):
-                    raise TimeoutError(f"{text!r} was not written within {deadline_s:g} s, but:\n{self.output}")
+                    raise TimeoutError(f"{what} was not written within {deadline_s:g} s, but:\n{self.output}")
                 data = _read(self.process.stdout.fileno())
                 if not data:
-                    raise EOFError(f"the command ended without writing {text!r}, but:\n{self.output}")
+                    raise EOFError(f"the command ended without writing {what}, but:\n{self.output}")
                 self.output += data.decode(errors="replace")
         return self.output
 
