@@ -68,9 +68,9 @@ def weight_files(source: ModelSource, folder: Path, progress: Progress) -> list[
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and not Path(source.model).expanduser().is_dir():
-        progress(f"downloading {len(missing)} weight file(s)", 0.0)
-        _fetch(source, missing, folder.name)
-        progress("downloading", 1.0)
+        for done, name in enumerate(missing):
+            progress(f"downloading {name} ({done + 1} of {len(missing)})", done / len(missing))
+            _fetch(source, [name], folder.name)  # of the same commit as the config
         missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -148,6 +149,21 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
     with pytest.raises(LoadError, match="no_such_type"):
         load(tmp_path)
+
+
+def test_a_hub_id_is_served_from_the_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    snapshot = repository / "snapshots" / commit
+    save_tiny("llama", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert load("someone/tiny").vocab_size == VOCAB
+    assert "tokenizer.json" in tokenizer_files(ModelSource("someone/tiny"))
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match=r"someone/tiny lacks model.safetensors"):
+        load("someone/tiny")
 
 
 @pytest.mark.parametrize(
