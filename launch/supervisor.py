@@ -25,8 +25,8 @@ from .status import Failed, Ready, Status, StatusLines
 from .tether import command
 
 LAST_WORDS_LINES = 30
-GRACE_S = 8.0
-"""How long children may take to end by themselves before they are killed."""
+GRACE_S = 5.0
+"""How long a child that was asked to end may take before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class ChildSpec:
     module: str
     arguments: list[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    last: bool = False
+    """Asked to end only when all others have ended."""
 
 
 class Listener(Protocol):
@@ -82,6 +84,7 @@ class Supervisor:
         self._on_death = on_death
         self._children: dict[str, _Child] = {}
         self._stopping = False
+        self._grace_s = GRACE_S
         self._kill_at = float("inf")
         self._requests: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -116,7 +119,7 @@ class Supervisor:
         return self.death
 
     def stop(self, grace_s: float = GRACE_S) -> None:
-        """Asks all children to end, kills those that have not within `grace_s`, and returns when all are gone."""
+        """Asks the children to end, kills each that has not within `grace_s`, and returns when all are gone."""
         if self._closed:
             return
         self._ask(lambda: self._begin_stop(grace_s))
@@ -149,11 +152,13 @@ class Supervisor:
             while not (self._stopping and not self._children):
                 left = self._kill_at - time.monotonic()
                 for key, _ in self._selector.select(None if left == float("inf") else max(0.0, left)):
-                    key.data()
+                    if self._selector.get_map().get(key.fileobj) is key:  # else its child has ended just now
+                        key.data()
                 if time.monotonic() >= self._kill_at:
-                    self._kill_at = float("inf")
+                    self._kill_at = time.monotonic() + self._grace_s
                     for child in self._children.values():
-                        child.kill()
+                        if child.asked_to_end:
+                            child.kill()
         except Exception as error:  # noqa: BLE001  (an error of ours: the owner raises it, and no child stays behind)
             self._failure = error
             for child in self._children.values():
@@ -222,7 +227,9 @@ class Supervisor:
                 self._selector.unregister(fd)
         del self._children[child.spec.name]
         how = child.reap()
-        if not self._stopping:
+        if self._stopping:
+            self._ask_to_end()
+        else:
             self._die(ChildDied(child.spec.name, how, list(child.words), child.told))
 
     def _die(self, death: ChildDied) -> None:
@@ -233,11 +240,18 @@ class Supervisor:
             self._on_death(death)
 
     def _begin_stop(self, grace_s: float) -> None:
-        self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
-        if not self._stopping:
-            self._stopping = True
-            for child in self._children.values():
+        self._stopping = True
+        self._grace_s = min(self._grace_s, grace_s)
+        self._ask_to_end()
+
+    def _ask_to_end(self) -> None:
+        """SIGTERM to those whose turn it is."""
+        turn = [child for child in self._children.values() if not child.spec.last] or list(self._children.values())
+        for child in turn:
+            if not child.asked_to_end:
+                child.asked_to_end = True
                 child.process.terminate()
+                self._kill_at = time.monotonic() + self._grace_s
 
     def _tell_owner(self) -> None:
         try:
@@ -254,6 +268,7 @@ class _Child:
         self.status_lines = StatusLines()
         self.words: deque[str] = deque(maxlen=LAST_WORDS_LINES)
         self.told = ""
+        self.asked_to_end = False
         self.unfinished = b""
         self.output, output_write = os.pipe2(os.O_CLOEXEC)
         self.statuses, status_write = os.pipe2(os.O_CLOEXEC)

@@ -81,7 +81,7 @@ class System:
             address = f"ipc://{self._workers_directory.path}"
             self.scheduler = self.scheduler.model_copy(update={"worker_address": address})
         self._supervisor = supervisor = Supervisor(self._listener, self._on_death)
-        supervisor.start(ChildSpec("scheduler", "tandem.scheduler.main", _arguments(self.scheduler)))
+        supervisor.start(ChildSpec("scheduler", "tandem.scheduler.main", _arguments(self.scheduler), last=True))
         # Workers connect only once they have loaded a model, long after the scheduler listens.
         where = self.scheduler.worker_address or self.scheduler.address
         places = place_workers(self._worker_options, self.workers, where)

@@ -129,6 +129,30 @@ def test_a_stubborn_child_is_killed_after_the_grace() -> None:
         os.kill(pid, 0)
 
 
+def test_the_last_child_is_asked_when_the_others_are_gone() -> None:
+    heard = Heard()
+    with supervisor(heard) as one:
+        keeper = child("keeper", "say_at_end=over", "ready")
+        one.start(ChildSpec(keeper.name, keeper.module, keeper.arguments, keeper.environment, last=True))
+        one.start(child("slow", "say_at_end=first", "slow_end=0.5", "ready"))
+        for name in ("keeper", "slow"):
+            one.wait_ready(name, 20)
+        one.stop()
+    assert heard.lines == [("slow", "first"), ("keeper", "over")]
+
+
+def test_the_last_child_ends_even_after_a_stubborn_one() -> None:
+    heard = Heard()
+    one = Supervisor(heard)
+    keeper = child("keeper", "say_at_end=over", "ready")
+    one.start(ChildSpec(keeper.name, keeper.module, keeper.arguments, keeper.environment, last=True))
+    one.start(child("a", "stubborn", "ready"))
+    for name in ("keeper", "a"):
+        one.wait_ready(name, 20)
+    one.stop(grace_s=1.0)
+    assert heard.lines == [("keeper", "over")]
+
+
 def test_a_grandchild_does_not_survive_its_parent() -> None:
     heard = Heard()
     with supervisor(heard) as one:

@@ -1,11 +1,23 @@
 """A process for a supervisor to look after: `python -m support.child BEHAVIOUR… --status-fd N`. Behaviours run in
 order; afterwards it waits for SIGTERM and exits with 0."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+
+at_end: list[float] = []
+
+
+def end(words: str, *_: object) -> None:
+    """Takes its time, says something, and goes."""
+    for seconds in at_end:
+        threading.Event().wait(seconds)
+    print(words, flush=True)
+    sys.exit(0)
 
 
 def main() -> None:
@@ -37,6 +49,10 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         elif name == "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        elif name == "say_at_end":
+            signal.signal(signal.SIGTERM, functools.partial(end, value))
+        elif name == "slow_end":
+            at_end.append(float(value))
         elif name == "grandchild":
             print(f"grandchild {subprocess.Popen(['sleep', '600']).pid}", flush=True)
         else:
