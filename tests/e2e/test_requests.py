@@ -71,7 +71,7 @@ def test_prompts_at_the_border_of_the_context_are_taken(address: str, length: in
     ],
 )
 def test_bad_requests_are_refused_by_name_and_disturb_nobody(
-    address: str, prompt: list[int], sampling: dict[str, object], field: str
+    address: str, prompt: list[int], sampling: dict[str, Any], field: str
 ) -> None:
     async def run() -> None:
         async with AsyncClient(address) as client:

@@ -1,0 +1,177 @@
+"""Addresses, private directories and sockets that lose nothing silently."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from tandem.protocol.errors import ConfigurationError
+from tandem.protocol.transport import (
+    QUEUE_MESSAGES,
+    Address,
+    LoopSocket,
+    Sent,
+    ServiceDirectory,
+    default_address,
+    open_dealer,
+    open_router,
+)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="tt-"))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield made
+    made.term()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "ipc://relative", "tcp://host", "tcp://:1", "tcp://h:0", "tcp://h:65536", "tcp://h:x", "udp://h:1", "/tmp/x"],
+)
+def test_addresses_that_cannot_be_are_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="address"):
+        Address(url)
+
+
+def test_a_socket_path_that_linux_cannot_take_is_refused_with_the_limit() -> None:
+    with pytest.raises(ConfigurationError, match="107"):
+        Address("ipc:///" + "x" * 120)
+
+
+@pytest.mark.parametrize("url", ["tcp://127.0.0.1:5000", "tcp://[::1]:5000", "tcp://example.org:5000"])
+def test_tcp_must_be_asked_for_loopback_included(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="--insecure"):
+        Address(url).require_safe(insecure=False)
+    Address(url).require_safe(insecure=True)
+
+
+def test_the_default_address_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TANDEM_ADDRESS", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert default_address().url == "ipc:///run/user/7/tandem/default"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert str(os.getuid()) in default_address().url
+    monkeypatch.setenv("TANDEM_ADDRESS", "ipc:///elsewhere")
+    assert default_address().url == "ipc:///elsewhere"
+
+
+def test_a_service_directory_is_private_held_once_and_leaves_nothing(folder: Path) -> None:
+    place = folder / "service"
+    held = ServiceDirectory(place)
+    assert place.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(ConfigurationError, match="another scheduler"):
+        ServiceDirectory(place)
+    held.close()
+    assert not place.exists()
+    ServiceDirectory(place).close()
+
+
+def test_a_directory_that_others_may_enter_is_refused(folder: Path) -> None:
+    folder.chmod(0o755)
+    with pytest.raises(ConfigurationError, match="chmod 700"):
+        ServiceDirectory(folder)
+    target = folder / "target"
+    target.mkdir(mode=0o700)
+    link = folder / "link"
+    link.symlink_to(target)
+    with pytest.raises(ConfigurationError, match="not a directory"):
+        ServiceDirectory(link)
+
+
+def test_a_socket_that_a_killed_scheduler_left_is_taken_over(
+    folder: Path, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    (folder / "clients").write_text("left over")
+    held = ServiceDirectory(folder)
+    open_router(context, f"ipc://{folder}/clients").close(0)
+    held.close()
+
+
+def test_a_taken_port_is_a_clear_error(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    first = context.socket(zmq.ROUTER)
+    port = first.bind_to_random_port("tcp://127.0.0.1")
+    with pytest.raises(ConfigurationError, match="cannot listen"):
+        open_router(context, f"tcp://127.0.0.1:{port}")
+    first.close(0)
+
+
+def test_messages_of_every_size_arrive_whole_and_in_order(
+    folder: Path, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    sizes = [0, 1, 65_535, 65_536, 65_537, 1_000_000, 3] * 5
+
+    async def run() -> list[bytes]:
+        got: list[bytes] = []
+        done = asyncio.Event()
+
+        def on_request(frames: list[bytes]) -> None:
+            for index, size in enumerate(sizes):
+                buffer = bytearray([index]) * size
+                assert router.send([frames[0], bytes(buffer)]) is Sent.QUEUED
+                buffer[:] = b"\xff" * size  # whatever is done with the buffer now must not show
+
+        def on_answer(frames: list[bytes]) -> None:
+            got.append(frames[0])
+            if len(got) == len(sizes):
+                done.set()
+
+        endpoint = f"ipc://{folder}/clients"
+        router = LoopSocket(open_router(context, endpoint), on_request)
+        dealer = LoopSocket(open_dealer(context, endpoint), on_answer)
+        async with asyncio.timeout(20):
+            await until(lambda: dealer.send([b"go"]) is Sent.QUEUED)
+            await done.wait()
+        dealer.close(0)
+        router.close(0)
+        return got
+
+    assert asyncio.run(run()) == [bytes([index]) * size for index, size in enumerate(sizes)]
+
+
+def test_a_peer_that_does_not_read_and_one_that_is_gone_are_told_apart(
+    folder: Path, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    async def run() -> None:
+        hello: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        endpoint = f"ipc://{folder}/clients"
+        router = LoopSocket(open_router(context, endpoint), lambda frames: hello.set_result(frames[0]))
+        lazy = open_dealer(context, endpoint)
+        async with asyncio.timeout(20):
+            await until(lambda: bool(lazy.poll(0, zmq.POLLOUT)))
+            lazy.send(b"hello")
+            route = await hello
+            data = bytes(1_000)
+            sent = 0
+            while (outcome := router.send([route, data])) is Sent.QUEUED:
+                sent += 1
+            assert outcome is Sent.FULL
+            assert sent >= QUEUE_MESSAGES
+            received = 0
+            while received < sent:  # nothing that was queued is lost
+                if lazy.poll(0):
+                    assert lazy.recv() == data
+                    received += 1
+                await asyncio.sleep(0)
+            lazy.close(0)
+            await until(lambda: router.send([route, data]) is Sent.GONE)
+            assert router.send([b"nobody", data]) is Sent.GONE
+        router.close(0)
+        router.close(0)
+        assert router.send([route, data]) is Sent.GONE
+
+    asyncio.run(run())
