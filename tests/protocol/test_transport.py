@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     yield made
     made.term()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Tries again with every turn of the loop; the caller sets the deadline."""
+    for _ in itertools.count():
+        if condition():
+            return
+        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(
