@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..protocol.errors import ConfigurationError, TandemError
+from ..protocol.errors import ConfigurationError, ServiceUnavailable, TandemError
 from ..protocol.transport import Address, default_address
 from .config import Options
 from .embedded import EmbeddedSystem
@@ -51,16 +51,24 @@ def service(connect: str | None, worker_options: Options, *, embed: bool = False
                 f"--connect names a running service, and --{asked[0].replace('_', '-')} is for starting one; "
                 "give one of the two"
             )
-        yield Service(connect, insecure, None)
+        yield _running(connect, insecure)
         return
     if not asked and not embed:
-        running = os.environ.get("TANDEM_ADDRESS")
-        if running or _answers(default_address()):
-            address = default_address().url
-            note(f"Using the service at {address}.")
-            yield Service(address, insecure, None)
+        address = default_address()
+        if os.environ.get("TANDEM_ADDRESS") or _answers(address):
+            note(f"Using the service at {address.url}.")
+            yield _running(address.url, insecure)
             return
     yield from _embedded(worker_options)
+
+
+def _running(url: str, insecure: bool) -> Service:
+    """A service that was named. Raises ServiceUnavailable at once if nobody can be there."""
+    address = Address(url)
+    address.require_safe(insecure)
+    if address.is_ipc and not _answers(address):
+        raise ServiceUnavailable(f"nobody serves at {url}; start a service there with: tandem serve --address {url}")
+    return Service(url, insecure, None)
 
 
 def _embedded(worker_options: Options) -> Iterator[Service]:

@@ -97,6 +97,19 @@ def test_bad_options_are_refused_in_a_sentence(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("named_by", ["flag", "environment"])
+def test_a_service_that_is_not_there_is_told_at_once(
+    named_by: str, runtime: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"ipc://{runtime}/none"
+    arguments = ["--connect", address] if named_by == "flag" else []
+    if named_by == "environment":
+        monkeypatch.setenv("TANDEM_ADDRESS", address)
+    code, out, err = run(capsys, monkeypatch, "generate", *arguments, "hello")
+    assert (code, out) == (1, "")
+    assert f"nobody serves at {address}; start a service there with: tandem serve --address {address}" in err
+
+
 def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = run(capsys, monkeypatch, "serve", "--max-num-seq", "3")
     assert code == 2

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -143,6 +145,24 @@ def test_two_embedded_systems_at_once(runtime: Path, model_folder: Path) -> None
         with Client(one.address) as first:
             assert first.generate([3], max_tokens=1).usage.completion_tokens == 1
     assert gone(children)
+    assert files_below(runtime) == ["tandem"]
+
+
+FORGETFUL = """
+import sys
+from tandem.launch.embedded import EmbeddedSystem
+system = EmbeddedSystem({"model": sys.argv[1], "load_format": "dummy", "device": "cpu", "threads": 1})
+system.start()
+print(system.address)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_forgets_to_stop_its_system_leaves_nothing(runtime: Path, model_folder: Path) -> None:
+    command = [sys.executable, "-P", "-c", FORGETFUL, str(model_folder)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"ipc://{runtime}/tandem/e-")
     assert files_below(runtime) == ["tandem"]
 
 
