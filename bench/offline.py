@@ -57,7 +57,7 @@ def _device(before: Stats, after: Stats) -> dict[str, float]:
 
 def _prompts(requests: int, length: int, vocab: int, seed: int) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    return rng.integers(0, vocab, (requests, length)).tolist()
+    return [row.tolist() for row in rng.integers(0, vocab, (requests, length))]
 
 
 async def _measure(
@@ -100,7 +100,9 @@ def main(
             runs = asyncio.run(_measure(system.address, requests, prompt_tokens, output_tokens, repeats))
         median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         results.append({"lookahead": depth, "ready_s": ready_s, "median": median, "runs": runs})
-    report = {"load": {**options, "requests": requests, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}}
+    report: dict[str, Any] = {
+        "load": {**options, "requests": requests, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+    }
     report |= {"results": results, "machine": describe_machine()}
     _show(results)
     if out is not None:

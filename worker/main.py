@@ -26,6 +26,7 @@ from .memory import count_blocks
 from .model import PagedModel, load_model
 from .pipeline import Pipeline
 from .session import Results, Session
+from .warmup import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class _Worker:
         max_model_len = choose_max_model_len(config, model)
         num_blocks = count_blocks(config, model, max_model_len, self._status.progress)
         model.allocate_kv_cache(num_blocks, config.block_size)
+        warm_up(config, model, self._status.progress)
         files = tokenizer_files(source)
         hello = WorkerHello(
             version=PROTOCOL_VERSION,

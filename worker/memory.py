@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from .batch import Batch
 from .config import WorkerConfig
 from .loading import LoadError
 from .model import PagedModel
-from .sampler import SamplingColumns, sample
+from .warmup import run_largest_step
 
 CPU_CACHE_BYTES = 1024**3
 """KV cache of a CPU worker, unless a size is given."""
@@ -71,44 +69,4 @@ def _free_cuda_bytes(
         allowed - used - peak,
         f"{config.gpu_memory_utilization:.0%} of {total / gib:.1f} GiB, less {used / gib:.1f} GiB in use and "
         f"{peak / gib:.1f} GiB for the largest step",
-    )
-
-
-def run_largest_step(config: WorkerConfig, model: PagedModel) -> None:
-    """The step that takes the most memory beside the cache: as many tokens and samples as one may have."""
-    tokens, rows, block_size = config.max_num_batched_tokens, config.max_num_seqs, config.block_size
-    device = model.device
-    model.allocate_kv_cache(1, block_size)
-    lengths = np.full(rows, tokens // rows, np.int32)
-    lengths[-1] += tokens - int(lengths.sum())
-    width = -(-int(lengths.max()) // block_size)
-    starts = np.zeros(rows + 1, np.int32)
-    np.cumsum(lengths, out=starts[1:])
-    row_of_token = np.repeat(np.arange(rows), lengths)
-    positions = np.arange(tokens) - starts[row_of_token]
-    batch = Batch(
-        lane=0,
-        token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
-        positions=torch.as_tensor(positions, dtype=torch.int64, device=device),
-        kv_slots=torch.full((tokens,), model.scratch_block * block_size, dtype=torch.int64, device=device),
-        row_of_token=torch.as_tensor(row_of_token, dtype=torch.int64, device=device),
-        block_tables=torch.full((rows, width), model.scratch_block, dtype=torch.int32, device=device),
-        kv_lens=torch.as_tensor(lengths, device=device),
-        query_starts=starts,
-        kv_lens_host=lengths,
-        decode_rows=0,
-        block_size=block_size,
-    )
-    hidden = model.hidden(batch)
-    logits = model.logits(hidden[torch.as_tensor(starts[1:] - 1, dtype=torch.int64, device=device)])
-    sample(
-        logits,
-        SamplingColumns(
-            temperature=torch.ones(rows, device=device),
-            top_k=torch.ones(rows, dtype=torch.int32, device=device),
-            top_p=torch.full((rows,), 0.5, device=device),
-            seed=torch.zeros(rows, dtype=torch.int64, device=device),
-            sample_index=torch.zeros(rows, dtype=torch.int32, device=device),
-            position=torch.zeros(rows, dtype=torch.int32, device=device),
-        ),
     )

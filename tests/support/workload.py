@@ -44,7 +44,8 @@ def mixed_requests(count: int, seed: int, longest: int, most: int) -> list[Wante
 def reference(model: PreTrainedModel, wanted: Wanted) -> list[int]:
     """transformers' `generate`, alone."""
     prompt = torch.tensor([wanted.prompt])
-    out = model.generate(
+    generate: Any = model.generate
+    out = generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=wanted.max_tokens,
