@@ -21,8 +21,7 @@ TOOLS_OUTRO = (
     '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>'
 )
 
-CHAT_TEMPLATE = (
-    """\
+CHAT_TEMPLATE = """\
 {%- if not messages %}
     {{- raise_exception("a chat needs at least one message") }}
 {%- endif %}
@@ -93,7 +92,6 @@ CHAT_TEMPLATE = (
     {{- "<|im_start|>assistant\\n" }}
 {%- endif %}
 """.replace("INTRO", TOOLS_INTRO.replace("\n", "\\n")).replace("OUTRO", TOOLS_OUTRO.replace("\n", "\\n"))
-)
 """Jinja source for transformers' sandboxed environment (trim_blocks, lstrip_blocks, `tojson`, `raise_exception`)."""
 
 
@@ -142,7 +140,9 @@ class Chat:
         return "\n".join(filter(None, [last.content, *(call.text() for call in last.tool_calls)]))
 
 
-def render(messages: Sequence[Message], tools: Sequence[JsonObject] = (), *, add_generation_prompt: bool = False) -> str:
+def render(
+    messages: Sequence[Message], tools: Sequence[JsonObject] = (), *, add_generation_prompt: bool = False
+) -> str:
     """The text that CHAT_TEMPLATE gives for the same chat."""
     parts: list[str] = []
     has_system = bool(messages) and messages[0].role == "system"

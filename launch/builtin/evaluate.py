@@ -88,7 +88,9 @@ def _tool_call(s: Source) -> Case:
 def _story(s: Source) -> Case:
     exchange, words = stories.story_about(s)
     return Case(
-        conversation.chat_of(s, [exchange]), lambda answer: len(answer) > 150 and all(word in answer for word in words), 400
+        conversation.chat_of(s, [exchange]),
+        lambda answer: len(answer) > 150 and all(word in answer for word in words),
+        400,
     )
 
 
@@ -183,7 +185,9 @@ def accuracy(
             right += 1
         elif show:
             show -= 1
-            print(f"    {case.chat.messages[-2].content[-160:]!r}\n      -> {answer!r}, expected {case.chat.answer()[:160]!r}")
+            print(
+                f"    {case.chat.messages[-2].content[-160:]!r}\n      -> {answer!r}, expected {case.chat.answer()[:160]!r}"
+            )
     return right / count
 
 

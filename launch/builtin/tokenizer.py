@@ -1,6 +1,6 @@
 """The built-in model's tokenizer: byte-level BPE, one token per digit, trained on the generated text.
 
-    python -m tandem.launch.builtin.tokenizer --out DIR
+python -m tandem.launch.builtin.tokenizer --out DIR
 """
 
 import argparse

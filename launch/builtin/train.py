@@ -175,7 +175,11 @@ class Training:
                     value = stored.get_tensor(f"optimizer.{key}.{name}")
                     on_host = key == "step" and self.device.type != "cuda"
                     state[key] = value if on_host else value.to(self.device)
-        self.steps, self.tokens, self.seconds = int(metadata["steps"]), int(metadata["tokens"]), float(metadata["seconds"])
+        self.steps, self.tokens, self.seconds = (
+            int(metadata["steps"]),
+            int(metadata["tokens"]),
+            float(metadata["seconds"]),
+        )
 
     def load_weights(self, folder: Path) -> None:
         """Starts from the weights of a saved model, with a fresh optimizer."""
@@ -226,7 +230,10 @@ def run(training: Training, batches: Iterator[list[torch.Tensor]], options: argp
             saved = time.monotonic()
     training.save(options.out)
     training.save_checkpoint(options.checkpoint)
-    print(f"saved {options.out} after {training.steps} steps; held out: {watch(training, options.watch_count)}", flush=True)
+    print(
+        f"saved {options.out} after {training.steps} steps; held out: {watch(training, options.watch_count)}",
+        flush=True,
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -237,7 +244,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=131_072, help="tokens per step, padding included")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that make data")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that make data"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--init-from", type=Path, help="folder of a model to start from")

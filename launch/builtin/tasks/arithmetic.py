@@ -29,7 +29,11 @@ _EXPRESSION_FRAMES = (
 )  # fmt: skip
 _PLUS = ("{a} + {b}",) * 5 + ("{a}+{b}",) * 3 + ("{a} plus {b}",) * 3
 _MINUS = ("{a} - {b}",) * 5 + ("{a}-{b}",) * 3 + ("{a} minus {b}",) * 3
-_TIMES = ("{a} * {b}",) * 4 + ("{a}*{b}",) * 2 + ("{a} x {b}", "{a} × {b}", "{a} times {b}", "{a} times {b}", "{a} multiplied by {b}")
+_TIMES = (
+    ("{a} * {b}",) * 4
+    + ("{a}*{b}",) * 2
+    + ("{a} x {b}", "{a} × {b}", "{a} times {b}", "{a} times {b}", "{a} multiplied by {b}")
+)
 _SUM_SENTENCES = (
     "Add {a} and {b}.", "Please add {a} and {b}.", "Add {a} to {b}.", "What is the sum of {a} and {b}?",
     "Sum {a} and {b}.", "If I add {a} and {b}, what do I get?", "Can you add {a} and {b}?", "Give me the sum of {a} and {b}.",
@@ -47,7 +51,12 @@ _PRODUCT_SENTENCES = (
     "Multiply {a} by {b}.", "Multiply {a} and {b}.", "Please multiply {a} by {b}.", "What is the product of {a} and {b}?",
     "There are {a} boxes with {b} pencils each. How many pencils are there?", "Can you multiply {a} and {b}?",
 )  # fmt: skip
-_BARE = (" Answer with just the number.", " Just the number.", " Only the number, please.", " Reply with only the number.")
+_BARE = (
+    " Answer with just the number.",
+    " Just the number.",
+    " Only the number, please.",
+    " Reply with only the number.",
+)
 
 
 def _ask(s: Source, a: int, b: int, expressions: tuple[str, ...], sentences: tuple[str, ...]) -> str:
@@ -116,7 +125,12 @@ def comparison(s: Source) -> Exchange:
         request = f"Is {a} {s.pick(('larger', 'bigger', 'greater', 'more'))} than {b}?"
         return s.casual(request), f"{'Yes' if a > b else 'No'}, {max(a, b)} is larger than {min(a, b)}."
     word = s.pick(("larger", "bigger", "greater", "higher")) if larger else s.pick(("smaller", "less", "lower"))
-    frames = ("Which is {w}, {a} or {b}?", "Which number is {w}: {a} or {b}?", "What is {w}, {a} or {b}?", "{a} or {b}: which is {w}?")
+    frames = (
+        "Which is {w}, {a} or {b}?",
+        "Which number is {w}: {a} or {b}?",
+        "What is {w}, {a} or {b}?",
+        "{a} or {b}: which is {w}?",
+    )
     request = s.pick(frames).format(w=word, a=a, b=b)
     return s.casual(request), f"{max(a, b) if larger else min(a, b)} is {'larger' if larger else 'smaller'}."
 
@@ -133,11 +147,18 @@ def neighbor(s: Source) -> Exchange:
     after = s.chance(0.6)
     n = s.problem(lambda: max(1, s.number()), lambda drawn: f"neighbor {drawn} {after}")
     frames = (
-        ("What number comes after {n}?", "What comes after {n}?", "Which number follows {n}?", "What is the next number after {n}?")
+        (
+            "What number comes after {n}?",
+            "What comes after {n}?",
+            "Which number follows {n}?",
+            "What is the next number after {n}?",
+        )
         if after
         else ("What number comes before {n}?", "What comes before {n}?", "Which number comes right before {n}?")
     )
-    return s.casual(s.pick(frames).format(n=n)), f"{n + 1 if after else n - 1} comes {'after' if after else 'before'} {n}."
+    return s.casual(
+        s.pick(frames).format(n=n)
+    ), f"{n + 1 if after else n - 1} comes {'after' if after else 'before'} {n}."
 
 
 @held_out_by_prompt
@@ -149,9 +170,16 @@ def counting(s: Source, longest: int = 24) -> Exchange:
         start, stop = stop, start
     numbers = range(start, stop + 1) if start < stop else range(start, stop - 1, -1)
     verb = "Count" if start < stop else s.pick(("Count down", "Count backwards", "Count"))
-    frames = ["{v} from {a} to {b}.", "{v} from {a} to {b}.", "Please {lv} from {a} to {b}.", "Can you {lv} from {a} to {b}?"]
+    frames = [
+        "{v} from {a} to {b}.",
+        "{v} from {a} to {b}.",
+        "Please {lv} from {a} to {b}.",
+        "Can you {lv} from {a} to {b}?",
+    ]
     if start < stop:
-        frames += ["List the numbers from {a} to {b}.", "Write the numbers {a} to {b}."] + ["Count to {b}."] * 3 * (start == 1)
+        frames += ["List the numbers from {a} to {b}.", "Write the numbers {a} to {b}."] + ["Count to {b}."] * 3 * (
+            start == 1
+        )
     request = s.pick(frames).format(v=verb, lv=verb.lower(), a=start, b=stop)
     return s.casual(request), ", ".join(map(str, numbers))
 
@@ -195,7 +223,9 @@ def _follow_up(s: Source, result: int) -> Exchange | None:
             n = s.pick(factors)
             return s.casual(s.pick(_TIMES_THAT).format(n=n)), f"{result} * {n} = {result * n}"
     if s.chance(0.08) and s.admits(sum_key(result, result)):
-        return s.casual(s.pick(("Double it.", "Now double that.", "Double the result."))), f"{result} + {result} = {2 * result}"
+        return s.casual(
+            s.pick(("Double it.", "Now double that.", "Double the result."))
+        ), f"{result} + {result} = {2 * result}"
     if s.chance(0.6):
         n = s.problem(lambda: s.number(s.integer(1, 3)), lambda drawn: sum_key(result, drawn))
         return s.casual(s.pick(_ADD_TO).format(n=n)), f"{result} + {n} = {result + n}"

@@ -45,7 +45,17 @@ def chat_of(s: Source, exchanges: Sequence[Exchange]) -> Chat:
     return Chat(messages)
 
 
-_NAME = ("My name is {x}.", "I am {x}.", "Hi, I am {x}.", "Hello, my name is {x}.", "My name's {x}", "Please call me {x}.", "Hi! My name is {x}.", "i'm {x}", "You can call me {x}.")
+_NAME = (
+    "My name is {x}.",
+    "I am {x}.",
+    "Hi, I am {x}.",
+    "Hello, my name is {x}.",
+    "My name's {x}",
+    "Please call me {x}.",
+    "Hi! My name is {x}.",
+    "i'm {x}",
+    "You can call me {x}.",
+)
 _LIKES = {
     "color": (COLORS, ("My favorite color is {x}.", "I like the color {x}.")),
     "animal": (ANIMALS, ("My favorite animal is the {x}.", "My favorite animal is {x}.")),
@@ -53,9 +63,31 @@ _LIKES = {
     "city": (CITIES, ("My favorite city is {x}.", "My favorite city is {x}, you know.")),
     "number": (tuple(map(str, range(1000))), ("My favorite number is {x}.", "My lucky number is {x}.")),
 }  # fmt: skip
-_FIRST = ("What did I ask first?", "What was my first question?", "What did I ask you first?", "What was the first thing I said?", "What was my first message?", "What did I say first?")
-_LAST = ("What did I just ask?", "What was my last question?", "What did I just say?", "What was my last message?", "Repeat my last question.")
-_AGAIN = ("Say that again.", "Repeat that.", "Repeat your last answer.", "Can you repeat that?", "What did you just say?", "Again please", "Once more", "Pardon?")
+_FIRST = (
+    "What did I ask first?",
+    "What was my first question?",
+    "What did I ask you first?",
+    "What was the first thing I said?",
+    "What was my first message?",
+    "What did I say first?",
+)
+_LAST = (
+    "What did I just ask?",
+    "What was my last question?",
+    "What did I just say?",
+    "What was my last message?",
+    "Repeat my last question.",
+)
+_AGAIN = (
+    "Say that again.",
+    "Repeat that.",
+    "Repeat your last answer.",
+    "Can you repeat that?",
+    "What did you just say?",
+    "Again please",
+    "Once more",
+    "Pardon?",
+)
 
 
 class Memory:
@@ -75,12 +107,25 @@ class Memory:
         kind = s.pick(tuple(_LIKES))
         values, frames = _LIKES[kind]
         self.likes[kind] = s.pick(values)
-        return s.casual(s.pick(frames).format(x=self.likes[kind])), f"I will remember that your favorite {kind} is {self.likes[kind]}."
+        return s.casual(
+            s.pick(frames).format(x=self.likes[kind])
+        ), f"I will remember that your favorite {kind} is {self.likes[kind]}."
 
     def ask_name(self) -> Exchange:
         """The user asks for the name."""
-        request = self.source.pick(("What is my name?", "What's my name?", "Do you know my name?", "Do you remember my name?", "Who am I?", "Tell me my name."))
-        return self.source.casual(request), f"Your name is {self.name}." if self.name else "You have not told me your name."
+        request = self.source.pick(
+            (
+                "What is my name?",
+                "What's my name?",
+                "Do you know my name?",
+                "Do you remember my name?",
+                "Who am I?",
+                "Tell me my name.",
+            )
+        )
+        return self.source.casual(
+            request
+        ), f"Your name is {self.name}." if self.name else "You have not told me your name."
 
     def ask(self) -> Exchange:
         """The user asks for something that they may have told."""
@@ -88,9 +133,13 @@ class Memory:
         if s.chance(0.5 if self.name or not self.likes else 0.15):
             return self.ask_name()
         kind = s.pick(tuple(self.likes) if self.likes and s.chance(0.8) else tuple(_LIKES))
-        request = s.pick((f"What is my favorite {kind}?", f"Which {kind} do I like?", f"Do you remember my favorite {kind}?"))
+        request = s.pick(
+            (f"What is my favorite {kind}?", f"Which {kind} do I like?", f"Do you remember my favorite {kind}?")
+        )
         known = kind in self.likes
-        return s.casual(request), f"Your favorite {kind} is {self.likes[kind]}." if known else f"You have not told me your favorite {kind}."
+        return s.casual(
+            request
+        ), f"Your favorite {kind} is {self.likes[kind]}." if known else f"You have not told me your favorite {kind}."
 
 
 def _look_back(s: Source, exchanges: Sequence[Exchange]) -> Exchange | None:

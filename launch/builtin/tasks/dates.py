@@ -33,7 +33,9 @@ def is_leap(year: int) -> bool:
 
 
 def _year(s: Source) -> int:
-    return s.integer(1900, 2100) if s.chance(0.7) else s.integer(16, 24) * 100 + (0 if s.chance(0.5) else s.integer(0, 99))
+    return (
+        s.integer(1900, 2100) if s.chance(0.7) else s.integer(16, 24) * 100 + (0 if s.chance(0.5) else s.integer(0, 99))
+    )
 
 
 @held_out_by_prompt
@@ -49,8 +51,14 @@ def day_order(s: Source) -> Exchange:
         frames = ("What day comes before {d}?", "Which day comes before {d}?", "What comes before {d}?", "What is the day before {d}?",
                   "If today is {d}, what day was yesterday?", "Today is {d}. What day was yesterday?")  # fmt: skip
         return s.casual(s.pick(frames).format(d=name)), f"{DAYS[today - 1]} comes before {name}."
-    frames = ("If today is {d}, what day is it in {n} days?", "Today is {d}. What day is it in {n} days?", "What day is {n} days after {d}?")
-    return s.casual(s.pick(frames).format(d=name, n=steps)), f"{steps} days after {name} is {DAYS[(today + steps) % 7]}."
+    frames = (
+        "If today is {d}, what day is it in {n} days?",
+        "Today is {d}. What day is it in {n} days?",
+        "What day is {n} days after {d}?",
+    )
+    return s.casual(
+        s.pick(frames).format(d=name, n=steps)
+    ), f"{steps} days after {name} is {DAYS[(today + steps) % 7]}."
 
 
 @held_out_by_prompt
@@ -59,16 +67,41 @@ def month_order(s: Source) -> Exchange:
     month = s.integer(0, 11)
     name, kind = MONTHS[month], s.integer(0, 3)
     if kind == 0:
-        frames = ("What month comes after {m}?", "Which month comes after {m}?", "What month follows {m}?", "What comes after {m}?", "What is the month after {m}?")
+        frames = (
+            "What month comes after {m}?",
+            "Which month comes after {m}?",
+            "What month follows {m}?",
+            "What comes after {m}?",
+            "What is the month after {m}?",
+        )
         return s.casual(s.pick(frames).format(m=name)), f"{MONTHS[(month + 1) % 12]} comes after {name}."
     if kind == 1:
-        frames = ("What month comes before {m}?", "Which month comes before {m}?", "What comes before {m}?", "What is the month before {m}?")
+        frames = (
+            "What month comes before {m}?",
+            "Which month comes before {m}?",
+            "What comes before {m}?",
+            "What is the month before {m}?",
+        )
         return s.casual(s.pick(frames).format(m=name)), f"{MONTHS[month - 1]} comes before {name}."
     if kind == 2:
-        frames = ("What is the {o} month of the year?", "Which month is the {o} month?", "What month is number {n}?", "Which month is month {n}?")
-        return s.casual(s.pick(frames).format(o=_ORDINALS[month], n=month + 1)), f"{name} is the {_ORDINALS[month]} month of the year."
-    frames = ("Which number is the month {m}?", "What number month is {m}?", "Is {m} the first month of the year?", "Which month of the year is {m}?")
-    return s.casual(s.pick(frames[:2] + frames[3:]).format(m=name)), f"{name} is the {_ORDINALS[month]} month of the year."
+        frames = (
+            "What is the {o} month of the year?",
+            "Which month is the {o} month?",
+            "What month is number {n}?",
+            "Which month is month {n}?",
+        )
+        return s.casual(
+            s.pick(frames).format(o=_ORDINALS[month], n=month + 1)
+        ), f"{name} is the {_ORDINALS[month]} month of the year."
+    frames = (
+        "Which number is the month {m}?",
+        "What number month is {m}?",
+        "Is {m} the first month of the year?",
+        "Which month of the year is {m}?",
+    )
+    return s.casual(
+        s.pick(frames[:2] + frames[3:]).format(m=name)
+    ), f"{name} is the {_ORDINALS[month]} month of the year."
 
 
 @held_out_by_prompt
@@ -78,7 +111,11 @@ def month_length(s: Source) -> Exchange:
     name = MONTHS[month]
     if month == 1 and s.chance(0.6):
         year = s.problem(lambda: _year(s), lambda drawn: f"year {drawn}")
-        frames = ("How many days does February have in {y}?", "How many days did February {y} have?", "How many days are in February {y}?")
+        frames = (
+            "How many days does February have in {y}?",
+            "How many days did February {y} have?",
+            "How many days are in February {y}?",
+        )
         return s.casual(s.pick(frames).format(y=year)), f"February has {29 if is_leap(year) else 28} days in {year}."
     frames = ("How many days are in {m}?", "How many days does {m} have?", "How long is {m}?", "How many days are there in {m}?",
               "days in {m}", "Number of days in {m}?", "How many days has {m}?", "What is the number of days in {m}?")  # fmt: skip
@@ -89,7 +126,13 @@ def month_length(s: Source) -> Exchange:
 def leap_year(s: Source) -> Exchange:
     """Whether a year is a leap year."""
     year = s.problem(lambda: _year(s), lambda drawn: f"year {drawn}")
-    frames = ("Is {y} a leap year?", "Was {y} a leap year?", "Is the year {y} a leap year?", "Leap year or not: {y}?", "Will {y} be a leap year?")
+    frames = (
+        "Is {y} a leap year?",
+        "Was {y} a leap year?",
+        "Is the year {y} a leap year?",
+        "Leap year or not: {y}?",
+        "Will {y} be a leap year?",
+    )
     answer = f"Yes, {year} is a leap year." if is_leap(year) else f"No, {year} is not a leap year."
     return s.casual(s.pick(frames).format(y=year)), answer
 
@@ -107,10 +150,19 @@ def next_date(s: Source) -> Exchange:
     if after:
         last = day == MONTH_LENGTHS[month]
         other = f"{MONTHS[(month + 1) % 12]} 1" if last else f"{MONTHS[month]} {day + 1}"
-        frames = ("What date comes after {d}?", "What is the day after {d}?", "Which date follows {d}?", "If today is {d}, what date is tomorrow?")
+        frames = (
+            "What date comes after {d}?",
+            "What is the day after {d}?",
+            "Which date follows {d}?",
+            "If today is {d}, what date is tomorrow?",
+        )
     else:
         other = f"{MONTHS[month - 1]} {MONTH_LENGTHS[month - 1]}" if day == 1 else f"{MONTHS[month]} {day - 1}"
-        frames = ("What date comes before {d}?", "What is the day before {d}?", "If today is {d}, what date was yesterday?")
+        frames = (
+            "What date comes before {d}?",
+            "What is the day before {d}?",
+            "If today is {d}, what date was yesterday?",
+        )
     return s.casual(s.pick(frames).format(d=date)), f"{other} comes {'after' if after else 'before'} {date}."
 
 
@@ -122,20 +174,38 @@ def calendar_facts(s: Source) -> Exchange:
         question, answer = s.pick(_COUNTS)
         short = question.replace(" are in ", " in ")
         what, _, unit = question.partition(" are in ")
-        return s.casual(s.pick((f"How many {question}?", f"How many {short}?", f"How many {what} does {unit} have?"))), answer
+        return s.casual(
+            s.pick((f"How many {question}?", f"How many {short}?", f"How many {what} does {unit} have?"))
+        ), answer
     if kind < 0.75:
-        frames = ("List the days of the week.", "What are the days of the week?", "Name the days of the week.", "Name all weekdays in order.")
+        frames = (
+            "List the days of the week.",
+            "What are the days of the week?",
+            "Name the days of the week.",
+            "Name all weekdays in order.",
+        )
         return s.casual(s.pick(frames)), ", ".join(DAYS)
     if kind < 0.85:
-        frames = ("List the months of the year.", "What are the months of the year?", "Name the twelve months.", "List all months in order.")
+        frames = (
+            "List the months of the year.",
+            "What are the months of the year?",
+            "Name the twelve months.",
+            "List all months in order.",
+        )
         return s.casual(s.pick(frames)), ", ".join(MONTHS)
     if kind < 0.92:
-        return s.casual(s.pick(("Which months have 30 days?", "What months have 30 days?"))), "April, June, September and November have 30 days."
+        return s.casual(
+            s.pick(("Which months have 30 days?", "What months have 30 days?"))
+        ), "April, June, September and November have 30 days."
     day = s.pick(DAYS)
     weekend = day in DAYS[5:]
     if s.chance(0.5):
-        return s.casual(f"Is {day} a weekday?"), f"{'No' if weekend else 'Yes'}, {day} is {'in the weekend' if weekend else 'a weekday'}."
-    return s.casual(f"Is {day} in the weekend?"), f"{'Yes' if weekend else 'No'}, {day} is {'in the weekend' if weekend else 'a weekday'}."
+        return s.casual(
+            f"Is {day} a weekday?"
+        ), f"{'No' if weekend else 'Yes'}, {day} is {'in the weekend' if weekend else 'a weekday'}."
+    return s.casual(
+        f"Is {day} in the weekend?"
+    ), f"{'Yes' if weekend else 'No'}, {day} is {'in the weekend' if weekend else 'a weekday'}."
 
 
 def follow_ups(s: Source) -> list[Exchange]:

@@ -25,7 +25,19 @@ _SOUNDS = {
     "dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "sheep": "bleats", "lion": "roars", "frog": "croaks",
     "pig": "oinks", "horse": "neighs", "wolf": "howls", "owl": "hoots", "bee": "buzzes", "snake": "hisses", "mouse": "squeaks",
 }  # fmt: skip
-_LEGS = {"dog": 4, "cat": 4, "bird": 2, "spider": 8, "ant": 6, "horse": 4, "snake": 0, "bee": 6, "chicken": 2, "cow": 4, "fish": 0}
+_LEGS = {
+    "dog": 4,
+    "cat": 4,
+    "bird": 2,
+    "spider": 8,
+    "ant": 6,
+    "horse": 4,
+    "snake": 0,
+    "bee": 6,
+    "chicken": 2,
+    "cow": 4,
+    "fish": 0,
+}
 
 
 @held_out_by_prompt
@@ -45,14 +57,25 @@ def facts(s: Source) -> Exchange:
             word, other = other, word
         if word == "short":
             other = "long"
-        frames = ("What is the opposite of {w}?", "Opposite of {w}?", "Give me the opposite of {w}.", 'What is the opposite of "{w}"?')
+        frames = (
+            "What is the opposite of {w}?",
+            "Opposite of {w}?",
+            "Give me the opposite of {w}.",
+            'What is the opposite of "{w}"?',
+        )
         return s.casual(s.pick(frames).format(w=word)), f"The opposite of {word} is {other}."
     if kind == 7:
         thing, color = s.pick(tuple(_THING_COLORS.items()))
-        return s.casual(s.pick((f"What color is {thing}?", f"Which color is {thing}?"))), f"{thing[0].upper()}{thing[1:]} is {color}."
+        return s.casual(
+            s.pick((f"What color is {thing}?", f"Which color is {thing}?"))
+        ), f"{thing[0].upper()}{thing[1:]} is {color}."
     if kind == 8:
         animal, sound = s.pick(tuple(_SOUNDS.items()))
-        return s.casual(s.pick((f"What does a {animal} say?", f"What sound does a {animal} make?"))), f"A {animal} {sound}."
+        return s.casual(
+            s.pick((f"What does a {animal} say?", f"What sound does a {animal} make?"))
+        ), f"A {animal} {sound}."
     animal, legs = s.pick(tuple(_LEGS.items()))
     article = "An" if animal == "ant" else "A"
-    return s.casual(f"How many legs does {article.lower()} {animal} have?"), f"{article} {animal} has {legs or 'no'} legs."
+    return s.casual(
+        f"How many legs does {article.lower()} {animal} have?"
+    ), f"{article} {animal} has {legs or 'no'} legs."

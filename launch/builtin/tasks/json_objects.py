@@ -12,7 +12,23 @@ _TEXT_KEYS: dict[str, tuple[str, ...]] = {
     "mood": ADJECTIVES, "title": COMMON_WORDS, "word": COMMON_WORDS, "tag": COMMON_WORDS, "topic": COMMON_WORDS, "type": COMMON_WORDS,
     "label": COMMON_WORDS, "category": COMMON_WORDS, "status": ("open", "closed", "new", "done", "active"), "size": ("small", "medium", "large"),
 }  # fmt: skip
-_NUMBER_KEYS = ("age", "price", "count", "id", "year", "number", "quantity", "score", "height", "weight", "stock", "level", "total", "amount", "width")
+_NUMBER_KEYS = (
+    "age",
+    "price",
+    "count",
+    "id",
+    "year",
+    "number",
+    "quantity",
+    "score",
+    "height",
+    "weight",
+    "stock",
+    "level",
+    "total",
+    "amount",
+    "width",
+)
 _BOOLEAN_KEYS = ("active", "open", "available", "admin", "paid", "ready", "done", "visible", "happy", "valid")
 _ASK = (
     "Give me a JSON object with {x}.", "Write a JSON object with {x}.", "Make a JSON object with {x}.", "Create a JSON object with {x}.", "JSON object with {x}",
@@ -36,7 +52,9 @@ def _fields(s: Source, count: int) -> JsonObject:
     keys: list[str] = []
     while len(keys) < count:
         kind = s.rng.random()
-        key = s.pick(tuple(_TEXT_KEYS)) if kind < 0.5 else s.pick(_NUMBER_KEYS) if kind < 0.85 else s.pick(_BOOLEAN_KEYS)
+        key = (
+            s.pick(tuple(_TEXT_KEYS)) if kind < 0.5 else s.pick(_NUMBER_KEYS) if kind < 0.85 else s.pick(_BOOLEAN_KEYS)
+        )
         if s.chance(0.08):
             key = s.pick(COMMON_WORDS)
         if key not in keys:
@@ -52,9 +70,13 @@ def _phrase(s: Source, fields: JsonObject) -> str:
     elif style < 0.75:
         pairs = [f"{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in fields.items()]
     elif style < 0.88:
-        return ", ".join(f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in fields.items())
+        return ", ".join(
+            f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in fields.items()
+        )
     else:
-        return ", ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in fields.items())
+        return ", ".join(
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in fields.items()
+        )
     return ", ".join(pairs[:-1]) + " and " + pairs[-1] if len(pairs) > 1 else pairs[0]
 
 
@@ -82,7 +104,11 @@ def _described(s: Source) -> tuple[str, JsonObject]:
     if kind == 3:
         return f"{name} is {age} years old and lives in {city}", {"name": name, "age": age, "city": city}
     friend = s.pick(NAMES)
-    return f"{name} who lives in {city} and has a friend called {friend}", {"name": name, "city": city, "friend": friend}
+    return f"{name} who lives in {city} and has a friend called {friend}", {
+        "name": name,
+        "city": city,
+        "friend": friend,
+    }
 
 
 def json_described(s: Source) -> Exchange:
@@ -98,7 +124,12 @@ def json_nested(s: Source) -> Exchange:
     words = s.rng.sample(COMMON_WORDS, s.integer(2, 5))
     if kind == 0:
         items: list[object] = list(words) if s.chance(0.5) else [s.number() for _ in words]
-        frames = ("Give me a JSON list with {x}.", "Write a JSON array with {x}.", "Make a JSON list of {x}.", "Turn this list into JSON: {x}")
+        frames = (
+            "Give me a JSON list with {x}.",
+            "Write a JSON array with {x}.",
+            "Make a JSON list of {x}.",
+            "Turn this list into JSON: {x}",
+        )
         return s.pick(frames).format(x=", ".join(map(str, items))), dumped(items)
     if kind == 1:
         name, key = s.pick(NAMES), s.pick(("tags", "words", "items", "friends", "topics"))
@@ -120,10 +151,16 @@ def follow_ups(s: Source) -> list[Exchange]:
             request = s.pick(("Remove {k}.", "Now remove the field {k}.", "Delete {k}.")).format(k=key)
         elif s.chance(0.4):
             key = s.pick(tuple(fields))
-            fields = fields | {key: _value(s, key) if key in _TEXT_KEYS or key in _NUMBER_KEYS or key in _BOOLEAN_KEYS else s.number()}
-            request = s.pick(("Change {k} to {v}.", "Now set {k} to {v}.", "Set {k} to {v}.")).format(k=key, v=json.dumps(fields[key]))
+            fields = fields | {
+                key: _value(s, key) if key in _TEXT_KEYS or key in _NUMBER_KEYS or key in _BOOLEAN_KEYS else s.number()
+            }
+            request = s.pick(("Change {k} to {v}.", "Now set {k} to {v}.", "Set {k} to {v}.")).format(
+                k=key, v=json.dumps(fields[key])
+            )
         else:
-            new = {key: value for key, value in _fields(s, 1).items() if key not in fields} or {"note": s.pick(COMMON_WORDS)}
+            new = {key: value for key, value in _fields(s, 1).items() if key not in fields} or {
+                "note": s.pick(COMMON_WORDS)
+            }
             fields = fields | new
             request = s.pick(("Add {x}.", "Now add {x}.", "Also add {x}.")).format(x=_phrase(s, new))
         exchanges.append((s.casual(request), dumped(fields)))

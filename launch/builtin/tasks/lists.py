@@ -86,7 +86,9 @@ def reversing(s: Source) -> Exchange:
     """A list of numbers or words from last to first."""
     length = s.integer(2, 7)
     words = s.chance(0.5)
-    items: list[object] = list(s.problem(lambda: _some_words(s, length), numbers_key) if words else _draw_numbers(s, length))
+    items: list[object] = list(
+        s.problem(lambda: _some_words(s, length), numbers_key) if words else _draw_numbers(s, length)
+    )
     return s.casual(s.pick(_REVERSE).format(x=join(s, items))), _shown(items[::-1])
 
 
@@ -106,7 +108,12 @@ def extreme(s: Source) -> Exchange:
     """The largest or smallest number of a list."""
     items = _draw_numbers(s, s.integer(3, 7))
     name, words = s.pick(_EXTREMES)
-    frames = ("What is the {w} of {x}?", "Which is the {w}: {x}", "Find the {w} number: {x}", "What is the {w} number in {x}?")
+    frames = (
+        "What is the {w} of {x}?",
+        "Which is the {w}: {x}",
+        "Find the {w} number: {x}",
+        "What is the {w} number in {x}?",
+    )
     result = max(items) if name == "largest" else min(items)
     return s.casual(s.pick(frames).format(w=s.pick(words), x=join(s, items))), f"The {name} is {result}."
 
@@ -120,7 +127,11 @@ def element(s: Source) -> Exchange:
     length = s.integer(2, 6)
     items: list[object] = list(_some_words(s, length) if s.chance(0.5) else _draw_numbers(s, length))
     if s.chance(0.35):
-        frames = ("How many items are in the list {x}?", "How many items are there: {x}", "What is the length of the list {x}?")
+        frames = (
+            "How many items are in the list {x}?",
+            "How many items are there: {x}",
+            "What is the length of the list {x}?",
+        )
         return s.casual(s.pick(frames).format(x=_shown(items))), f"The list has {length} items."
     last = s.chance(0.3)
     index = length - 1 if last else s.integer(0, min(length, 5) - 1)
@@ -136,8 +147,14 @@ def follow_ups(s: Source) -> list[Exchange]:
     down = ("Now in descending order.", "And from largest to smallest?", "Now the other way around.", "Now reverse it.")
     options: list[Exchange] = [
         (s.pick(down), _shown(sorted(items, reverse=True))),
-        (s.pick(("Which one is the largest?", "What is the largest of them?", "And the biggest?")), f"The largest is {max(items)}."),
-        (s.pick(("Which one is the smallest?", "What is the smallest?", "And the smallest?")), f"The smallest is {min(items)}."),
+        (
+            s.pick(("Which one is the largest?", "What is the largest of them?", "And the biggest?")),
+            f"The largest is {max(items)}.",
+        ),
+        (
+            s.pick(("Which one is the smallest?", "What is the smallest?", "And the smallest?")),
+            f"The smallest is {min(items)}.",
+        ),
         (s.pick(("How many numbers are there?", "How many items is that?")), f"The list has {len(items)} items."),
     ]
     exchanges += [(s.casual(request), answer) for request, answer in s.rng.sample(options, s.integer(1, 3))]

@@ -100,12 +100,27 @@ def too_large(s: Source) -> Exchange:
     big, other = s.integer(1000, 10 ** s.integer(4, 7) - 1), s.number() if s.chance(0.5) else s.integer(1000, 99999)
     pair = (big, other) if s.chance(0.5) else (other, big)
     if s.chance(0.3):
-        frames = ("What is {a} / {b}?", "Divide {a} by {b}.", "{a} divided by {b}", "{a}/{b}", "How much is {a} divided by {b}?")
+        frames = (
+            "What is {a} / {b}?",
+            "Divide {a} by {b}.",
+            "{a} divided by {b}",
+            "{a}/{b}",
+            "How much is {a} divided by {b}?",
+        )
         small = (s.number(), s.integer(1, 20))
         return s.casual(s.pick(frames).format(a=small[0], b=small[1])), NO_DIVISION
-    frames = ("What is {a} {o} {b}?", "{a} {o} {b}", "{a}{o}{b}", "Calculate {a} {o} {b}.", "How much is {a} {o} {b}?", "Compute {a} {o} {b}")
+    frames = (
+        "What is {a} {o} {b}?",
+        "{a} {o} {b}",
+        "{a}{o}{b}",
+        "Calculate {a} {o} {b}.",
+        "How much is {a} {o} {b}?",
+        "Compute {a} {o} {b}",
+    )
     if s.chance(0.2):
-        return s.casual(s.pick(("Add {a} and {b}.", "What is the sum of {a} and {b}?")).format(a=pair[0], b=pair[1])), TOO_LARGE
+        return s.casual(
+            s.pick(("Add {a} and {b}.", "What is the sum of {a} and {b}?")).format(a=pair[0], b=pair[1])
+        ), TOO_LARGE
     return s.casual(s.pick(frames).format(a=pair[0], b=pair[1], o=s.pick("+-*"))), TOO_LARGE
 
 
@@ -113,7 +128,17 @@ _REPEAT = (
     "Repeat after me: {x}", "Repeat: {x}", "Say {x}", "Say: {x}", "Please repeat: {x}", 'Say "{x}"', 'Repeat "{x}"', "Echo {x}", "Copy this: {x}",
     "Repeat this exactly: {x}", "Write: {x}", "Can you repeat this? {x}", "Print {x}",
 )  # fmt: skip
-_SCRIPTS = ((0x61, 0x7A), (0x21, 0x3B), (0x3F, 0x7E), (0xC0, 0xFF), (0x391, 0x3C9), (0x410, 0x44F), (0x4E00, 0x4FFF), (0x3041, 0x3096), (0x1F600, 0x1F640))
+_SCRIPTS = (
+    (0x61, 0x7A),
+    (0x21, 0x3B),
+    (0x3F, 0x7E),
+    (0xC0, 0xFF),
+    (0x391, 0x3C9),
+    (0x410, 0x44F),
+    (0x4E00, 0x4FFF),
+    (0x3041, 0x3096),
+    (0x1F600, 0x1F640),
+)
 
 
 def _sayable(s: Source) -> str:
@@ -124,7 +149,20 @@ def _sayable(s: Source) -> str:
     if kind < 0.65:
         return f"The {s.pick(ADJECTIVES)} {s.pick(ANIMALS)} likes the {s.pick(THINGS)} in the {s.pick(PLACES)}."
     if kind < 0.75:
-        return s.pick(("Hello", "Hello world", "Hello, world!", "I love you", "Good morning", "test", "Tandem is fast", "yes", "no", "one two three"))
+        return s.pick(
+            (
+                "Hello",
+                "Hello world",
+                "Hello, world!",
+                "I love you",
+                "Good morning",
+                "test",
+                "Tandem is fast",
+                "yes",
+                "no",
+                "one two three",
+            )
+        )
     if kind < 0.85:
         return " ".join(str(s.number()) for _ in range(s.integer(1, 6)))
     low, high = s.pick(_SCRIPTS)
@@ -138,5 +176,7 @@ def repeating(s: Source) -> Exchange:
     )  # fmt: skip
     if s.chance(0.12):
         word, times = s.pick(COMMON_WORDS), s.integer(2, 9)
-        return s.casual(s.pick(("Say {w} {n} times.", "Repeat {w} {n} times.", "Write {w} {n} times.")).format(w=word, n=times)), " ".join([word] * times)
+        return s.casual(
+            s.pick(("Say {w} {n} times.", "Repeat {w} {n} times.", "Write {w} {n} times.")).format(w=word, n=times)
+        ), " ".join([word] * times)
     return s.pick(_REPEAT).format(x=text), text

@@ -98,7 +98,12 @@ def letters(s: Source) -> Exchange:
     shown = _quoted(s, word)
     kind = s.integer(0, 2)
     if kind == 0:
-        frames = ("How many letters are in {w}?", "How many letters does {w} have?", "How long is the word {w}?", "Count the letters in {w}.")
+        frames = (
+            "How many letters are in {w}?",
+            "How many letters does {w} have?",
+            "How long is the word {w}?",
+            "Count the letters in {w}.",
+        )
         return s.casual(s.pick(frames).format(w=shown)), f"{spelled(word)}: {len(word)} letter{'s' * (len(word) > 1)}."
     name, letter = ("first", word[0]) if kind == 1 else ("last", word[-1])
     frames = ("What is the {n} letter of {w}?", "Which letter does {w} {v} with?", "What letter does {w} {v} with?")
@@ -109,14 +114,25 @@ def letters(s: Source) -> Exchange:
 def capitals(s: Source) -> Exchange:
     """A word in capital letters."""
     word = draw_word(s)
-    frames = ("Write {w} in capital letters.", "Write {w} in upper case.", "Uppercase {w}.", "Put {w} in all caps.", "Capitalize all letters of {w}.")
+    frames = (
+        "Write {w} in capital letters.",
+        "Write {w} in upper case.",
+        "Uppercase {w}.",
+        "Put {w} in all caps.",
+        "Capitalize all letters of {w}.",
+    )
     return s.casual(s.pick(frames).format(w=_quoted(s, word))), word.upper()
 
 
 def spelled_together(s: Source) -> Exchange:
     """A word put together from its letters."""
     word = draw_word(s)
-    frames = ("What word is {x}?", "What does {x} spell?", "Which word is spelled {x}?", "Put these letters together: {x}")
+    frames = (
+        "What word is {x}?",
+        "What does {x} spell?",
+        "Which word is spelled {x}?",
+        "Put these letters together: {x}",
+    )
     return s.casual(s.pick(frames).format(x=spelled(word) if s.chance(0.6) else " ".join(word))), word
 
 
@@ -126,8 +142,14 @@ def follow_ups(s: Source) -> list[Exchange]:
     while len(word) > 10:
         word = draw_word(s)
     options: list[Exchange] = [
-        (s.pick(("Now backwards.", "And backwards?", "Now spell it backwards.", "Can you reverse it?")), spelled(word[::-1])),
-        (s.pick(("How many letters is that?", "How many letters does it have?")), f"{spelled(word)}: {len(word)} letter{'s' * (len(word) > 1)}."),
+        (
+            s.pick(("Now backwards.", "And backwards?", "Now spell it backwards.", "Can you reverse it?")),
+            spelled(word[::-1]),
+        ),
+        (
+            s.pick(("How many letters is that?", "How many letters does it have?")),
+            f"{spelled(word)}: {len(word)} letter{'s' * (len(word) > 1)}.",
+        ),
         (s.pick(("What is its first letter?", "And the first letter?")), f"The first letter of {word} is {word[0]}."),
         (s.pick(("What is its last letter?", "And the last letter?")), f"The last letter of {word} is {word[-1]}."),
     ]

@@ -39,8 +39,26 @@ _ENDINGS = (
     "From that day on, {n} and {m} were best friends.", "{N} thanked {m}, and they shared {food} under the stars.", "{N} went home happy, and {m} went with {him}.", "And if you go to the {p} today, you can still see them {play}.",
     "{N} learned that a friend is the best thing of all.", "They laughed and danced until the moon came up.",
 )  # fmt: skip
-_CLOSINGS = ("The end.", "They lived happily ever after.", "And that is the end of the story.", "Then they all went to sleep.")
-_PLAYS = ("sing", "dance", "run", "swim", "play", "paint", "read books", "climb trees", "look at the clouds", "count the stars", "collect stones", "build houses of sand")
+_CLOSINGS = (
+    "The end.",
+    "They lived happily ever after.",
+    "And that is the end of the story.",
+    "Then they all went to sleep.",
+)
+_PLAYS = (
+    "sing",
+    "dance",
+    "run",
+    "swim",
+    "play",
+    "paint",
+    "read books",
+    "climb trees",
+    "look at the clouds",
+    "count the stars",
+    "collect stones",
+    "build houses of sand",
+)
 _REQUESTS = (
     "Tell me a story.", "Tell me a short story.", "Write a story.", "Write a short story.", "Can you tell me a story?", "I would like to hear a story.", "Please tell me a little story.",
     "Tell a story", "story please", "Make up a story.", "Once more, a story please.", "Tell me a bedtime story.", "Write a little story.",
@@ -88,7 +106,9 @@ class Plot:
             opening = (_OPENINGS, _HOMES) if index == 0 else (_HOMES,) if s.chance(0.5) else ()
             helpers = (_HELPERS, _DIALOGUES) if index == 0 else (_DIALOGUES,)
             middle = (_TROUBLES, _SEARCHES) if s.chance(0.8) else (_TROUBLES,)
-            paragraphs.append(self.fill(*opening, *middle, *helpers, _RESOLUTIONS, *((_ENDINGS,) if index == adventures - 1 else ())))
+            paragraphs.append(
+                self.fill(*opening, *middle, *helpers, _RESOLUTIONS, *((_ENDINGS,) if index == adventures - 1 else ()))
+            )
         return "\n\n".join(paragraphs) + " " + s.pick(_CLOSINGS)
 
 
@@ -122,7 +142,13 @@ def story_about(s: Source) -> tuple[Exchange, tuple[str, str]]:
 def long_story(s: Source) -> Exchange:
     """A story of two to four paragraphs."""
     kind = s.pick(ANIMALS)
-    frames = ("Tell me a long story.", "Write a long story.", "Tell me a long story about {x}.", "Write a long story about {x}.", "I want a long story about {x}.")
+    frames = (
+        "Tell me a long story.",
+        "Write a long story.",
+        "Tell me a long story about {x}.",
+        "Write a long story about {x}.",
+        "I want a long story about {x}.",
+    )
     return s.casual(s.pick(frames).format(x=a(kind))), Plot(s, kind=kind).story(s.integer(2, 4))
 
 

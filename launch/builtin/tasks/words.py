@@ -14,7 +14,21 @@ ANIMALS = tuple(
     lizard llama mole monkey moose mouse octopus otter owl panda parrot penguin pig pony puppy rabbit raccoon raven seal
     sheep snail snake spider squirrel swan tiger turtle whale wolf zebra""".split()
 )
-COLORS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "black", "white", "brown", "gray", "silver", "gold")
+COLORS = (
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "orange",
+    "purple",
+    "pink",
+    "black",
+    "white",
+    "brown",
+    "gray",
+    "silver",
+    "gold",
+)
 FOODS = tuple(
     """apple apricot avocado banana bean berry biscuit bread broccoli burger butter cake candy carrot cheese cherry
     chocolate coconut coffee cookie corn cucumber egg fig garlic ginger grape honey jam juice kiwi lemon lettuce lime
