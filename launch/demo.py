@@ -32,7 +32,7 @@ QUESTIONS = (
     "Count down from 12 to 1.",
     "Sort these words alphabetically: pear, apple, melon, cherry",
     "Tell me a story about a fox.",
-    "Tell me a story about a brave rabbit.",
+    "Tell me a story about a rabbit.",
 )
 MAX_TOKENS = 256
 FRAMES_PER_SECOND = 15

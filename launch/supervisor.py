@@ -10,38 +10,19 @@ from __future__ import annotations
 import os
 import select
 import selectors
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Protocol
 
 from ..protocol.errors import TandemError
-from .status import Failed, Ready, Status, StatusLines
-from .tether import command
+from .child import Child, ChildSpec, read_now
+from .status import Failed, Ready, Status
 
-LAST_WORDS_LINES = 30
 GRACE_S = 5.0
 """How long a child that was asked to end may take before it is killed."""
-
-
-@dataclass(frozen=True)
-class ChildSpec:
-    """A process to start: `python -m module arguments…`, with `--status-fd N` added, and `environment` on top of ours.
-
-    `name` must differ from the names of the supervisor's other children.
-    """
-
-    name: str
-    module: str
-    arguments: list[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    last: bool = False
-    """Asked to end only when all others have ended."""
 
 
 class Listener(Protocol):
@@ -82,7 +63,7 @@ class Supervisor:
         """`on_death` is called in the supervisor's thread when the first child ends unasked; must not block."""
         self._listener = listener
         self._on_death = on_death
-        self._children: dict[str, _Child] = {}
+        self._children: dict[str, Child] = {}
         self._stopping = False
         self._grace_s = GRACE_S
         self._kill_at = float("inf")
@@ -177,7 +158,7 @@ class Supervisor:
         if self._stopping:
             return
         try:
-            child = _Child(spec)
+            child = Child(spec)
         except OSError as error:
             self._die(ChildDied(spec.name, f"could not be started: {error.strerror}", [], ""))
             return
@@ -189,8 +170,8 @@ class Supervisor:
         ):
             self._selector.register(fd, selectors.EVENT_READ, on_data)
 
-    def _heard_output(self, child: _Child) -> bool:
-        data = _read(child.output)
+    def _heard_output(self, child: Child) -> bool:
+        data = read_now(child.output)
         if data is None:
             return False
         for line in child.lines(data):
@@ -199,8 +180,8 @@ class Supervisor:
             self._selector.unregister(child.output)
         return bool(data)
 
-    def _heard_status(self, child: _Child) -> bool:
-        data = _read(child.statuses)
+    def _heard_status(self, child: Child) -> bool:
+        data = read_now(child.statuses)
         if data is None:
             return False
         for status in child.status_lines.feed(data):
@@ -214,7 +195,7 @@ class Supervisor:
             self._selector.unregister(child.statuses)
         return bool(data)
 
-    def _ended(self, child: _Child) -> None:
+    def _ended(self, child: Child) -> None:
         child.kill()  # and with it whatever it started, which may hold the pipes open
         while child.output in self._selector.get_map() and self._heard_output(child):
             pass
@@ -260,84 +241,8 @@ class Supervisor:
             return  # the pipe is full of older news: the owner will wake up
 
 
-class _Child:
-    """A running child: its process, the pipes that it speaks through, and its last words."""
-
-    def __init__(self, spec: ChildSpec) -> None:
-        self.spec = spec
-        self.status_lines = StatusLines()
-        self.words: deque[str] = deque(maxlen=LAST_WORDS_LINES)
-        self.told = ""
-        self.asked_to_end = False
-        self.unfinished = b""
-        self.output, output_write = os.pipe2(os.O_CLOEXEC)
-        self.statuses, status_write = os.pipe2(os.O_CLOEXEC)
-        try:
-            self.process = subprocess.Popen(
-                command(spec.module, [*spec.arguments, "--status-fd", str(status_write)]),
-                stdin=subprocess.DEVNULL,
-                stdout=output_write,
-                stderr=output_write,
-                pass_fds=(status_write,),
-                process_group=0,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **spec.environment},
-            )
-        except OSError:
-            os.close(self.output)
-            os.close(self.statuses)
-            raise
-        finally:
-            os.close(output_write)
-            os.close(status_write)
-        os.set_blocking(self.output, False)
-        os.set_blocking(self.statuses, False)
-        self.pidfd = os.pidfd_open(self.process.pid)
-
-    def lines(self, data: bytes) -> list[str]:
-        """The lines that `data` completes; they become the last words."""
-        *whole, self.unfinished = (self.unfinished + data).split(b"\n")
-        if len(self.unfinished) > 65_536:
-            whole.append(self.unfinished)
-            self.unfinished = b""
-        lines = [line.decode(errors="replace").rstrip("\r") for line in whole]
-        self.words.extend(lines)
-        return lines
-
-    def kill(self) -> None:
-        """SIGKILL to the child and whatever it started. It has not been reaped, so the id is still its own."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return  # the whole group is gone
-
-    def reap(self) -> str:
-        """Collects the dead child, and tells how it ended."""
-        code = self.process.wait()
-        os.close(self.output)
-        os.close(self.statuses)
-        os.close(self.pidfd)
-        if code < 0:
-            return f"was killed by {_signal_name(-code)}"
-        return f"ended unexpectedly with exit code {code}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _read(fd: int) -> bytes | None:
-    """What can be read now; b"" at the end of the stream, None if there is nothing at the moment."""
-    try:
-        return os.read(fd, 65_536)
-    except BlockingIOError:
-        return None
-
-
 def _drain(fd: int) -> None:
-    while _read(fd):
+    while read_now(fd):
         pass
 
 

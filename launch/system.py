@@ -12,10 +12,11 @@ from ..protocol.transport import Address, ServiceDirectory
 from ..scheduler.config import SchedulerConfig
 from ..worker.config import WorkerConfig
 from .builtin import MODEL_DIR
+from .child import ChildSpec
 from .config import Options, build
 from .directory import PrivateDirectory
 from .status import Ready
-from .supervisor import GRACE_S, ChildDied, ChildSpec, Listener, Supervisor
+from .supervisor import GRACE_S, ChildDied, Listener, Supervisor
 
 BUILTIN_NAME = "tandem-builtin"
 SCHEDULER_READY_S = 60.0

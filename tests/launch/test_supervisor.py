@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tandem.launch.child import ChildSpec
 from tandem.launch.status import Failed, Progress, Ready, Status
-from tandem.launch.supervisor import ChildDied, ChildSpec, StartTimeout, Supervisor
+from tandem.launch.supervisor import ChildDied, StartTimeout, Supervisor
 
 from support.processes import wait_until_gone
 
@@ -201,7 +202,8 @@ def test_an_interrupt_reaches_the_waiting_owner() -> None:
 
 LAUNCHER = """
 import sys, signal
-from tandem.launch.supervisor import ChildSpec, PassThrough, Supervisor
+from tandem.launch.child import ChildSpec
+from tandem.launch.supervisor import PassThrough, Supervisor
 one = Supervisor(PassThrough())
 one.start(ChildSpec("a", "support.child", ["stubborn", "ready"], {"PYTHONPATH": sys.argv[1]}))
 print(one.wait_ready("a", 20).details["pid"], flush=True)
