@@ -30,7 +30,7 @@ class WorkerConfig(BaseModel):
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        Field(description="Weights and activations; auto: as the model says."),
+        Field(description="Weights and activations; auto: as the model says, float32 on a CPU."),
     ] = "auto"
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Seed of dummy weights.")] = 0
 
@@ -43,7 +43,9 @@ class WorkerConfig(BaseModel):
         bool,
         Field(description="Tokens and logprobs are the same bits however a request was batched (CPU; slower)."),
     ] = False
-    threads: Annotated[int, Field(ge=0, le=1024, description="CPU threads of the computation; 0: torch's choice.")] = 0
+    threads: Annotated[
+        int, Field(ge=0, le=1024, description="CPU threads of the computation; 0: one less than there are cores.")
+    ] = 0
 
     max_model_len: Annotated[
         int | None,

@@ -17,7 +17,6 @@ order, whoever else they serve. What cannot be proved is checked at load: `check
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,14 +53,14 @@ _OTHER_PRODUCTS: Final = frozenset(
 def configure_threads(requested: int) -> int:
     """Set this process's number of intra-op threads for batch-invariant mode and return it.
 
-    0 chooses; a number above MAX_THREADS is refused with LoadError.
+    0 chooses one, the same on every machine; a number above MAX_THREADS is refused with LoadError.
     """
     if requested > MAX_THREADS:
         raise LoadError(
             f"batch-invariant mode on a CPU uses at most {MAX_THREADS} threads, {requested} were asked for: with more, "
             "a token's rounding would depend on how a step's work happens to be shared"
         )
-    threads = requested or min(MAX_THREADS, os.cpu_count() or 1)
+    threads = requested or 1
     torch.set_num_threads(threads)
     return threads
 

@@ -92,6 +92,10 @@ class _Worker:
             invariance.configure_threads(config.threads)
         elif config.threads:
             torch.set_num_threads(config.threads)
+        elif device.type == "cpu":
+            # Threads that share a product wait for each other busily, so one whose core is taken by the scheduler or a
+            # client holds up all.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
         source = ModelSource(
             model=config.model,
             revision=config.revision,

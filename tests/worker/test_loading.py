@@ -109,7 +109,7 @@ def test_auto_dtype(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     config = read_config(ModelSource(str(tmp_path)), tmp_path)
     for given, cpu, cuda in (
-        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
         (torch.float16, torch.float32, torch.float16),
         (torch.float32, torch.float32, torch.float32),
         (None, torch.float32, torch.bfloat16),
@@ -119,7 +119,7 @@ def test_auto_dtype(tmp_path: Path) -> None:
         assert resolve_dtype("auto", config, torch.device("cuda"), []) == cuda
     weights = load_file(tmp_path / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "other.safetensors")
-    assert resolve_dtype("auto", config, CPU, [tmp_path / "other.safetensors"]) == torch.bfloat16
+    assert resolve_dtype("auto", config, torch.device("cuda"), [tmp_path / "other.safetensors"]) == torch.bfloat16
     with pytest.raises(LoadError, match="'int8' is unknown"):
         resolve_dtype("int8", config, CPU, [])
 
