@@ -1,0 +1,203 @@
+"""The pipeline on a CPU: plans in, results out, buffers owned by one step at a time; and plans that make no sense."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tandem.protocol.errors import ProtocolError
+from tandem.protocol.messages import StepPlan, StepResult
+from tandem.worker.executor import ThreadExecutor
+from tandem.worker.model import PagedModel
+from tandem.worker.pipeline import Pipeline
+from tandem.worker.rows import HostRows
+from tandem.worker.staging import Lane
+
+from support.paged import load_tiny
+
+DEADLINE_S = 30.0
+BLOCK_SIZE = 16
+
+
+def ints(*values: int) -> Any:
+    return np.array(values, np.int32)
+
+
+def joining(step: int, slot: int, tokens: list[int], blocks: list[int], **changes: Any) -> StepPlan:
+    """A plan in which one greedy row joins and computes all its tokens."""
+    plan = StepPlan(
+        epoch=1,
+        registration=1,
+        step=step,
+        join_slot=ints(slot),
+        join_number=np.array([slot], np.int64),
+        join_attempt=ints(0),
+        join_prompt_length=ints(len(tokens)),
+        join_length=ints(len(tokens)),
+        join_computed=ints(0),
+        join_num_blocks=ints(len(blocks)),
+        join_token=ints(*tokens),
+        join_block=ints(*blocks),
+        join_temperature=np.zeros(1, np.float32),
+        join_top_k=ints(0),
+        join_top_p=np.ones(1, np.float32),
+        join_seed=np.zeros(1, np.int64),
+        chunk_slot=ints(slot),
+        chunk_length=ints(len(tokens)),
+    )
+    return replace(plan, **changes)
+
+
+def steady(step: int, **changes: Any) -> StepPlan:
+    return StepPlan(epoch=1, registration=1, step=step, **changes)
+
+
+class Rig:
+    """A pipeline on a tiny model, its results in a queue."""
+
+    def __init__(self, folder: Path, lookahead: int) -> None:
+        self.model, self.own = load_tiny("llama", folder)
+        self.model.allocate_kv_cache(32, BLOCK_SIZE)
+        self.results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
+        self.failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        self.pipeline = Pipeline(
+            self.model,
+            num_blocks=32,
+            block_size=BLOCK_SIZE,
+            slots=4,
+            max_model_len=128,
+            max_tokens=64,
+            lookahead=lookahead,
+            on_result=self.results.put,
+            on_failure=self.failures.put,
+        )
+
+    def result(self) -> StepResult:
+        return self.results.get(timeout=DEADLINE_S)
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(count):
+                tokens.append(int(self.own(torch.tensor([tokens])).logits[0, -1].argmax()))
+        return tokens[len(prompt) :]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path, lookahead=2)
+    yield made
+    made.pipeline.close()
+
+
+def test_a_row_decodes_from_device_memory_while_its_tokens_are_on_their_way(rig: Rig) -> None:
+    """Three steps are launched before any result is looked at."""
+    prompt = [5, 6, 7]
+    rig.pipeline.launch(joining(0, 2, prompt, [9]))
+    rig.pipeline.launch(steady(1))
+    rig.pipeline.launch(steady(2))
+    got = [rig.result() for _ in range(3)]
+    assert [one.step for one in got] == [0, 1, 2]
+    assert [int(one.token[0]) for one in got] == rig.greedy(prompt, 3)
+
+
+def test_a_slot_and_its_blocks_go_to_another_row_while_steps_that_use_them_are_in_flight(rig: Rig) -> None:
+    first, second = [5, 6, 7, 8], [50, 51]
+    rig.pipeline.launch(joining(0, 1, first, [3]))
+    rig.pipeline.launch(steady(1))
+    rig.pipeline.launch(joining(2, 1, second, [3], leave=ints(1)))
+    rig.pipeline.launch(steady(3))
+    got = [int(rig.result().token[0]) for _ in range(4)]
+    assert got[:2] == rig.greedy(first, 2)
+    assert got[2:] == rig.greedy(second, 2)
+
+
+def test_a_new_registration_starts_from_nothing(rig: Rig) -> None:
+    rig.pipeline.launch(joining(0, 1, [5, 6], [3]))
+    rig.pipeline.drain()
+    assert rig.pipeline.idle
+    rig.pipeline.reset()
+    rig.pipeline.launch(joining(0, 1, [7, 8], [3]))
+    rig.result()
+    assert int(rig.result().token[0]) == rig.greedy([7, 8], 1)[0]
+
+
+def test_a_failing_step_is_reported_and_no_result_is_invented(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(PagedModel, "hidden", fail)
+    rig.pipeline.launch(joining(0, 1, [5, 6], [3]))
+    assert "on fire" in str(rig.failures.get(timeout=DEADLINE_S))
+    assert rig.results.empty()
+
+
+def test_a_lane_is_not_written_before_its_step_is_over() -> None:
+    """The most repeated failure elsewhere: a staging buffer rewritten before the copy from it ran."""
+    lane = Lane(0, inputs=8, outputs=1, device=torch.device("cpu"))
+    executor = ThreadExecutor()
+    started, go_on = threading.Event(), threading.Event()
+    lane.acquire()
+    view = lane.put(ints(1, 2, 3))
+    seen: list[list[int]] = []
+
+    def blocked() -> None:
+        started.set()
+        go_on.wait(DEADLINE_S)
+
+    other = Lane(1, inputs=8, outputs=1, device=torch.device("cpu"))
+    other.acquire()
+    executor.launch(other, blocked, 0)
+    event = executor.launch(lane, lambda: seen.append(view.tolist()), 0)
+    assert started.wait(DEADLINE_S)
+    taken = threading.Event()
+
+    def take_again() -> None:
+        lane.acquire()
+        lane.put(ints(7, 8, 9))
+        taken.set()
+
+    thread = threading.Thread(target=take_again)
+    thread.start()
+    assert not taken.is_set()  # the step that owns the lane has not even begun
+    go_on.set()
+    event.wait()
+    lane.release()
+    thread.join(DEADLINE_S)
+    assert taken.is_set()
+    assert seen == [[1, 2, 3]]
+    executor.close()
+
+
+@pytest.mark.parametrize(
+    ("plan", "story"),
+    [
+        (steady(0), "tokens"),
+        (steady(0, leave=ints(1)), "not in use"),
+        (steady(0, grow_slot=ints(1), grow_block=ints(1)), "not in use"),
+        (joining(0, 4, [1], [1]), "outside 0 to 3"),
+        (joining(0, -1, [1], [1]), "outside 0 to 3"),
+        (joining(0, 1, [1], [32]), "block id"),
+        (joining(0, 1, [1], [-1]), "block id"),
+        (joining(0, 1, [1] * 17, [1]), "no block"),
+        (joining(0, 1, [1], [1], chunk_length=ints(2)), "known tokens"),
+        (joining(0, 1, [1], [1], chunk_length=ints(0)), "known tokens"),
+        (joining(0, 1, [1], [1], join_num_blocks=ints(2)), "join_num_blocks"),
+        (joining(0, 1, [1], [1], join_length=ints(5)), "join_length"),
+        (joining(0, 1, [1], [1], join_top_k=ints()), "join columns"),
+        (joining(0, 1, [1], [1], join_computed=ints(3)), "known tokens"),
+        (joining(0, 1, [1] * 65, [1, 2, 3, 4, 5]), "64 a step"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(plan: StepPlan, story: str) -> None:
+    rows = HostRows(slots=4, width=8, num_blocks=32, max_tokens=64)
+    with pytest.raises(ProtocolError, match=story):
+        rows.apply(plan, BLOCK_SIZE)
