@@ -251,9 +251,9 @@ class Ended:
     completion_tokens: Count = 0
     cached_tokens: Count = 0
     queue_s: Seconds = 0.0
-    """From acceptance to the first plan that computes some of it."""
+    """From acceptance to its first place on a worker."""
     first_token_s: Seconds = 0.0
-    """From acceptance to the commit of its first token."""
+    """From acceptance to the commit of the first token since then."""
     total_s: Seconds = 0.0
     attempts: Count = 1
 
@@ -285,7 +285,7 @@ class WorkerStats:
     running: Count
     steps: Number
     tokens: Number
-    """Sampled tokens that had an owner."""
+    """Sampled tokens, those of rows that had ended meanwhile included."""
     busy_us: Number
     """Device time inside steps."""
     gap_us: Number
@@ -315,6 +315,8 @@ class WorkerHello:
     version: Count
     name: Name
     pid: Count
+    instance: Number
+    """Drawn at random when the process starts: tells a worker that connects again from another of the same name."""
     model: ModelDescription
     files: tuple[FileInfo, ...] = ()
     num_blocks: Count
@@ -325,6 +327,8 @@ class WorkerHello:
     """Most tokens of one step; at least max_num_seqs."""
     lookahead: Count
     """The worker takes up to lookahead + 1 plans that have no result yet."""
+    longest_step_s: Seconds = 0.0
+    """How long the largest step took when the worker tried it; its lease is no shorter than some of them."""
 
 
 @message

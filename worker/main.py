@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -121,6 +122,7 @@ class _Worker:
             version=PROTOCOL_VERSION,
             name=config.name or f"{socket.gethostname()}-{os.getpid()}",
             pid=os.getpid(),
+            instance=secrets.randbits(62),
             model=describe(config, source, model, max_model_len),
             files=file_infos(files),
             num_blocks=num_blocks,

@@ -99,6 +99,7 @@ def test_nested_messages_survive_the_wire() -> None:
             version=PROTOCOL_VERSION,
             name="w",
             pid=1,
+            instance=5,
             model=model,
             files=files,
             num_blocks=1,
