@@ -22,8 +22,10 @@ from .sampling import SamplingParams
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """No message is sent or taken over this size."""
-MAX_CONTAINERS = 8_192
-"""Maps and arrays that one message may hold in all."""
+MAX_SUBMISSION_BYTES = 8 * 1024 * 1024
+"""No client's message is: a prompt of two million tokens, less the rest."""
+MAX_ELEMENTS = 200_000
+"""Maps and arrays that one message may hold in all, each counted with its elements."""
 MAX_CONTAINER_LENGTH = 65_536
 MAX_STRING_BYTES = 64 * 1024
 
@@ -38,29 +40,30 @@ _FieldPlan = tuple[str, Any, Callable[[Any], Any]]
 
 
 def encode(message: object) -> bytes:
-    """The bytes of a message. Raises MessageTooLarge over MAX_MESSAGE_BYTES, and TypeError where a column has another
-    kind of dtype."""
+    """The bytes of a message. Raises MessageTooLarge over MAX_MESSAGE_BYTES (a Submit: MAX_SUBMISSION_BYTES), and
+    TypeError where a column has another dtype than its field."""
     data: bytes = msgpack.packb([type(message).__name__, _to_map(message)], use_bin_type=True)
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise MessageTooLarge(f"{type(message).__name__} of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    limit = MAX_SUBMISSION_BYTES if isinstance(message, messages.Submit) else MAX_MESSAGE_BYTES
+    if len(data) > limit:
+        raise MessageTooLarge(f"{type(message).__name__} of {len(data)} bytes is over the limit of {limit}")
     return data
 
 
 def decode(data: bytes, *expected: type) -> Any:
     """The message that `data` holds, one of the `expected` classes.
 
-    Columns are read-only views into `data`. Raises ProtocolError for anything else: too large, no msgpack, unknown or
+    Columns are read-only. Raises ProtocolError for anything else: too large, no msgpack, unknown or
     unexpected class, a field that is missing, unknown, or of another type.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
-    containers = 0
+    elements = 0
 
     def count(container: Any) -> Any:
-        nonlocal containers
-        containers += 1
-        if containers > MAX_CONTAINERS:
-            raise ValueError(f"over {MAX_CONTAINERS} maps and arrays in one message")
+        nonlocal elements
+        elements += 1 + len(container)
+        if elements > MAX_ELEMENTS:
+            raise ValueError(f"over {MAX_ELEMENTS} maps, arrays and elements of them in one message")
         return container
 
     try:
@@ -90,7 +93,7 @@ def decode(data: bytes, *expected: type) -> Any:
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
                 where = ".".join(str(part) for part in first["loc"])
-                raise ProtocolError(f"{name}.{where}: {first['msg']}") from error
+                raise ProtocolError(f"{name}.{where[:100]}: {first['msg']}"[:400]) from error
     raise ProtocolError(
         f"unexpected message {name[:64]!r}; expected one of {', '.join(cls.__name__ for cls in expected)}"
     )
@@ -121,7 +124,7 @@ def _to_map(message: object) -> dict[str, Any]:
 def _column_packer(dtype: np.dtype[Any]) -> Callable[[Any], bytes]:
     def pack(value: Any) -> bytes:
         if value.dtype != dtype:
-            value = value.astype(dtype, casting="same_kind")
+            raise TypeError(f"a column of {dtype.name} cannot take {value.dtype.name}")
         packed: bytes = value.tobytes()
         return packed
 

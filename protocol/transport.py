@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import zmq
 
@@ -44,6 +44,7 @@ class Address:
     url: str
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "url", self.url.rstrip("/"))
         if self.url.startswith("ipc://"):
             if not os.path.isabs(self.url[len("ipc://") :]):
                 raise ConfigurationError(
@@ -73,7 +74,7 @@ class Address:
 
     def endpoint(self, port: Port) -> str:
         """What ZeroMQ binds or connects to. A tcp address is one endpoint, whatever the port."""
-        return f"{self.url.rstrip('/')}/{port}" if self.url.startswith("ipc://") else self.url
+        return f"{self.url}/{port}" if self.url.startswith("ipc://") else self.url
 
     def require_safe(self, insecure: bool) -> None:
         """Raises ConfigurationError for TCP, loopback included, unless `insecure` was spelled out: anyone who reaches
@@ -103,19 +104,35 @@ class ServiceDirectory:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_private(directory)
         self._created = [directory / "clients", directory / "workers"]
-        self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ConfigurationError(
-                f"address ipc://{directory}: another scheduler is serving there; stop it or choose another --address"
-            ) from None
+        self._lock = self._acquire()
         for path in self._created:
             path.unlink(missing_ok=True)
+
+    def _acquire(self) -> int:
+        """The descriptor of the lock file, locked. A holder that leaves removes file and directory, so either may be
+        gone by the time it is ours, and then it is made anew."""
+        path = self._directory / "lock"
+        while True:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            require_private(self._directory)
+            try:
+                lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                    return lock
+            except FileNotFoundError:
+                pass  # removed between the two looks
+            except BlockingIOError:
+                os.close(lock)
+                raise ConfigurationError(
+                    f"address ipc://{self._directory}: another scheduler is serving there; stop it or choose another "
+                    "--address"
+                ) from None
+            os.close(lock)
 
     def close(self) -> None:
         """Removes the sockets and the lock, and the directory if it is empty then."""
@@ -144,11 +161,20 @@ def require_private(directory: Path) -> None:
         )
 
 
-def open_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+def open_router(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    unread_messages: int = QUEUE_MESSAGES,
+) -> zmq.Socket[bytes]:
     """A bound ROUTER: sends to unknown or full peers raise instead of dropping, and no peer can take over another's
-    identity."""
+    identity. A peer whose message is larger than `max_message_bytes` is disconnected; one with `unread_messages`
+    waiting here must wait."""
     socket = context.socket(zmq.ROUTER)
     _configure(socket)
+    socket.set(zmq.MAXMSGSIZE, max_message_bytes)
+    socket.set(zmq.RCVHWM, unread_messages)
     socket.set(zmq.ROUTER_MANDATORY, 1)
     socket.set(zmq.ROUTER_HANDOVER, 0)
     try:
@@ -199,8 +225,8 @@ class LoopSocket:
     edge, which is why a send is always followed by another look at what can be received.
     """
 
-    BURST = 256
-    """Messages handled before other callbacks of the loop get their turn."""
+    BURST_S = 0.002
+    """Time for which messages are handled before other callbacks of the loop get their turn."""
 
     def __init__(
         self,
@@ -250,12 +276,15 @@ class LoopSocket:
         if self._pending is not None:
             self._pending.cancel()
             self._pending = None
-        for _ in range(self.BURST):
-            if self._closed:
-                return
-            try:
-                frames: list[Any] = self._socket.recv_multipart(flags=zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            self._on_message(frames)
+        until = self._loop.time() + self.BURST_S
+        try:
+            while not self._closed and self._loop.time() < until:
+                try:
+                    frames = self._socket.recv_multipart(flags=zmq.DONTWAIT)
+                except zmq.Again:
+                    return
+                self._on_message(frames)
+        except BaseException:
+            self._read_soon()  # the edge is consumed: what else is waiting would not be announced again
+            raise
         self._read_soon()

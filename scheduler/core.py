@@ -34,6 +34,9 @@ from .replica import Commit, Replica
 from .requests import Request
 from .throughput import EndingRate
 
+MAX_LOSSES = 5
+"""A request that ran when so many workers were lost fails."""
+
 
 class Core:
     """All requests and all workers of one service, and one life of it (`epoch`)."""
@@ -57,8 +60,7 @@ class Core:
         """Takes in events in order, then plans every step that can be planned. `now` is in seconds of any monotonic
         clock.
 
-        Raises ProtocolError for a worker's result that is not due or does not fit, with that event and all later ones
-        not taken in: the caller then reports the worker lost.
+        A worker whose result is not due or does not fit is given up, with an Expel.
         """
         out: list[Instruction] = []
         for event in events:
@@ -70,11 +72,11 @@ class Core:
                 case Cancelled():
                     self._cancelled(event.client, event.ticket, now, out)
                 case ClientLost():
-                    self._client_lost(event.client, now, out)
+                    self._client_lost(event.client, now)
                 case WorkerJoined():
                     self._worker_joined(event)
                 case WorkerLost():
-                    self._worker_lost(event)
+                    self._worker_lost(event, now, out)
         self._plan(now, out)
         return out
 
@@ -182,9 +184,10 @@ class Core:
             replica.release(slot)
         self._end(request, "abort", known, now, out)
 
-    def _client_lost(self, client: int, now: float, out: list[Instruction]) -> None:
+    def _client_lost(self, client: int, now: float) -> None:
+        to_nobody: list[Instruction] = []
         for ticket in list(self._requests.get(client, ())):
-            self._cancelled(client, ticket, now, out)
+            self._cancelled(client, ticket, now, to_nobody)
 
     def _locate(self, request: Request) -> tuple[Replica, int]:
         for replica in self._replicas.values():
@@ -193,18 +196,20 @@ class Core:
                 return replica, slot
         raise RuntimeError(f"request {request.number} is open but neither waits nor runs")
 
-    def _end(self, request: Request, reason: str, known: int, now: float, out: list[Instruction]) -> None:
+    def _end(
+        self, request: Request, reason: str, known: int, now: float, out: list[Instruction], error: str = ""
+    ) -> None:
         """Ends a request that is nowhere any more, outside a step's own delivery."""
-        ended = self._forget(request, reason, known, now)
+        ended = self._forget(request, reason, known, now, error)
         out.append(Deliver(NO_LONGS, NO_LONGS, NO_INTS, NO_INTS, ((request.client, ended),)))
 
-    def _forget(self, request: Request, reason: str, known: int, now: float) -> Ended:
+    def _forget(self, request: Request, reason: str, known: int, now: float, error: str = "") -> Ended:
         of_client = self._requests[request.client]
         del of_client[request.ticket]
         if not of_client:
             del self._requests[request.client]
         self._rate.ended(now)
-        return request.ended(reason, known, now)
+        return request.ended(reason, known, now, error)
 
     # --- workers ---------------------------------------------------------------------------------------------------
 
@@ -212,11 +217,17 @@ class Core:
         self.model = event.model
         self._replicas[event.worker] = Replica(event.worker, event.limits, self._epoch, self._watermark)
 
-    def _worker_lost(self, event: WorkerLost) -> None:
+    def _worker_lost(self, event: WorkerLost, now: float, out: list[Instruction]) -> None:
+        """Its requests wait for another attempt, but not for ever: what no worker survives is not tried on all of
+        them."""
         replica = self._replicas.pop(event.worker, None)
-        if replica is not None:
-            for request in replica.evict_all():
+        for request in () if replica is None else replica.evict_all():
+            request.losses += 1
+            if request.losses < MAX_LOSSES:
                 self._queue.push(request)
+            else:
+                error = f"the worker was lost {request.losses} times while it ran this request"
+                self._end(request, "error", len(request.known), now, out, error)
 
     def _step_done(self, event: StepDone, now: float, out: list[Instruction]) -> None:
         replica = self._replicas.get(event.worker)
@@ -226,11 +237,11 @@ class Core:
             commit = replica.commit(event.step, event.token)
         except ProtocolError as error:
             out.append(Expel(event.worker, str(error)))
-            self._worker_lost(WorkerLost(event.worker))
+            self._worker_lost(WorkerLost(event.worker), now, out)
             return
         for slot in commit.first:
             request = replica.rows.request[slot]
-            if request is not None:
+            if request is not None and request.first_token_at is None:
                 request.first_token_at = now
         ended = tuple(
             self._finish(replica, int(slot), reason, now)

@@ -26,7 +26,7 @@ def find_fault(request: Submitted, model: ModelDescription) -> Invalid | None:
         _bad_prompt(request.prompt, model)
         or _bad_tokens("generated", request.generated, model)
         or _bad_sampling(request.sampling, model)
-        or _bad_resumption(request)
+        or _bad_resumption(request, model)
     )
 
 
@@ -78,11 +78,14 @@ def _bad_sampling(sampling: SamplingParams, model: ModelDescription) -> Invalid 
     return None
 
 
-def _bad_resumption(request: Submitted) -> Invalid | None:
-    most = request.sampling.max_tokens
-    if most is not None and len(request.generated) > most:
+def _bad_resumption(request: Submitted, model: ModelDescription) -> Invalid | None:
+    most = model.max_model_len - len(request.prompt)
+    if request.sampling.max_tokens is not None:
+        most = min(most, request.sampling.max_tokens)
+    if len(request.generated) > most:
         return Invalid(
-            f"generated holds {len(request.generated)} tokens, but max_tokens is {most}",
+            f"generated holds {len(request.generated)} tokens; max_tokens and the model's context leave room for "
+            f"{most}",
             "generated",
             f"{most} tokens",
             f"{len(request.generated)} tokens",

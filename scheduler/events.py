@@ -13,6 +13,7 @@ from ..protocol.sampling import SamplingParams
 
 IntColumn: TypeAlias = npt.NDArray[np.int32]
 LongColumn: TypeAlias = npt.NDArray[np.int64]
+BoolColumn: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class WorkerLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """A request that passed the door."""
+    """A client's request, as it was decoded; whether it is taken is for the core's door to say."""
 
     client: int
     ticket: int

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import FetchFile, FileChunk, FileInfo
 
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 64 * 1024
 MAX_TOTAL_BYTES = 256 * 1024 * 1024
 """All tokenizer files of a model together; the largest known is about 40 MB."""
 
@@ -19,12 +19,17 @@ class FileStore:
     def __init__(self, infos: Iterable[FileInfo]) -> None:
         """Raises ProtocolError if the files are too large or two have one name."""
         self.infos = tuple(infos)
-        total = sum(info.size for info in self.infos)
-        if total > MAX_TOTAL_BYTES:
-            raise ProtocolError(f"the tokenizer files have {total} bytes, over the limit of {MAX_TOTAL_BYTES}")
+        if self.total_bytes > MAX_TOTAL_BYTES:
+            raise ProtocolError(
+                f"the tokenizer files have {self.total_bytes} bytes, over the limit of {MAX_TOTAL_BYTES}"
+            )
         if len({info.name for info in self.infos}) != len(self.infos):
             raise ProtocolError("two tokenizer files have the same name")
         self._data = {info.name: bytearray() for info in self.infos}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.size for info in self.infos)
 
     @property
     def missing(self) -> FetchFile | None:
@@ -36,11 +41,13 @@ class FileStore:
         return None
 
     def add(self, chunk: FileChunk) -> None:
-        """Appends a piece. Raises ProtocolError if it is not the one that is missing next, or completes a file with
-        another hash."""
+        """Appends a piece; ignores one that is not due, since a question asked twice is answered twice. Raises
+        ProtocolError if a file turns out to have another size or hash than was announced."""
         wanted = self.missing
-        if wanted is None or (chunk.name, chunk.offset) != (wanted.name, wanted.offset) or not chunk.data:
-            raise ProtocolError(f"file piece {chunk.name!r} at {chunk.offset} was not asked for")
+        if wanted is None or (chunk.name, chunk.offset) != (wanted.name, wanted.offset):
+            return
+        if not chunk.data:
+            raise ProtocolError(f"file {chunk.name!r} ends at {chunk.offset} bytes, before its announced size")
         info = next(info for info in self.infos if info.name == chunk.name)
         data = self._data[chunk.name]
         data += chunk.data

@@ -4,7 +4,7 @@ A plan is made in four passes, each of which only touches rows that change:
 
     grow      decoding rows that fill their last block get one more; if none is free, the newest rows are preempted
     decode    every row in DECODE computes one token
-    chunks    rows in PREFILL, oldest first, share what is left of the step's token budget
+    chunks    rows in PREFILL, in the order of their admission, share what is left of the step's token budget
     leave     rows that the plan before last finished, and preempted ones, are named once
 
 Blocks and slots of a row that leaves may be given away in the same plan: the worker applies plans in order on one
@@ -47,7 +47,7 @@ class Commit:
     offset: IntColumn
     token: IntColumn
     first: LongColumn
-    """Slots that got their first output token."""
+    """Slots that got their first token since they were admitted."""
     stopped: LongColumn
     """Slots that sampled one of their stop tokens; still owned."""
     exhausted: LongColumn
@@ -67,9 +67,11 @@ class Replica:
         self._flights: deque[Flight] = deque()
         self._next_step = 0
         self._idle = True
-        self._prefilling: list[int] = []
-        """Slots in PREFILL, oldest first."""
-        self._joining: list[int] = []
+        self._prefilling: dict[int, None] = {}
+        """Slots in PREFILL, in the order of their admission."""
+        self._backlog = 0
+        """Known tokens of these that no plan covers yet."""
+        self._joining: dict[int, None] = {}
         """Slots that the next plan must introduce to the worker."""
         self._leaving: list[int] = []
         """Slots that the worker still takes for owned and the next plan must name."""
@@ -81,6 +83,11 @@ class Replica:
         return len(self._flights)
 
     @property
+    def awaited_step(self) -> int | None:
+        """The step whose result is due; None if nothing is in flight."""
+        return self._flights[0].step if self._flights else None
+
+    @property
     def load(self) -> float:
         """Share of slots or blocks in use, whichever is larger."""
         return max(self.rows.owned / self.rows.slots, 1.0 - self.pool.free / self.pool.total)
@@ -90,31 +97,28 @@ class Replica:
 
     def can_admit(self, request: Request) -> bool:
         """Room for all its known tokens beside the others, with the watermark left free; alone, it always fits."""
-        if not self.rows.has_free_slot or self._backlog() >= self.limits.max_num_batched_tokens:
+        if not self.rows.has_free_slot or self._backlog >= self.limits.max_num_batched_tokens:
             return False
         reserve = self._watermark if self.rows.owned else 0
         return self.pool.free - self.blocks_for(len(request.known)) >= reserve
-
-    def _backlog(self) -> int:
-        """Known tokens that no plan covers yet."""
-        slots = self._prefilling
-        return int((self.rows.known[slots] - self.rows.planned[slots]).sum()) if slots else 0
 
     # --- requests come and go --------------------------------------------------------------------------------------
 
     def admit(self, request: Request) -> None:
         """Gives a request a slot and blocks for its known tokens; `can_admit` said that there is room."""
         slot = self.rows.open(request, self.pool.take(self.blocks_for(len(request.known))))
-        self._prefilling.append(slot)
-        self._joining.append(slot)
+        self._prefilling[slot] = None
+        self._joining[slot] = None
+        self._backlog += len(request.known)
 
     def release(self, slot: int) -> None:
         """Frees a slot and its blocks, whatever its phase and with any step in flight. Results on their way lose their
         owner."""
         if self.rows.phase[slot] == PREFILL:
-            self._prefilling.remove(slot)
+            del self._prefilling[slot]
+            self._backlog -= int(self.rows.known[slot] - self.rows.planned[slot])
         if slot in self._joining:
-            self._joining.remove(slot)  # the worker never heard of it
+            del self._joining[slot]  # the worker never heard of it
         elif self.rows.phase[slot] != ENDING:
             self._leaving.append(slot)  # an ENDING slot was put there when its last token was planned
         self.pool.give(self.rows.close(slot))
@@ -172,7 +176,7 @@ class Replica:
         sampled, ending = self._advance(decoding, chunk_slot, chunk_length)
         self._flights.append(Flight(self._next_step, sampled, rows.number[sampled], rows.attempt[sampled]))
         self._leaving = ending
-        self._joining = []
+        self._joining = {}
         self._next_step += 1
         self._idle = False
         return plan, preempted
@@ -201,7 +205,7 @@ class Replica:
         rows.history[slot, position] = token
         rows.known[slot] = position + 1
         offset = position - rows.prompt_length[slot]
-        stopped = (rows.stops[slot] == token[:, None]).any(axis=1)
+        stopped = rows.stopped(slot, token)
         exhausted = rows.known[slot] >= rows.limit[slot]
         return Commit(
             slot=slot,
@@ -209,7 +213,7 @@ class Replica:
             ticket=rows.ticket[slot],
             offset=offset,
             token=token,
-            first=slot[offset == 0],
+            first=slot[position == rows.entered[slot]],
             stopped=slot[stopped],
             exhausted=slot[exhausted & ~stopped],
         )
@@ -265,17 +269,18 @@ class Replica:
         rows.phase[ending] = ENDING
         leaving: list[int] = ending.tolist()
         completed: list[int] = []
+        self._backlog -= sum(chunk_length)
         for slot, length in zip(chunk_slot, chunk_length, strict=True):
             rows.planned[slot] += length
             if rows.planned[slot] == rows.known[slot]:
                 completed.append(slot)
+                del self._prefilling[slot]
                 if rows.known[slot] < rows.limit[slot] - 1:
                     rows.phase[slot] = DECODE
                 else:
                     rows.phase[slot] = ENDING
                     leaving.append(slot)
         if completed:
-            self._prefilling = [slot for slot in self._prefilling if rows.phase[slot] == PREFILL]
             return np.concatenate([decoding, np.array(completed, np.int64)]), leaving
         return decoding, leaving
 
@@ -283,7 +288,7 @@ class Replica:
         """The join columns of a plan."""
         if not self._joining:
             return {}
-        rows, slots = self.rows, self._joining
+        rows, slots = self.rows, list(self._joining)
         requests = [request for slot in slots if (request := rows.request[slot]) is not None]
         return {
             "join_slot": np.array(slots, np.int32),
@@ -322,6 +327,7 @@ class Replica:
                 "slots in PREFILL are misfiled",
             ),
             (len(set(self._leaving)) != len(self._leaving), f"a slot leaves twice: {self._leaving}"),
+            (self._backlog != self._count_backlog(), f"the backlog is {self._count_backlog()}, not {self._backlog}"),
             (bool((rows.known[owned] > rows.limit[owned]).any()), "a row knows more tokens than its limit"),
             (
                 bool((rows.planned[owned] > rows.num_blocks[owned] * self.limits.block_size).any()),
@@ -331,3 +337,7 @@ class Replica:
         for broken, story in problems:
             if broken:
                 raise AssertionError(f"worker {self.worker}: {story}")
+
+    def _count_backlog(self) -> int:
+        slots = list(self._prefilling)
+        return int((self.rows.known[slots] - self.rows.planned[slots]).sum()) if slots else 0

@@ -16,6 +16,7 @@ class Request:
         "first_token_at",
         "known",
         "limit",
+        "losses",
         "number",
         "prompt_length",
         "sampling",
@@ -50,6 +51,8 @@ class Request:
         self.stops = stops
         """Tokens that end it: its own, and the model's unless it ignores them."""
         self.attempt = 0
+        self.losses = 0
+        """Attempts that ended with the loss of the worker."""
         self.submitted_at = now
         self.started_at: float | None = None
         self.first_token_at: float | None = None

@@ -15,13 +15,15 @@ import heapq
 
 import numpy as np
 
-from .events import IntColumn, WorkerLimits
+from .events import BoolColumn, IntColumn, LongColumn, WorkerLimits
 from .requests import Request
 
 FREE, PREFILL, DECODE, ENDING = range(4)
 
 NO_TOKEN = -1
 """Fills `stops` beyond a row's own stop tokens: no sampled token equals it."""
+STOP_COLUMNS = 8
+"""Stop tokens of a row that are compared for all rows at once; a row with more keeps them in a set of its own."""
 
 
 class Rows:
@@ -46,7 +48,11 @@ class Rows:
         """[slot, i]: id of the block that holds tokens i · block_size and following."""
         self.history = np.empty((slots, limits.max_model_len), np.int32)
         """[slot, position]: committed tokens. Pages of it are touched only as rows grow."""
-        self.stops = np.full((slots, 1), NO_TOKEN, np.int32)
+        self.stops = np.full((slots, STOP_COLUMNS), NO_TOKEN, np.int32)
+        self.more_stops: dict[int, frozenset[int]] = {}
+        """By slot: all stop tokens of a row that has over STOP_COLUMNS."""
+        self.entered = np.zeros(slots, np.int32)
+        """Tokens that were known when the row got its slot."""
         self.request: list[Request | None] = [None] * slots
         self._free = list(range(slots))
 
@@ -76,12 +82,12 @@ class Rows:
         self.num_blocks[slot] = len(blocks)
         self.table[slot, : len(blocks)] = blocks
         self.history[slot, :length] = request.known
-        if len(request.stops) > self.stops.shape[1]:
-            wider = np.full((self.slots, len(request.stops)), NO_TOKEN, np.int32)
-            wider[:, : self.stops.shape[1]] = self.stops
-            self.stops = wider
+        self.entered[slot] = length
         self.stops[slot] = NO_TOKEN
-        self.stops[slot, : len(request.stops)] = request.stops
+        if len(request.stops) <= STOP_COLUMNS:
+            self.stops[slot, : len(request.stops)] = request.stops
+        else:
+            self.more_stops[slot] = frozenset(request.stops)
         self.request[slot] = request
         return slot
 
@@ -92,8 +98,18 @@ class Rows:
         self.number[slot] = -1
         self.num_blocks[slot] = 0
         self.request[slot] = None
+        self.more_stops.pop(slot, None)
         heapq.heappush(self._free, slot)
         return blocks
+
+    def stopped(self, slots: LongColumn, tokens: IntColumn) -> BoolColumn:
+        """Which of these rows got one of their stop tokens, bool like `slots`."""
+        stopped: BoolColumn = (self.stops[slots] == tokens[:, None]).any(axis=1)
+        for slot, more in self.more_stops.items():
+            at = np.flatnonzero(slots == slot)
+            if len(at):
+                stopped[at[0]] = int(tokens[at[0]]) in more
+        return stopped
 
     def tokens(self, slot: int) -> IntColumn:
         """A copy of the committed tokens, int32[known]."""

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tandem.protocol.messages import ModelDescription
 from tandem.protocol.sampling import SamplingParams
-from tandem.scheduler.core import Core
+from tandem.scheduler.core import MAX_LOSSES, Core
 from tandem.scheduler.events import (
     Accept,
     Cancelled,
@@ -58,6 +58,8 @@ class CoreMachine(RuleBasedStateMachine):
         self.next_worker = 1
         self.next_ticket = 0
         self.now = 0.0
+        self.losses = 0
+        """Workers lost so far."""
 
     # --- events ----------------------------------------------------------------------------------------------------
 
@@ -136,8 +138,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(client=st.integers(0, 3))
     def lose_client(self, client: int) -> None:
-        for (owner, _), expected in self.requests.items():
-            expected.cancelled |= owner == client
+        """Nothing is delivered to it any more."""
+        self.requests = {key: expected for key, expected in self.requests.items() if key[0] != client}
         self.handle(ClientLost(client))
 
     @precondition(lambda self: any(worker.plans for worker in self.workers.values()))
@@ -153,11 +155,12 @@ class CoreMachine(RuleBasedStateMachine):
                 events.append(StepDone(number, step, np.array(tokens, np.int32)))
         self.handle(*events)
 
-    @precondition(lambda self: len(self.workers) > 1)
+    @precondition(lambda self: self.workers)
     @rule(data=st.data())
     def lose_worker(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.workers)))
         lost = self.workers.pop(number)
+        self.losses += 1
         self.handle(WorkerLost(number))
         if lost.plans:
             step, tokens = lost.compute()
@@ -176,6 +179,7 @@ class CoreMachine(RuleBasedStateMachine):
             tokens = {"stale": tokens, "short": [*tokens, 0], "vocabulary": [VOCAB] * max(1, len(tokens))}[lie]
             event = StepDone(number, step + (lie == "stale"), np.array(tokens, np.int32))
         del self.workers[number]
+        self.losses += 1
         expelled = [one for one in self.handle(event) if isinstance(one, Expel)]
         assert [one.worker for one in expelled] == [number]
 
@@ -230,6 +234,8 @@ class CoreMachine(RuleBasedStateMachine):
             assert expected.received == expected.tokens[: len(expected.received)]
             if expected.ended in ("stop", "length"):
                 assert (expected.received, expected.ended) == (expected.tokens, expected.reason)
+            elif expected.ended == "error":
+                assert self.losses >= MAX_LOSSES
             elif expected.ended is not None:
                 assert expected.ended == "abort"
                 assert expected.cancelled
@@ -243,6 +249,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever is open now ends, within as many steps as it can need."""
+        if not self.workers:
+            self.join(lookahead=1, block_size=4, spare=3, slots=4, max_tokens=16)
         for _ in range(5_000):
             busy = [number for number, worker in self.workers.items() if worker.plans]
             if not busy:
