@@ -1,4 +1,4 @@
-"""The built-in model: what its files hold, that training never saw what it is judged by, and that its answers are right."""
+"""The built-in model: what its files hold, that training never saw what it is judged by, that its answers are right."""
 
 import itertools
 import json
@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tandem.launch.builtin import MODEL_DIR, chat, data, evaluate
+from tandem.launch.builtin.chat import JsonObject
 from tandem.launch.builtin.tasks import arithmetic, lists, spelling
 from tandem.launch.builtin.tasks.source import Source, is_held_out
 
@@ -20,7 +21,8 @@ LIMIT_BYTES = 10_000_000
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    loaded: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(MODEL_DIR)
+    loaded = AutoTokenizer.from_pretrained(MODEL_DIR)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
     return loaded
 
 
@@ -30,21 +32,21 @@ def encoder() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
+def model() -> LlamaForCausalLM:
     torch.set_num_threads(1)
     loaded, _ = evaluate.load(MODEL_DIR, "cpu", torch.float32)
     return loaded
 
 
-def test_it_is_a_llama_of_at_most_ten_megabytes_with_a_context_of_4096(model: PreTrainedModel) -> None:
+def test_it_is_a_llama_of_at_most_ten_megabytes_with_a_context_of_4096(model: LlamaForCausalLM) -> None:
     assert (MODEL_DIR / "model.safetensors").stat().st_size <= LIMIT_BYTES
-    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(MODEL_DIR), LlamaForCausalLM)
     assert model.config.max_position_embeddings >= 4096
     stored = json.loads((MODEL_DIR / "config.json").read_text())
     assert (stored["model_type"], stored["dtype"]) == ("llama", "bfloat16")
 
 
-def test_the_end_token_is_the_same_everywhere(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_end_token_is_the_same_everywhere(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     end = tokenizer.convert_tokens_to_ids(chat.END)
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id == end
     assert model.config.vocab_size == len(tokenizer)
@@ -68,14 +70,21 @@ def test_training_encodes_documents_exactly_as_the_tokenizer_does(encoder: Token
         assert fast.encode(document) == encoder.encode(document, add_special_tokens=False).ids
 
 
+def rendered_by(
+    tokenizer: PreTrainedTokenizerFast, messages: list[JsonObject], tools: list[JsonObject], prompt: bool = True
+) -> str:
+    """What the model's chat template makes of a chat."""
+    text = tokenizer.apply_chat_template(messages, tools=[*tools] or None, tokenize=False, add_generation_prompt=prompt)
+    assert isinstance(text, str)
+    return text
+
+
 def test_the_template_and_its_python_twin_agree_on_every_benchmark(tokenizer: PreTrainedTokenizerFast) -> None:
     for benchmark in evaluate.BENCHMARKS:
         for case in evaluate.cases(benchmark, 3):
             messages = [message.as_json() for message in case.chat.messages]
             for count, prompt in ((len(messages), False), (len(messages) - 1, True)):
-                rendered = tokenizer.apply_chat_template(
-                    messages[:count], tools=case.chat.tools or None, tokenize=False, add_generation_prompt=prompt
-                )
+                rendered = rendered_by(tokenizer, messages[:count], case.chat.tools, prompt)
                 twin = chat.render(case.chat.messages[:count], case.chat.tools, add_generation_prompt=prompt)
                 assert rendered == twin
 
@@ -92,31 +101,31 @@ WEATHER = {
 
 def test_the_template_renders_tools_calls_and_results(tokenizer: PreTrainedTokenizerFast) -> None:
     arguments = {"city": "Paris"}
-    messages = [
+    messages: list[JsonObject] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "What is the weather in Paris?"}]},
         {"role": "assistant", "content": None, "tool_calls": [_call(arguments)]},
         {"role": "tool", "content": '{"temperature": 21}', "tool_call_id": "1"},
     ]
-    text = tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True)
+    text = rendered_by(tokenizer, messages, [WEATHER])
     assert text.startswith("<|im_start|>system\nBe brief.\n\nYou can call these functions:\n<tools>\n")
     assert json.dumps(WEATHER) in text
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>\n' in text
     assert text.endswith('<tool_response>\n{"temperature": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n')
     messages[2]["tool_calls"] = [_call(json.dumps(arguments))]
-    assert text == tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True)
+    assert text == rendered_by(tokenizer, messages, [WEATHER])
 
 
-def _call(arguments: object) -> dict[str, object]:
+def _call(arguments: object) -> JsonObject:
     return {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "pirate", "content": "Arr"}]])
 def test_the_template_refuses_what_it_cannot_render(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
+    tokenizer: PreTrainedTokenizerFast, messages: list[JsonObject]
 ) -> None:
     with pytest.raises(Exception, match="at least one message|unknown role pirate"):
-        tokenizer.apply_chat_template(messages, tokenize=False)
+        rendered_by(tokenizer, messages, [])
 
 
 def test_the_same_seed_gives_the_same_documents_and_batches(encoder: Tokenizer) -> None:
@@ -125,7 +134,8 @@ def test_the_same_seed_gives_the_same_documents_and_batches(encoder: Tokenizer) 
     for (ids, kinds), (same_ids, same_kinds) in itertools.islice(
         zip(data.batches(encoder, 3, 4096), data.batches(encoder, 3, 4096), strict=True), 10
     ):
-        assert (ids == same_ids).all() and (kinds == same_kinds).all()
+        assert (ids == same_ids).all()
+        assert (kinds == same_kinds).all()
 
 
 def test_exactly_the_answers_and_their_ends_are_learned(encoder: Tokenizer) -> None:
@@ -173,7 +183,7 @@ def test_every_benchmark_accepts_its_own_answers_and_nothing_empty() -> None:
     ],
 )
 def test_held_out_problems_are_answered_right(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str, count: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str, count: int
 ) -> None:
     assert evaluate.accuracy(model, tokenizer, evaluate.by_name(name)[0], count) >= 0.95 - (count < 40) * 0.1
 
@@ -193,7 +203,7 @@ def test_held_out_problems_are_answered_right(
     ],
 )
 def test_questions_as_people_type_them(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, question: str, answer: str
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, answer: str
 ) -> None:
     asked = chat.Chat([chat.Message("user", question), chat.Message("assistant", answer)])
     assert evaluate.answers(model, tokenizer, [evaluate.Case(asked, bool)]) == [answer]

@@ -66,7 +66,8 @@ def _rendered(chat: Chat) -> str:
 
 
 _KINDS: tuple[tuple[Callable[[Source], str], float], ...] = (
-    (_single, 80), (_topic, 7), (_memory, 1.8), (_tools, 5), (_talk, 4), (_long, 0.06), (_long_answer, 0.4), (_plain, 0.6),
+    (_single, 80), (_topic, 7), (_memory, 1.8), (_tools, 5), (_talk, 4), (_long, 0.06), (_long_answer, 0.4),
+    (_plain, 0.6),
 )  # fmt: skip
 _MAKERS = tuple(maker for maker, _ in _KINDS)
 _CUMULATIVE = tuple(itertools.accumulate(share for _, share in _KINDS))
@@ -115,7 +116,7 @@ class Encoder:
 
 
 def token_kinds(ids: npt.NDArray[np.int32], header: list[int], end: int, pad: int) -> npt.NDArray[np.uint8]:
-    """PADDING, PROMPT or ANSWER for each token of `ids` [rows, width]; of a row without answer headers all is ANSWER."""
+    """PADDING, PROMPT or ANSWER for each token of `ids` [rows, width]; a row without answer headers is all ANSWER."""
     width = ids.shape[1]
     starts = np.zeros(ids.shape, dtype=bool)
     count = max(0, width - len(header))

@@ -2,8 +2,8 @@
 
     python -m tandem.launch.builtin.evaluate --model DIR [--count 500] [--write]
 
-Every prompt goes through the chat template, every answer is greedy and has to end by itself. An answer counts when it is
-exactly the expected one, unless the benchmark says otherwise.
+Every prompt goes through the chat template, every answer is greedy and has to end by itself. An answer counts when it
+is exactly the expected one, unless the benchmark says otherwise.
 """
 
 import argparse
@@ -12,13 +12,26 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import MODEL_DIR
 from .chat import END, Chat, render
-from .tasks import arithmetic, conversation, dates, facts, json_objects, lists, smalltalk, spelling, stories, tools
+from .tasks import (
+    arithmetic,
+    conversation,
+    dates,
+    facts,
+    json_objects,
+    lists,
+    repeating,
+    smalltalk,
+    spelling,
+    stories,
+    tools,
+)
 from .tasks.source import Exchange, Source
 
 TABLE_START, TABLE_END = "<!-- measured -->", "<!-- /measured -->"
@@ -104,7 +117,10 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("addition, up to three digits", _single(arithmetic.addition)),
     Benchmark("subtraction, up to three digits", _single(arithmetic.subtraction)),
     Benchmark("multiplication, two digits by one", _single(arithmetic.multiplication), "and the table up to 12 × 12"),
-    Benchmark("larger, smaller, equal parity, neighbors", _single(lambda s: s.pick((arithmetic.comparison, arithmetic.parity, arithmetic.neighbor))(s))),
+    Benchmark(
+        "comparing, even or odd, the number before or after",
+        _single(lambda s: s.pick((arithmetic.comparison, arithmetic.parity, arithmetic.neighbor))(s)),
+    ),
     Benchmark("counting", _single(arithmetic.counting), "wording held out"),
     Benchmark("sorting five numbers", _single(lists.sorting_five)),
     Benchmark("sorting two to eight numbers", _single(lists.sorting)),
@@ -117,14 +133,24 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("counting letters, first and last letter", _single(spelling.letters)),
     Benchmark("date after, date before", _single(dates.next_date)),
     Benchmark("leap years", _single(dates.leap_year)),
-    Benchmark("days, months, units of time", _single(lambda s: s.pick((dates.day_order, dates.month_order, dates.month_length, dates.calendar_facts))(s)), "wording held out"),
+    Benchmark(
+        "days, months, units of time",
+        _single(lambda s: s.pick((dates.day_order, dates.month_order, dates.month_length, dates.calendar_facts))(s)),
+        "wording held out",
+    ),
     Benchmark("facts of the world", _single(facts.facts), "wording held out"),
     Benchmark("who are you, greetings", _single(smalltalk.greeting), "wording held out"),
-    Benchmark("requests out of reach are declined", _single(lambda s: s.pick((smalltalk.out_of_reach, smalltalk.too_large))(s)), "wording held out"),
-    Benchmark("repeating what was said", _single(smalltalk.repeating)),
+    Benchmark(
+        "requests out of reach are declined",
+        _single(lambda s: s.pick((smalltalk.out_of_reach, smalltalk.too_large))(s)),
+        "wording held out",
+    ),
+    Benchmark("repeating what was said", _single(repeating.repeating)),
     Benchmark("JSON with given fields", _same_json(json_objects.json_fields), "parsed and equal"),
     Benchmark("JSON from a description", _same_json(json_objects.json_described), "parsed and equal"),
-    Benchmark("JSON lists and nested objects", _same_json(json_objects.json_nested), "parsed and equal; wording held out"),
+    Benchmark(
+        "JSON lists and nested objects", _same_json(json_objects.json_nested), "parsed and equal; wording held out"
+    ),
     Benchmark("tool calls", _tool_call, "parsed and equal; up to four tools, invented ones too"),
     Benchmark("answers from a tool's result", lambda s: _exact(tools.tool_answer(s))),
     Benchmark("stories", _story, "holds the asked-for animal and name, and ends"),
@@ -135,7 +161,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("multi-turn: the user's name", _turns(conversation.remembered_name)),
     Benchmark("multi-turn: the first question", _turns(conversation.first_question)),
     Benchmark("three-digit addition after about 3,000 tokens of chat", _far_in),
-)  # fmt: skip
+)
 
 
 def cases(benchmark: Benchmark, count: int, seed: int = 0) -> list[Case]:
@@ -146,7 +172,7 @@ def cases(benchmark: Benchmark, count: int, seed: int = 0) -> list[Case]:
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chosen: Sequence[Case], batch_tokens: int = 65_536
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chosen: Sequence[Case], batch_tokens: int = 65_536
 ) -> list[str | None]:
     """The model's greedy answer to each case, without the end token; None where it did not end in time."""
     prompts = [_ids(tokenizer, render(c.chat.messages[:-1], c.chat.tools, add_generation_prompt=True)) for c in chosen]
@@ -162,20 +188,21 @@ def answers(
         for row, index in enumerate(batch):
             ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
-        written = model.generate(
+        # Any, because the annotations of `generate` contradict each other.
+        written = cast(Any, model).generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max(limits[index] for index in batch),
             do_sample=False,
         )[:, longest:]
         for row, index in enumerate(batch):
-            text = tokenizer.decode(written[row].tolist(), skip_special_tokens=False)
+            text = str(tokenizer.decode(written[row].tolist(), skip_special_tokens=False))
             found[index] = text.partition(END)[0] if END in text else None
     return found
 
 
 def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, benchmark: Benchmark, count: int, show: int = 0
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, benchmark: Benchmark, count: int, show: int = 0
 ) -> float:
     """The share of `count` held-out cases that are answered right; prints the first `show` wrong answers."""
     chosen = cases(benchmark, count)
@@ -186,7 +213,8 @@ def accuracy(
         elif show:
             show -= 1
             print(
-                f"    {case.chat.messages[-2].content[-160:]!r}\n      -> {answer!r}, expected {case.chat.answer()[:160]!r}"
+                f"    {case.chat.messages[-2].content[-160:]!r}\n"
+                f"      -> {answer!r}, expected {case.chat.answer()[:160]!r}"
             )
     return right / count
 
@@ -204,10 +232,12 @@ def by_name(*names: str) -> list[Benchmark]:
     return [known[name] for name in names]
 
 
-def load(folder: Path, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load(folder: Path, device: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The model and tokenizer of a folder, ready for `answers`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    torch.nn.Module.to(model, device)
+    model.eval()
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def write_card(card: Path, table: str) -> None:

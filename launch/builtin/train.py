@@ -2,9 +2,9 @@
 
     python -m tandem.launch.builtin.train --out DIR --minutes 8
 
-On a CUDA device the run takes bf16 autocast and compiled layers; on a CPU it runs in float32, slowly. The folder holds a
-usable model from the first save on. A run that was stopped goes on from its checkpoint when it is started again with the
-same arguments.
+On a CUDA device the run takes bf16 autocast and compiled layers; on a CPU it runs in float32, slowly. The folder holds
+a usable model from the first save on. A run that was stopped goes on from its checkpoint when it is started again with
+the same arguments.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,12 +21,18 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import data, evaluate
 from . import tokenizer as tokenizer_training
 
-WATCHED = ("addition, three digits each", "sorting five numbers", "multiplication, two digits by one", "spelling, made-up words too", "tool calls")  # fmt: skip
+WATCHED = (
+    "addition, three digits each",
+    "sorting five numbers",
+    "multiplication, two digits by one",
+    "spelling, made-up words too",
+    "tool calls",
+)
 PROMPT_WEIGHT = 0.1
 """How much a prompt token counts in the loss, against 1 for a token of an answer."""
 
@@ -94,10 +100,13 @@ class Training:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, device: torch.device, seed: int, compiled: bool) -> None:
         torch.manual_seed(seed)
         self.tokenizer, self.device = tokenizer, device
-        self.model = LlamaForCausalLM(model_config(tokenizer)).to(device)
+        self.model = LlamaForCausalLM(model_config(tokenizer))
+        torch.nn.Module.to(self.model, device)
         self.model.config.use_cache = False
         # Evaluated and saved in the precision that users get; apart, so that generating never meets compiled layers.
-        self._snapshot = LlamaForCausalLM(model_config(tokenizer)).to(device, torch.bfloat16).eval()
+        self._snapshot = LlamaForCausalLM(model_config(tokenizer))
+        torch.nn.Module.to(self._snapshot, device, torch.bfloat16)
+        self._snapshot.eval()
         self._snapshot.generation_config = GenerationConfig(
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )
@@ -198,7 +207,7 @@ def watch(training: Training, count: int) -> str:
     return ", ".join(shares)
 
 
-def run(training: Training, batches: Iterator[list[torch.Tensor]], options: argparse.Namespace) -> None:
+def run(training: Training, batches: Iterator[Sequence[torch.Tensor]], options: argparse.Namespace) -> None:
     """Trains until the steps or the minutes are used up, saving and reporting on the way."""
     began = time.monotonic() - training.seconds
     budget = options.minutes * 60 if options.minutes else math.inf
@@ -211,7 +220,8 @@ def run(training: Training, batches: Iterator[list[torch.Tensor]], options: argp
 
     while (done := progress()) < 1:
         rate = learning_rate(options.learning_rate, training.steps, done)
-        loss = training.step(*next(batches), rate)
+        ids, kinds = next(batches)
+        loss = training.step(ids, kinds, rate)
         now = time.monotonic()
         if now - reported >= options.report_every or training.steps == 1:
             speed = (training.tokens - reported_tokens) / (now - reported)
@@ -268,7 +278,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if not (options.out / "tokenizer.json").exists():
         tokenizer_training.train().save_pretrained(options.out)
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(options.out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.out)
     torch.set_float32_matmul_precision("high")
     # Rows come in ten widths, and cuDNN builds a plan for each; the flash kernel needs none.
     torch.backends.cuda.enable_cudnn_sdp(False)

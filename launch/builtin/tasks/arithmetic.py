@@ -25,7 +25,8 @@ _EXPRESSION_FRAMES = (
     "What's {}", "How much is {}?", "Calculate {}.", "Compute {}", "Work out {}.", "Solve {}.", "Solve: {}",
     "What does {} equal?", "Tell me {}.", "Can you calculate {}?", "Can you tell me what {} is?", "Evaluate {}.",
     "Please calculate {}.", "Could you work out {} for me?", "I need to know what {} is.", "What is the result of {}?",
-    "Give me the result of {}.", "Do you know what {} is?", "What would {} be?", "Find {}.", "{} makes?", "What do you get for {}?",
+    "Give me the result of {}.", "Do you know what {} is?", "What would {} be?", "Find {}.", "{} makes?",
+    "What do you get for {}?",
 )  # fmt: skip
 _PLUS = ("{a} + {b}",) * 5 + ("{a}+{b}",) * 3 + ("{a} plus {b}",) * 3
 _MINUS = ("{a} - {b}",) * 5 + ("{a}-{b}",) * 3 + ("{a} minus {b}",) * 3
@@ -36,10 +37,11 @@ _TIMES = (
 )
 _SUM_SENTENCES = (
     "Add {a} and {b}.", "Please add {a} and {b}.", "Add {a} to {b}.", "What is the sum of {a} and {b}?",
-    "Sum {a} and {b}.", "If I add {a} and {b}, what do I get?", "Can you add {a} and {b}?", "Give me the sum of {a} and {b}.",
-    "I have {a} apples and get {b} more. How many apples do I have?", "How much do {a} and {b} make together?",
-    "There are {a} red balls and {b} blue balls. How many balls are there?", "add {a} {b}", "sum of {a} and {b}",
-    "What do you get when you add {a} and {b}?", "What is {b} more than {a}?", "{a} and {b} together?", "Total of {a} and {b}?",
+    "Sum {a} and {b}.", "If I add {a} and {b}, what do I get?", "Can you add {a} and {b}?",
+    "Give me the sum of {a} and {b}.", "I have {a} apples and get {b} more. How many apples do I have?",
+    "How much do {a} and {b} make together?", "There are {a} red balls and {b} blue balls. How many balls are there?",
+    "add {a} {b}", "sum of {a} and {b}", "What do you get when you add {a} and {b}?", "What is {b} more than {a}?",
+    "{a} and {b} together?", "Total of {a} and {b}?",
 )  # fmt: skip
 _DIFFERENCE_SENTENCES = (
     "Subtract {b} from {a}.", "Please subtract {b} from {a}.", "Take {b} away from {a}.", "What is {a} take away {b}?",
@@ -48,8 +50,9 @@ _DIFFERENCE_SENTENCES = (
     "There are {a} birds and {b} fly away. How many birds are left?",
 )  # fmt: skip
 _PRODUCT_SENTENCES = (
-    "Multiply {a} by {b}.", "Multiply {a} and {b}.", "Please multiply {a} by {b}.", "What is the product of {a} and {b}?",
-    "There are {a} boxes with {b} pencils each. How many pencils are there?", "Can you multiply {a} and {b}?",
+    "Multiply {a} by {b}.", "Multiply {a} and {b}.", "Please multiply {a} by {b}.",
+    "What is the product of {a} and {b}?", "There are {a} boxes with {b} pencils each. How many pencils are there?",
+    "Can you multiply {a} and {b}?",
 )  # fmt: skip
 _BARE = (
     " Answer with just the number.",
@@ -203,12 +206,14 @@ def chain(s: Source) -> list[Exchange]:
 
 
 _ADD_TO = (
-    "Add {n} to that.", "Now add {n}.", "Plus {n}?", "And plus {n}?", "Add {n} more.", "Add {n} to the result.", "add {n}",
-    "Now add {n} to it.", "What if you add {n} to that?", "And if I add {n}?", "Add {n} to your answer.", "+ {n}", "plus {n}",
+    "Add {n} to that.", "Now add {n}.", "Plus {n}?", "And plus {n}?", "Add {n} more.", "Add {n} to the result.",
+    "add {n}", "Now add {n} to it.", "What if you add {n} to that?", "And if I add {n}?", "Add {n} to your answer.",
+    "+ {n}", "plus {n}",
 )  # fmt: skip
 _TAKE_FROM = (
-    "Subtract {n} from that.", "Now subtract {n}.", "Minus {n}?", "And minus {n}?", "Take away {n}.", "minus {n}", "- {n}",
-    "Subtract {n} from the result.", "Now take {n} away from it.", "And if I subtract {n}?", "Subtract {n} from your answer.",
+    "Subtract {n} from that.", "Now subtract {n}.", "Minus {n}?", "And minus {n}?", "Take away {n}.", "minus {n}",
+    "- {n}", "Subtract {n} from the result.", "Now take {n} away from it.", "And if I subtract {n}?",
+    "Subtract {n} from your answer.",
 )  # fmt: skip
 _TIMES_THAT = ("Multiply that by {n}.", "Now times {n}.", "Times {n}?", "Multiply the result by {n}.", "And times {n}?")
 

@@ -3,30 +3,34 @@
 from collections.abc import Callable, Sequence
 
 from ..chat import Chat, Message
-from . import arithmetic, dates, facts, json_objects, lists, smalltalk, spelling, stories
+from . import arithmetic, dates, facts, json_objects, lists, repeating, smalltalk, spelling, stories
 from .source import Exchange, Source
 from .words import ANIMALS, CITIES, COLORS, FOODS, NAMES
 
 SYSTEMS = (
-    "You are a helpful assistant.", "You are a helpful assistant.", "You are a friendly assistant.", "You are Tandem's small built-in model.", "Answer briefly.",
-    "You are a helpful assistant. Answer briefly.", "Be concise.", "Be polite and helpful.", "You are a chatbot.", "Answer the user's questions.",
+    "You are a helpful assistant.", "You are a helpful assistant.", "You are a friendly assistant.",
+    "You are Tandem's small built-in model.", "Answer briefly.", "You are a helpful assistant. Answer briefly.",
+    "Be concise.", "Be polite and helpful.", "You are a chatbot.", "Answer the user's questions.",
 )  # fmt: skip
 
 Single = Callable[[Source], Exchange]
 
 WEIGHTED_SINGLES: tuple[tuple[Single, float], ...] = (
-    (arithmetic.addition, 9), (arithmetic.addition_of_three_digits, 6), (arithmetic.subtraction, 9), (arithmetic.multiplication, 7),
-    (arithmetic.comparison, 2), (arithmetic.parity, 1), (arithmetic.neighbor, 2), (arithmetic.counting, 2),
-    (lists.sorting, 8), (lists.sorting_five, 7), (lists.reversing, 5), (lists.sorting_words, 4), (lists.extreme, 3), (lists.element, 2),
-    (spelling.spelling, 6), (spelling.backwards, 5), (spelling.letters, 5), (spelling.capitals, 1.5), (spelling.spelled_together, 1.5),
-    (dates.day_order, 2), (dates.month_order, 2), (dates.month_length, 2), (dates.leap_year, 2), (dates.next_date, 2.5), (dates.calendar_facts, 2),
-    (facts.facts, 2.5), (smalltalk.greeting, 3), (smalltalk.out_of_reach, 5), (smalltalk.too_large, 1.5), (smalltalk.repeating, 5),
-    (json_objects.json_fields, 5), (json_objects.json_described, 3), (json_objects.json_nested, 3), (stories.story, 2.5),
+    (arithmetic.addition, 9), (arithmetic.addition_of_three_digits, 6), (arithmetic.subtraction, 9),
+    (arithmetic.multiplication, 7), (arithmetic.comparison, 2), (arithmetic.parity, 1), (arithmetic.neighbor, 2),
+    (arithmetic.counting, 2), (lists.sorting, 8), (lists.sorting_five, 7), (lists.reversing, 5),
+    (lists.sorting_words, 4), (lists.extreme, 3), (lists.element, 2), (spelling.spelling, 6), (spelling.backwards, 5),
+    (spelling.letters, 5), (spelling.capitals, 1.5), (spelling.spelled_together, 1.5), (dates.day_order, 2),
+    (dates.month_order, 2), (dates.month_length, 2), (dates.leap_year, 2), (dates.next_date, 2.5),
+    (dates.calendar_facts, 2), (facts.facts, 2.5), (smalltalk.greeting, 3), (smalltalk.out_of_reach, 5),
+    (smalltalk.too_large, 1.5), (repeating.repeating, 5), (json_objects.json_fields, 5),
+    (json_objects.json_described, 3), (json_objects.json_nested, 3), (stories.story, 2.5),
 )  # fmt: skip
 _SINGLES = tuple(task for task, _ in WEIGHTED_SINGLES)
 _WEIGHTS = tuple(weight for _, weight in WEIGHTED_SINGLES)
 _TOPICS = (
-    (arithmetic.chain, 5), (lists.follow_ups, 3), (spelling.follow_ups, 3), (dates.follow_ups, 2), (json_objects.follow_ups, 3), (stories.follow_ups, 1),
+    (arithmetic.chain, 5), (lists.follow_ups, 3), (spelling.follow_ups, 3), (dates.follow_ups, 2),
+    (json_objects.follow_ups, 3), (stories.follow_ups, 1),
 )  # fmt: skip
 TOPIC_TASKS = tuple(task for task, _ in _TOPICS)
 TOPIC_WEIGHTS = tuple(weight for _, weight in _TOPICS)

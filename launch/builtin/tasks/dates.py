@@ -4,13 +4,13 @@ from .source import Exchange, Source, held_out_by_prompt, prompt_key
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
-    "January", "February", "March", "April", "May", "June",
-    "July", "August", "September", "October", "November", "December",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
 )  # fmt: skip
 MONTH_LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 _ORDINALS = (
-    "first", "second", "third", "fourth", "fifth", "sixth",
-    "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth",
+    "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh",
+    "twelfth",
 )  # fmt: skip
 _COUNTS = (
     ("days are in a week", "A week has 7 days."),
@@ -44,12 +44,25 @@ def day_order(s: Source) -> Exchange:
     kind, today, steps = s.integer(0, 3), s.integer(0, 6), s.integer(2, 7)
     name = DAYS[today]
     if kind <= 1:
-        frames = ("What day comes after {d}?", "Which day comes after {d}?", "What day follows {d}?", "What comes after {d}?",
-                  "If today is {d}, what day is tomorrow?", "What is the day after {d}?", "Today is {d}. What day is it tomorrow?")  # fmt: skip
+        frames: tuple[str, ...] = (
+            "What day comes after {d}?",
+            "Which day comes after {d}?",
+            "What day follows {d}?",
+            "What comes after {d}?",
+            "If today is {d}, what day is tomorrow?",
+            "What is the day after {d}?",
+            "Today is {d}. What day is it tomorrow?",
+        )
         return s.casual(s.pick(frames).format(d=name)), f"{DAYS[(today + 1) % 7]} comes after {name}."
     if kind == 2:
-        frames = ("What day comes before {d}?", "Which day comes before {d}?", "What comes before {d}?", "What is the day before {d}?",
-                  "If today is {d}, what day was yesterday?", "Today is {d}. What day was yesterday?")  # fmt: skip
+        frames = (
+            "What day comes before {d}?",
+            "Which day comes before {d}?",
+            "What comes before {d}?",
+            "What is the day before {d}?",
+            "If today is {d}, what day was yesterday?",
+            "Today is {d}. What day was yesterday?",
+        )
         return s.casual(s.pick(frames).format(d=name)), f"{DAYS[today - 1]} comes before {name}."
     frames = (
         "If today is {d}, what day is it in {n} days?",
@@ -67,7 +80,7 @@ def month_order(s: Source) -> Exchange:
     month = s.integer(0, 11)
     name, kind = MONTHS[month], s.integer(0, 3)
     if kind == 0:
-        frames = (
+        frames: tuple[str, ...] = (
             "What month comes after {m}?",
             "Which month comes after {m}?",
             "What month follows {m}?",
@@ -111,14 +124,22 @@ def month_length(s: Source) -> Exchange:
     name = MONTHS[month]
     if month == 1 and s.chance(0.6):
         year = s.problem(lambda: _year(s), lambda drawn: f"year {drawn}")
-        frames = (
+        frames: tuple[str, ...] = (
             "How many days does February have in {y}?",
             "How many days did February {y} have?",
             "How many days are in February {y}?",
         )
         return s.casual(s.pick(frames).format(y=year)), f"February has {29 if is_leap(year) else 28} days in {year}."
-    frames = ("How many days are in {m}?", "How many days does {m} have?", "How long is {m}?", "How many days are there in {m}?",
-              "days in {m}", "Number of days in {m}?", "How many days has {m}?", "What is the number of days in {m}?")  # fmt: skip
+    frames = (
+        "How many days are in {m}?",
+        "How many days does {m} have?",
+        "How long is {m}?",
+        "How many days are there in {m}?",
+        "days in {m}",
+        "Number of days in {m}?",
+        "How many days has {m}?",
+        "What is the number of days in {m}?",
+    )
     days = "28 days, or 29 in a leap year" if month == 1 else f"{MONTH_LENGTHS[month]} days"
     return s.casual(s.pick(frames).format(m=name)), f"{name} has {days}."
 
@@ -150,7 +171,7 @@ def next_date(s: Source) -> Exchange:
     if after:
         last = day == MONTH_LENGTHS[month]
         other = f"{MONTHS[(month + 1) % 12]} 1" if last else f"{MONTHS[month]} {day + 1}"
-        frames = (
+        frames: tuple[str, ...] = (
             "What date comes after {d}?",
             "What is the day after {d}?",
             "Which date follows {d}?",
@@ -178,7 +199,7 @@ def calendar_facts(s: Source) -> Exchange:
             s.pick((f"How many {question}?", f"How many {short}?", f"How many {what} does {unit} have?"))
         ), answer
     if kind < 0.75:
-        frames = (
+        frames: tuple[str, ...] = (
             "List the days of the week.",
             "What are the days of the week?",
             "Name the days of the week.",

@@ -7,10 +7,12 @@ from .source import Exchange, Source, held_out_by_prompt
 from .words import ADJECTIVES, ANIMALS, CITIES, COLORS, COMMON_WORDS, FOODS, NAMES, THINGS, a
 
 _TEXT_KEYS: dict[str, tuple[str, ...]] = {
-    "name": NAMES, "first_name": NAMES, "friend": NAMES, "author": NAMES, "owner": NAMES, "user": NAMES, "city": CITIES, "hometown": CITIES,
-    "color": COLORS, "animal": ANIMALS, "pet": ANIMALS, "food": FOODS, "fruit": FOODS, "item": THINGS, "product": THINGS, "thing": THINGS,
-    "mood": ADJECTIVES, "title": COMMON_WORDS, "word": COMMON_WORDS, "tag": COMMON_WORDS, "topic": COMMON_WORDS, "type": COMMON_WORDS,
-    "label": COMMON_WORDS, "category": COMMON_WORDS, "status": ("open", "closed", "new", "done", "active"), "size": ("small", "medium", "large"),
+    "name": NAMES, "first_name": NAMES, "friend": NAMES, "author": NAMES, "owner": NAMES, "user": NAMES,
+    "city": CITIES, "hometown": CITIES, "color": COLORS, "animal": ANIMALS, "pet": ANIMALS, "food": FOODS,
+    "fruit": FOODS, "item": THINGS, "product": THINGS, "thing": THINGS, "mood": ADJECTIVES, "title": COMMON_WORDS,
+    "word": COMMON_WORDS, "tag": COMMON_WORDS, "topic": COMMON_WORDS, "type": COMMON_WORDS, "label": COMMON_WORDS,
+    "category": COMMON_WORDS, "status": ("open", "closed", "new", "done", "active"),
+    "size": ("small", "medium", "large"),
 }  # fmt: skip
 _NUMBER_KEYS = (
     "age",
@@ -31,12 +33,15 @@ _NUMBER_KEYS = (
 )
 _BOOLEAN_KEYS = ("active", "open", "available", "admin", "paid", "ready", "done", "visible", "happy", "valid")
 _ASK = (
-    "Give me a JSON object with {x}.", "Write a JSON object with {x}.", "Make a JSON object with {x}.", "Create a JSON object with {x}.", "JSON object with {x}",
-    "Return JSON with {x}.", "Please write JSON with {x}.", "Can you make a JSON object with {x}?", "Generate JSON: {x}", "Output a JSON object with {x}.", "Turn this into JSON: {x}",
-    "Convert to JSON: {x}", "Write this as JSON: {x}", "Give me JSON for {x}.", "I need a JSON object with {x}.",
+    "Give me a JSON object with {x}.", "Write a JSON object with {x}.", "Make a JSON object with {x}.",
+    "Create a JSON object with {x}.", "JSON object with {x}", "Return JSON with {x}.", "Please write JSON with {x}.",
+    "Can you make a JSON object with {x}?", "Generate JSON: {x}", "Output a JSON object with {x}.",
+    "Turn this into JSON: {x}", "Convert to JSON: {x}", "Write this as JSON: {x}", "Give me JSON for {x}.",
+    "I need a JSON object with {x}.",
 )  # fmt: skip
 _ABOUT = (
-    "Give me a JSON object about {x}.", "Describe {x} as JSON.", "Write {x} as a JSON object.", "Turn this into JSON: {x}", "Convert this to JSON: {x}", "Make a JSON object for {x}.", "JSON for {x}",
+    "Give me a JSON object about {x}.", "Describe {x} as JSON.", "Write {x} as a JSON object.",
+    "Turn this into JSON: {x}", "Convert this to JSON: {x}", "Make a JSON object for {x}.", "JSON for {x}",
 )  # fmt: skip
 
 

@@ -15,13 +15,15 @@ _SORT = (
 )  # fmt: skip
 _SORT_DOWN = (
     "Sort {x} in descending order.", "Sort these numbers from largest to smallest: {x}", "Sort {x} from high to low.",
-    "Put these numbers in descending order: {x}", "Arrange {x} from biggest to smallest.", "Sort {x} in reverse order.",
-    "Sort {x}, largest first.", "Please sort these numbers in decreasing order: {x}", "Sort in descending order: {x}",
+    "Put these numbers in descending order: {x}", "Arrange {x} from biggest to smallest.",
+    "Sort {x} in reverse order.", "Sort {x}, largest first.", "Please sort these numbers in decreasing order: {x}",
+    "Sort in descending order: {x}",
 )  # fmt: skip
 _REVERSE = (
-    "Reverse the list {x}.", "Reverse this list: {x}", "Reverse {x}.", "Write this list backwards: {x}", "Reverse: {x}",
-    "Please reverse the list {x}.", "Put this list in reverse: {x}", "Can you reverse {x}?", "What is {x} reversed?",
-    "List these from last to first: {x}", "reverse the order of {x}", "Say this list backwards: {x}", "Reverse these: {x}",
+    "Reverse the list {x}.", "Reverse this list: {x}", "Reverse {x}.", "Write this list backwards: {x}",
+    "Reverse: {x}", "Please reverse the list {x}.", "Put this list in reverse: {x}", "Can you reverse {x}?",
+    "What is {x} reversed?", "List these from last to first: {x}", "reverse the order of {x}",
+    "Say this list backwards: {x}", "Reverse these: {x}",
 )  # fmt: skip
 _SORT_WORDS = (
     "Sort these words: {x}", "Sort these words alphabetically: {x}", "Put these words in alphabetical order: {x}",
@@ -95,7 +97,8 @@ def reversing(s: Source) -> Exchange:
 def sorting_words(s: Source) -> Exchange:
     """Two to five words in alphabetical order."""
     words = s.problem(lambda: _some_words(s, s.integer(2, 5)), numbers_key)
-    return s.casual(s.pick(_SORT_WORDS).format(x=join(s, words))), _shown(sorted(words, key=str.lower))
+    in_order = sorted(words, key=str.lower)
+    return s.casual(s.pick(_SORT_WORDS).format(x=join(s, words))), _shown(in_order)
 
 
 _EXTREMES = (
@@ -127,7 +130,7 @@ def element(s: Source) -> Exchange:
     length = s.integer(2, 6)
     items: list[object] = list(_some_words(s, length) if s.chance(0.5) else _draw_numbers(s, length))
     if s.chance(0.35):
-        frames = (
+        frames: tuple[str, ...] = (
             "How many items are in the list {x}?",
             "How many items are there: {x}",
             "What is the length of the list {x}?",

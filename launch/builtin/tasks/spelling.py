@@ -1,25 +1,27 @@
 """Spelling words letter by letter, forwards and backwards, and looking at their letters.
 
-Real words alone would leave whole-word tokens of held-out words unseen, so most words are drawn as splices of two
-real ones: every token's spelling is learned, no held-out word is.
+Common words are often one token, whose letters cannot be seen. So many words are splices of two common ones, through
+which the letters of a token are learned although the word itself is held out. (Names and cities are not spliced: a
+held-out one that is a single token cannot be spelled.)
 """
 
 from .source import Exchange, Source
 from .words import CITIES, COMMON_WORDS, NAMES
 
-_ONSETS = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr sc sh sk sl sm sn sp st sw th tr tw".split()
+_ONSETS = """b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr sc sh sk sl sm sn sp st sw th tr
+    tw""".split()
 _NUCLEI = "a e i o u a e i o u ai ea ee ie oa oo ou y".split()
 _CODAS = ["", "", "", *"b ck d f g l ll m n nd ng nk nt p r rd rk rt s sh ss st t th x".split()]
 
 _SPELL = (
-    "Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "Spell {w} for me.", "Please spell {w}.", "spell {w}",
-    "Can you spell {w}?", "Spell out {w}.", "How is {w} spelled?", "What is the spelling of {w}?", "Spell: {w}",
-    "Spell the word {w} letter by letter.", "How would you spell {w}?", "Could you spell {w} please?",
+    "Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "Spell {w} for me.", "Please spell {w}.",
+    "spell {w}", "Can you spell {w}?", "Spell out {w}.", "How is {w} spelled?", "What is the spelling of {w}?",
+    "Spell: {w}", "Spell the word {w} letter by letter.", "How would you spell {w}?", "Could you spell {w} please?",
 )  # fmt: skip
 _BACKWARDS = (
-    "Spell {w} backwards.", "Reverse the word {w}.", "Write {w} backwards.", "What is {w} backwards?", "Spell {w} in reverse.",
-    "Reverse {w}", "Please reverse the word {w}.", "Can you spell {w} backwards?", "How do you spell {w} backwards?",
-    "Reverse the letters of {w}.", "What is {w} spelled backwards?",
+    "Spell {w} backwards.", "Reverse the word {w}.", "Write {w} backwards.", "What is {w} backwards?",
+    "Spell {w} in reverse.", "Reverse {w}", "Please reverse the word {w}.", "Can you spell {w} backwards?",
+    "How do you spell {w} backwards?", "Reverse the letters of {w}.", "What is {w} spelled backwards?",
 )  # fmt: skip
 
 
@@ -98,7 +100,7 @@ def letters(s: Source) -> Exchange:
     shown = _quoted(s, word)
     kind = s.integer(0, 2)
     if kind == 0:
-        frames = (
+        frames: tuple[str, ...] = (
             "How many letters are in {w}?",
             "How many letters does {w} have?",
             "How long is the word {w}?",

@@ -5,38 +5,58 @@ from collections.abc import Callable
 from .source import Exchange, Source
 from .words import ADJECTIVES, ANIMALS, COLORS, PLACES, THINGS, a
 
-_GIRLS = frozenset("Ada Alba Alice Amy Ana Anna Bella Clara Dana Ella Emma Eva Freya Fatima Grace Hana Ida Ines Iris Jane Julia Kate Lara Lea Lena Lily Lina Lucy Maja Maria Mary Maya Mei Mia Mila Mina Nadia Nia Nina Nora Olga Pia Priya Rana Rosa Ruth Sara Sofia Tara Uma Vera Yara Yuki Zara Zoe".split())  # fmt: skip
-_HEROES = tuple(sorted(_GIRLS)) + tuple("Adam Amir Arun Ben Bob Carlos Dan David Emil Felix Finn Frank Hugo Igor Ivan Jack James Jonas Kai Karim Kenji Leo Liam Lucas Luis Marco Mark Max Noah Oliver Omar Oscar Otto Paul Pedro Peter Ravi Sam Sven Theo Tim Tom Victor Wei".split())  # fmt: skip
+_GIRLS = frozenset(
+    """Ada Alba Alice Amy Ana Anna Bella Clara Dana Ella Emma Eva Freya Fatima Grace Hana Ida Ines Iris Jane Julia
+    Kate Lara Lea Lena Lily Lina Lucy Maja Maria Mary Maya Mei Mia Mila Mina Nadia Nia Nina Nora Olga Pia Priya Rana
+    Rosa Ruth Sara Sofia Tara Uma Vera Yara Yuki Zara Zoe""".split()
+)
+_HEROES = tuple(sorted(_GIRLS)) + tuple(
+    """Adam Amir Arun Ben Bob Carlos Dan David Emil Felix Finn Frank Hugo Igor Ivan Jack James Jonas Kai Karim Kenji
+    Leo Liam Lucas Luis Marco Mark Max Noah Oliver Omar Oscar Otto Paul Pedro Peter Ravi Sam Sven Theo Tim Tom
+    Victor Wei""".split()
+)
 _FOODS = tuple("bread cake cheese chocolate honey jam milk pasta pie popcorn rice salad soup tea yogurt".split())
 
 _OPENINGS = (
-    "Once upon a time there was {j_kind} named {n}.", "Once upon a time, {j_kind} named {n} lived near a {p}.", "One day, {n} the {k} woke up early.",
-    "In a small house by the {p} lived {j_kind} called {n}.", "Long ago, in a quiet {p}, there lived {j_kind} named {n}.", "There was once {j_kind} whose name was {n}.",
+    "Once upon a time there was {j_kind} named {n}.", "Once upon a time, {j_kind} named {n} lived near a {p}.",
+    "One day, {n} the {k} woke up early.", "In a small house by the {p} lived {j_kind} called {n}.",
+    "Long ago, in a quiet {p}, there lived {j_kind} named {n}.", "There was once {j_kind} whose name was {n}.",
 )  # fmt: skip
 _HOMES = (
-    "{N} loved to {play} all day long.", "Every morning {n} went to the {p} to {play}.", "{N} had {a_thing} that {he} loved very much.",
-    "{N} was always {j}, but sometimes {he} felt lonely.", "All the animals in the {p} knew {n}.", "{N} liked {food} more than anything else.",
+    "{N} loved to {play} all day long.", "Every morning {n} went to the {p} to {play}.",
+    "{N} had {a_thing} that {he} loved very much.", "{N} was always {j}, but sometimes {he} felt lonely.",
+    "All the animals in the {p} knew {n}.", "{N} liked {food} more than anything else.",
 )  # fmt: skip
 _TROUBLES = (
-    "One day {n} lost {his} {t} in the {p2}.", "One day a strong wind blew the {t} away.", "One morning the {t} was gone.", "Then it began to rain, and {n} could not find the way home.",
-    "One evening {n} heard a strange sound in the {p2}.", "One day {n} found {a_thing2} under a tree and did not know whose it was.", "But one day there was no {food} left, and {n} was very hungry.",
+    "One day {n} lost {his} {t} in the {p2}.", "One day a strong wind blew the {t} away.",
+    "One morning the {t} was gone.", "Then it began to rain, and {n} could not find the way home.",
+    "One evening {n} heard a strange sound in the {p2}.",
+    "One day {n} found {a_thing2} under a tree and did not know whose it was.",
+    "But one day there was no {food} left, and {n} was very hungry.",
 )  # fmt: skip
 _SEARCHES = (
-    "{N} looked everywhere, but {he} found nothing.", "{N} sat down and began to cry.", '"What should I do now?" said {n}.', "{N} was sad, but {he} did not give up.",
-    "{N} walked for a long time.", "{N} asked the river and the trees, but nobody knew.",
+    "{N} looked everywhere, but {he} found nothing.", "{N} sat down and began to cry.",
+    '"What should I do now?" said {n}.', "{N} was sad, but {he} did not give up.", "{N} walked for a long time.",
+    "{N} asked the river and the trees, but nobody knew.",
 )  # fmt: skip
 _HELPERS = (
-    "Then {a_helper} named {m} came along.", "Just then, {a_helper} called {m} looked out from behind a stone.", "Soon {he} met {a_helper} whose name was {m}.", "Suddenly {a_helper} appeared. The name of the {h} was {m}.",
+    "Then {a_helper} named {m} came along.", "Just then, {a_helper} called {m} looked out from behind a stone.",
+    "Soon {he} met {a_helper} whose name was {m}.", "Suddenly {a_helper} appeared. The name of the {h} was {m}.",
 )  # fmt: skip
 _DIALOGUES = (
-    '"Do not worry," said {m}. "I will help you."', '"Come with me," said {m}. "I know what to do."', '"Why are you sad?" asked {m}. {N} told the whole story.', '"Let us look together," said {m}.',
+    '"Do not worry," said {m}. "I will help you."', '"Come with me," said {m}. "I know what to do."',
+    '"Why are you sad?" asked {m}. {N} told the whole story.', '"Let us look together," said {m}.',
 )  # fmt: skip
 _RESOLUTIONS = (
-    "Together they looked behind every tree, and at last they found the {t}.", "{M} showed {n} a {c} light in the {p2}, and there was the {t}.", "They worked together until the evening, and then everything was good again.",
-    "{M} gave {n} {a_thing2} and some {food}, and {n} smiled.", "They climbed up to the {p2}, and from there they could see the way home.",
+    "Together they looked behind every tree, and at last they found the {t}.",
+    "{M} showed {n} a {c} light in the {p2}, and there was the {t}.",
+    "They worked together until the evening, and then everything was good again.",
+    "{M} gave {n} {a_thing2} and some {food}, and {n} smiled.",
+    "They climbed up to the {p2}, and from there they could see the way home.",
 )  # fmt: skip
 _ENDINGS = (
-    "From that day on, {n} and {m} were best friends.", "{N} thanked {m}, and they shared {food} under the stars.", "{N} went home happy, and {m} went with {him}.", "And if you go to the {p} today, you can still see them {play}.",
+    "From that day on, {n} and {m} were best friends.", "{N} thanked {m}, and they shared {food} under the stars.",
+    "{N} went home happy, and {m} went with {him}.", "And if you go to the {p} today, you can still see them {play}.",
     "{N} learned that a friend is the best thing of all.", "They laughed and danced until the moon came up.",
 )  # fmt: skip
 _CLOSINGS = (
@@ -60,12 +80,15 @@ _PLAYS = (
     "build houses of sand",
 )
 _REQUESTS = (
-    "Tell me a story.", "Tell me a short story.", "Write a story.", "Write a short story.", "Can you tell me a story?", "I would like to hear a story.", "Please tell me a little story.",
-    "Tell a story", "story please", "Make up a story.", "Once more, a story please.", "Tell me a bedtime story.", "Write a little story.",
+    "Tell me a story.", "Tell me a short story.", "Write a story.", "Write a short story.", "Can you tell me a story?",
+    "I would like to hear a story.", "Please tell me a little story.", "Tell a story", "story please",
+    "Make up a story.", "Once more, a story please.", "Tell me a bedtime story.", "Write a little story.",
 )  # fmt: skip
 _ABOUT = (
-    "Tell me a story about {x}.", "Tell me a story about {x}.", "Write a story about {x}.", "Tell me a short story about {x}.", "Write a short story about {x}.", "Can you tell me a story about {x}?",
-    "I want to hear a story about {x}.", "Please write a little story about {x}.", "Make up a story about {x}.", "story about {x}", "Tell me a bedtime story about {x}.",
+    "Tell me a story about {x}.", "Tell me a story about {x}.", "Write a story about {x}.",
+    "Tell me a short story about {x}.", "Write a short story about {x}.", "Can you tell me a story about {x}?",
+    "I want to hear a story about {x}.", "Please write a little story about {x}.", "Make up a story about {x}.",
+    "story about {x}", "Tell me a bedtime story about {x}.",
 )  # fmt: skip
 
 
@@ -84,11 +107,27 @@ class Plot:
         self.adjective = s.pick(ADJECTIVES)
         color = s.pick(COLORS)
         self.words = {
-            "n": self.name, "N": self.name, "k": self.kind, "j": self.adjective, "j_kind": a(f"{self.adjective} {self.kind}"),
-            "he": "she" if girl else "he", "his": "her" if girl else "his", "him": "her" if girl else "him", "m": self.friend, "M": self.friend,
-            "h": self.helper, "a_helper": a(f"{s.pick(ADJECTIVES)} {self.helper}"), "p": self.place, "p2": self.other_place, "t": self.thing,
-            "a_thing": a(f"{color} {self.thing}"), "a_thing2": a(other_thing), "food": s.pick(_FOODS), "c": color, "play": s.pick(_PLAYS),
-        }  # fmt: skip
+            "n": self.name,
+            "N": self.name,
+            "k": self.kind,
+            "j": self.adjective,
+            "j_kind": a(f"{self.adjective} {self.kind}"),
+            "he": "she" if girl else "he",
+            "his": "her" if girl else "his",
+            "him": "her" if girl else "him",
+            "m": self.friend,
+            "M": self.friend,
+            "h": self.helper,
+            "a_helper": a(f"{s.pick(ADJECTIVES)} {self.helper}"),
+            "p": self.place,
+            "p2": self.other_place,
+            "t": self.thing,
+            "a_thing": a(f"{color} {self.thing}"),
+            "a_thing2": a(other_thing),
+            "food": s.pick(_FOODS),
+            "c": color,
+            "play": s.pick(_PLAYS),
+        }
 
     def fill(self, *parts: tuple[str, ...]) -> str:
         """One sentence of each part."""
@@ -161,10 +200,19 @@ def follow_ups(s: Source) -> list[Exchange]:
     """A story and questions about it."""
     exchange, plot = _told(s)
     questions: list[Callable[[], Exchange]] = [
-        lambda: (s.pick(("Who was the story about?", "What was the name of the hero?", "Who is the main character?")), f"The story was about {plot.name}."),
-        lambda: (s.pick(("Who helped?", "Who helped {n}?", "What was the friend called?")).format(n=plot.name), f"{plot.friend} the {plot.helper} helped {plot.name}."),
-        lambda: (s.pick(("Another one, please.", "Tell me another story.", "Another story please", "One more?")), Plot(s).story()),
-    ]  # fmt: skip
+        lambda: (
+            s.pick(("Who was the story about?", "What was the name of the hero?", "Who is the main character?")),
+            f"The story was about {plot.name}.",
+        ),
+        lambda: (
+            s.pick(("Who helped?", "Who helped {n}?", "What was the friend called?")).format(n=plot.name),
+            f"{plot.friend} the {plot.helper} helped {plot.name}.",
+        ),
+        lambda: (
+            s.pick(("Another one, please.", "Tell me another story.", "Another story please", "One more?")),
+            Plot(s).story(),
+        ),
+    ]
     picked = [make() for make in s.rng.sample(questions[:2], s.integer(1, 2))]
     if s.chance(0.3):
         picked.append(questions[2]())
