@@ -34,10 +34,12 @@ from ..protocol.transport import LoopSocket, Sent
 from .core import Core
 from .events import Accept, Cancelled, ClientLost, Deliver, Event, Reject, Submitted
 from .files import FileStore
-from .peers import MAX_BACKLOG_MESSAGES, ClientPeer
+from .peers import MAX_BACKLOG_BYTES, ClientPeer
 
 log = logging.getLogger(__name__)
 
+MAX_FETCHES = 4
+"""Times that a connection may fetch all tokenizer files."""
 RETRY_S = 0.02
 """Pause before a client's full queue is tried again."""
 
@@ -61,6 +63,7 @@ class ClientPort:
         self._core = core
         self._call_later = call_later
         self._retrying = False
+        self._complained_at = float("-inf")
         self._socket: LoopSocket | None = None
         self._by_route: dict[bytes, ClientPeer] = {}
         self._by_client: dict[int, ClientPeer] = {}
@@ -93,11 +96,11 @@ class ClientPort:
                 raise ProtocolError(f"a message has one frame, not {len(frames) - 1}")
             message = decode(data, ClientHello, Submit, Cancel, Ping, AskStats, FetchFile, Goodbye)
         except VersionMismatch as error:
-            log.warning("refused a client: %s", error)
+            self._complain("refused a client: %r", str(error)[:200])
             self._reply(route, VersionRefused(version=PROTOCOL_VERSION))
             return
         except ProtocolError as error:
-            log.warning("client %s broke the protocol: %s", route.hex(), error)
+            self._complain("client %s broke the protocol: %r", route.hex(), str(error)[:200])
             self._reply(route, Goodbye(reason=f"protocol error: {error}"[:1_000]))
             self._lose(route)
             return
@@ -110,12 +113,21 @@ class ClientPort:
             peer.heard_at = self._clock()
             self._handle(peer, message)
 
+    def _complain(self, message: str, *arguments: object) -> None:
+        """Logs what strangers did wrong, at most once a second: they must not fill the disk."""
+        now = self._clock()
+        if now - self._complained_at >= 1.0:
+            self._complained_at = now
+            log.warning(message, *arguments)
+
     def _greet(self, route: bytes, hello: ClientHello) -> None:
+        former = self._by_route.get(route)
         self._lose(route)  # a repeated hello starts anew
-        peer = ClientPeer(route, self._next_client, hello.name, self._clock())
+        peer = ClientPeer(route, self._next_client, repr(hello.name)[:80], self._clock())
+        peer.fetched_bytes = 0 if former is None else former.fetched_bytes
         self._next_client += 1
         self._by_route[route] = self._by_client[peer.client] = peer
-        log.info("client %d (%s) connected", peer.client, hello.name or "unnamed")
+        log.info("client %d %s connected", peer.client, peer.name)
         self._send(peer, self._welcome())
 
     def _welcome(self) -> Welcome:
@@ -142,11 +154,22 @@ class ClientPort:
             case Cancel():
                 self._post(Cancelled(peer.client, message.ticket))
             case FetchFile():
-                self._send(peer, self._files.chunk(message.name, message.offset))
+                self._send_chunk(peer, message)
             case AskStats():
                 self._send(peer, self._stats())
             case Goodbye():
                 self._lose(peer.routing_id)
+
+    def _send_chunk(self, peer: ClientPeer, wanted: FetchFile) -> None:
+        """A client needs each file once. One that asks for far more, or asks without reading, fills only memory."""
+        chunk = self._files.chunk(wanted.name, wanted.offset)
+        peer.fetched_bytes += len(chunk.data)
+        if peer.fetched_bytes > MAX_FETCHES * self._files.total_bytes or peer.backlog:
+            log.warning("client %d fetches files without end", peer.client)
+            self._send(peer, Goodbye(reason=f"the tokenizer files were fetched over {MAX_FETCHES} times"))
+            self._lose(peer.routing_id)
+        else:
+            self._send(peer, chunk)
 
     def _stats(self) -> Stats:
         return Stats(
@@ -215,7 +238,8 @@ class ClientPort:
             self._lose(peer.routing_id)
         elif sent is Sent.FULL:
             peer.backlog.append(data)
-            if len(peer.backlog) > MAX_BACKLOG_MESSAGES:
+            peer.backlog_bytes += len(data)
+            if peer.backlog_bytes > MAX_BACKLOG_BYTES:
                 log.warning("client %d (%s) does not read; its requests are cancelled", peer.client, peer.name)
                 self._lose(peer.routing_id)
             elif not self._retrying:
@@ -243,7 +267,7 @@ class ClientPort:
             while peer.backlog and self._socket is not None and sent is Sent.QUEUED:
                 sent = self._socket.send([peer.routing_id, peer.backlog[0]])
                 if sent is Sent.QUEUED:
-                    peer.backlog.popleft()
+                    peer.backlog_bytes -= len(peer.backlog.popleft())
             if sent is Sent.GONE:
                 self._lose(peer.routing_id)
         self._retrying = any(peer.backlog for peer in self._by_client.values())

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from ..protocol.messages import WorkerHello, WorkerStats
 
-MAX_BACKLOG_MESSAGES = 4_096
-"""Messages kept for a client that does not read, beyond ZeroMQ's own queue; then it loses its requests."""
+MAX_BACKLOG_BYTES = 8 * 1024 * 1024
+"""Kept for a client that does not read, beyond ZeroMQ's own queue; then it loses its requests."""
 
 
 @dataclass(slots=True)
@@ -20,6 +20,9 @@ class ClientPeer:
     name: str
     heard_at: float
     backlog: deque[bytes] = field(default_factory=deque)
+    backlog_bytes: int = 0
+    fetched_bytes: int = 0
+    """Of tokenizer files, on this connection."""
 
 
 @dataclass(slots=True)
@@ -31,6 +34,9 @@ class WorkerPeer:
     hello: WorkerHello
     heard_at: float
     registered: bool = False
+    """Plans may go out; before, its tokenizer files are fetched or those of another worker."""
+    waits_for_step: int | None = None
+    """The step that it said it waits for when last it was idle, though that had been planned."""
     steps: int = 0
     tokens: int = 0
     busy_us: int = 0

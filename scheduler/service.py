@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import deque
 from contextlib import ExitStack
 
 import zmq
 
+from ..protocol.codec import MAX_SUBMISSION_BYTES
 from ..protocol.errors import ConfigurationError
 from ..protocol.transport import Address, LoopSocket, ServiceDirectory, open_router
 from .client_port import ClientPort
 from .config import SchedulerConfig
 from .core import Core
-from .events import Accept, Deliver, Event, Expel, Reject, SendPlan
+from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendPlan
 from .worker_port import WorkerPort
 
 STOPPING = "the scheduler is stopping"
+MAX_UNREAD_MESSAGES = 64
+"""Of a client, that wait in the scheduler; a client that sends faster has to wait."""
 
 
 class Service:
@@ -55,17 +58,19 @@ class Service:
                 one.require_safe(config.insecure)
                 if one.is_ipc:
                     opened.callback(ServiceDirectory(one.directory).close)
-            self.clients.attach(self._open(context, address.endpoint("clients"), self.clients.on_message))
+            clients = open_router(
+                context,
+                address.endpoint("clients"),
+                max_message_bytes=MAX_SUBMISSION_BYTES,
+                unread_messages=MAX_UNREAD_MESSAGES,
+            )
+            self.clients.attach(LoopSocket(clients, self.clients.on_message, self._loop))
             opened.callback(self.clients.close, STOPPING)
-            self.workers.attach(self._open(context, worker_address.endpoint("workers"), self.workers.on_message))
+            workers = open_router(context, worker_address.endpoint("workers"))
+            self.workers.attach(LoopSocket(workers, self.workers.on_message, self._loop))
             opened.callback(self.workers.close, STOPPING)
             self._opened = opened.pop_all()
         self._housekeeping = self._loop.create_task(self._keep_house(min(config.client_lease, config.worker_lease) / 4))
-
-    def _open(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, on_message: Callable[[list[bytes]], None]
-    ) -> LoopSocket:
-        return LoopSocket(open_router(context, endpoint), on_message, self._loop)
 
     def close(self) -> None:
         """Tells everybody, closes the sockets and removes them from the file system."""
@@ -79,20 +84,35 @@ class Service:
             self._flushing = self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
+        """Plans go out before anything that clients are told: a worker waits for its plan, a thousand streams do
+        not."""
         self._flushing = None
         events, self._events = self._events, []
-        for instruction in self._core.handle(events, self._loop.time()):
-            match instruction:
-                case SendPlan():
-                    self.workers.send_plan(instruction)
-                case Deliver():
-                    self.clients.deliver(instruction)
-                case Accept():
-                    self.clients.accept(instruction)
-                case Reject():
-                    self.clients.reject(instruction)
-                case Expel():
-                    self.workers.expel(instruction)
+        instructions = self._core.handle(events, self._loop.time())
+        rest: deque[Instruction] = deque()
+        for instruction in instructions:
+            if isinstance(instruction, SendPlan):
+                self.workers.send_plan(instruction)
+            else:
+                rest.append(instruction)
+        self._carry_out(rest)
+
+    def _carry_out(self, instructions: deque[Instruction]) -> None:
+        """In order. Should one raise, the loop reports it and the others are carried out all the same."""
+        try:
+            while instructions:
+                match instruction := instructions.popleft():
+                    case Deliver():
+                        self.clients.deliver(instruction)
+                    case Accept():
+                        self.clients.accept(instruction)
+                    case Reject():
+                        self.clients.reject(instruction)
+                    case Expel():
+                        self.workers.expel(instruction)
+        finally:
+            if instructions:
+                self._loop.call_soon(self._carry_out, instructions)
 
     async def _keep_house(self, interval: float) -> None:
         while True:

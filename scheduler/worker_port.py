@@ -30,6 +30,13 @@ from .peers import WorkerPeer
 
 log = logging.getLogger(__name__)
 
+LONGEST_STEPS = 10
+"""A worker's lease is at least so many of its longest step: attention over a long context takes longer than the
+trial."""
+MAX_LOOKAHEAD = 64
+MAX_HISTORY = 2**32
+"""Tokens that the rows of one worker may have in all; memory is taken only as they are used."""
+
 
 class WorkerPort:
     """Who the workers are; plans go out and results come in."""
@@ -54,7 +61,9 @@ class WorkerPort:
         self._by_registration: dict[int, WorkerPeer] = {}
         self._next_registration = 1
         self._model: ModelDescription | None = None
-        self._files: FileStore | None = None
+        self._files = FileStore(())
+        self._fetching: WorkerPeer | None = None
+        """Whose tokenizer files are on their way."""
 
     def attach(self, socket: LoopSocket) -> None:
         self._socket = socket
@@ -94,60 +103,89 @@ class WorkerPort:
             log.warning("refused a worker: %s", error)
             self._send(route, VersionRefused(version=PROTOCOL_VERSION))
         except ProtocolError as error:
-            log.warning("worker %s is refused: %s", route.hex(), error)
-            self._send(route, Goodbye(reason=str(error)[:1_000], final=True))
-            self._lose(route)
+            self._refuse(route, error)
+
+    def _refuse(self, route: bytes, error: ProtocolError) -> None:
+        log.warning("worker %s is refused: %r", route.hex(), str(error)[:400])
+        self._send(route, Goodbye(reason=str(error)[:1_000], final=True))
+        self._lose(route)
 
     def _handle(self, peer: WorkerPeer, message: object) -> None:
         match message:
             case StepResult():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
+                    peer.waits_for_step = None
                     peer.steps += 1
                     peer.tokens += len(message.token)
                     peer.busy_us += message.busy_us
                     peer.gap_us += message.gap_us
                     self._post(StepDone(peer.registration, message.step, message.token))
+            case Idle():
+                if (message.epoch, message.registration) == (self._epoch, peer.registration):
+                    self._note_idle(peer, message.step)
             case FileChunk():
-                if self._files is not None and not peer.registered:
+                if self._fetching is peer:
                     self._files.add(message)
-                    self._advance_registration(peer)
+                    self._fetch(peer)
             case Goodbye():
-                log.info("worker %s leaves: %s", peer.hello.name, message.reason)
+                log.info("worker %s leaves: %r", peer.hello.name, message.reason)
                 self._lose(peer.routing_id)
 
+    def _note_idle(self, peer: WorkerPeer, step: int) -> None:
+        """A worker that says twice that it waits for a step which was planned has not got the plan, and never will."""
+        replica = self._core.replica(peer.registration)
+        if replica is None or replica.awaited_step != step:
+            peer.waits_for_step = None
+        elif peer.waits_for_step == step:
+            log.error("worker %s never got step %d and must register anew", peer.hello.name, step)
+            self._lose(peer.routing_id)
+        else:
+            peer.waits_for_step = step
+
     def _greet(self, route: bytes, hello: WorkerHello) -> None:
-        """Registers a worker. Raises ProtocolError, which refuses it, if it does not fit the service or cannot run one
+        """Takes in a worker. Raises ProtocolError, which refuses it, if it does not fit the service or cannot run one
         request."""
-        self._lose(route)
+        for former in list(self._by_registration.values()):
+            if former.routing_id == route or former.hello.instance == hello.instance:
+                self._lose(former.routing_id)
         if self._model is not None:
             _require_same(hello.name, hello.model, self._model)
-        room = hello.num_blocks * hello.block_size
-        if min(hello.block_size, hello.max_num_seqs) < 1 or room < hello.model.max_model_len:
-            raise ProtocolError(
-                f"worker {hello.name} has room for {room} tokens, less than one request of max_model_len "
-                f"{hello.model.max_model_len}"
-            )
-        if hello.max_num_batched_tokens < hello.max_num_seqs:
-            raise ProtocolError(f"worker {hello.name}: max_num_batched_tokens is less than max_num_seqs")
+        _require_sound(hello)
         peer = WorkerPeer(route, self._next_registration, hello, self._clock())
         self._next_registration += 1
-        if self._model is None and (self._files is None or not self._by_registration):
-            self._files = FileStore(hello.files)
         self._by_route[route] = self._by_registration[peer.registration] = peer
-        self._advance_registration(peer)
+        self._admit_waiting()
 
-    def _advance_registration(self, peer: WorkerPeer) -> None:
-        """Fetches what is missing of the tokenizer files, then lets the worker in."""
-        missing = self._files.missing if self._model is None and self._files is not None else None
+    def _admit_waiting(self) -> None:
+        """Registers workers if the tokenizer files are here; else sees to it that one worker is asked for them."""
+        waiting = [peer for peer in self._by_registration.values() if not peer.registered]
+        if self._model is None and self._fetching is None and waiting:
+            self._fetching, self._files = waiting[0], FileStore(waiting[0].hello.files)
+            self._fetch(waiting[0])
+        elif self._model is not None:
+            for peer in waiting:
+                try:
+                    _require_same(peer.hello.name, peer.hello.model, self._model)
+                except ProtocolError as error:
+                    self._refuse(peer.routing_id, error)
+                else:
+                    self._register(peer)
+
+    def _fetch(self, peer: WorkerPeer) -> None:
+        """Asks for the next piece; with the last one, there is a model to serve."""
+        missing = self._files.missing
         if missing is not None:
             self._send(peer.routing_id, missing)
             return
+        self._fetching, self._model = None, peer.hello.model
+        self._admit_waiting()
+        self._serve_model(peer.hello.model, self._files)
+
+    def _register(self, peer: WorkerPeer) -> None:
         peer.registered = True
         hello = peer.hello
-        self._send(
-            peer.routing_id,
-            WorkerWelcome(version=PROTOCOL_VERSION, epoch=self._epoch, registration=peer.registration),
-        )
+        welcome = WorkerWelcome(version=PROTOCOL_VERSION, epoch=self._epoch, registration=peer.registration)
+        self._send(peer.routing_id, welcome)
         limits = WorkerLimits(
             num_blocks=hello.num_blocks,
             block_size=hello.block_size,
@@ -161,9 +199,6 @@ class WorkerPort:
         log.info(
             "worker %s (pid %d) joined: %d blocks of %d", hello.name, hello.pid, hello.num_blocks, hello.block_size
         )
-        if self._model is None and self._files is not None:
-            self._model = hello.model
-            self._serve_model(hello.model, self._files)
 
     # --- what workers are told -------------------------------------------------------------------------------------
 
@@ -186,16 +221,37 @@ class WorkerPort:
     # --- workers that go -------------------------------------------------------------------------------------------
 
     def expire(self, now: float) -> None:
+        """Gives up workers whose lease ran out. It allows for the longest step: nothing is heard during one."""
         for peer in list(self._by_registration.values()):
-            if now - peer.heard_at > self._lease_s:
+            lease = max(self._lease_s, LONGEST_STEPS * peer.hello.longest_step_s)
+            if now - peer.heard_at > lease:
                 log.error("worker %s said nothing for %.1f s and is given up", peer.hello.name, now - peer.heard_at)
                 self._lose(peer.routing_id)
 
     def _lose(self, route: bytes) -> None:
         peer = self._by_route.pop(route, None)
-        if peer is not None:
-            del self._by_registration[peer.registration]
-            self._post(WorkerLost(peer.registration))
+        if peer is None:
+            return
+        del self._by_registration[peer.registration]
+        self._post(WorkerLost(peer.registration))
+        if self._fetching is peer:
+            self._fetching = None
+            self._admit_waiting()
+
+
+def _require_sound(hello: WorkerHello) -> None:
+    """Raises ProtocolError for limits that no worker of ours has, or with which not even one request could run."""
+    room, need = hello.num_blocks * hello.block_size, hello.model.max_model_len
+    history = hello.max_num_seqs * need
+    for wrong, story in (
+        (min(hello.block_size, hello.max_num_seqs) < 1, "block_size and max_num_seqs must be at least 1"),
+        (room < need, f"there is room for {room} tokens, less than one request of max_model_len {need}"),
+        (hello.max_num_batched_tokens < hello.max_num_seqs, "max_num_batched_tokens is less than max_num_seqs"),
+        (hello.lookahead > MAX_LOOKAHEAD, f"lookahead {hello.lookahead} is over {MAX_LOOKAHEAD}"),
+        (history > MAX_HISTORY, f"max_num_seqs × max_model_len = {history} is over {MAX_HISTORY}"),
+    ):
+        if wrong:
+            raise ProtocolError(f"worker {hello.name}: {story}")
 
 
 def _require_same(name: str, offered: ModelDescription, served: ModelDescription) -> None:
