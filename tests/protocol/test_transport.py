@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,8 @@ from tandem.protocol.transport import (
     open_router,
 )
 
+from support.peers import until
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
@@ -38,14 +39,6 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     yield made
     made.term()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Tries again with every turn of the loop; the caller sets the deadline."""
-    for _ in itertools.count():
-        if condition():
-            return
-        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(
