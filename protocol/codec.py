@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 import msgpack
@@ -89,7 +90,7 @@ def decode(data: bytes, *expected: type) -> Any:
         if cls.__name__ == name:
             _refuse_other_version(cls, values)
             try:
-                return _ADAPTERS[cls].validate_python(values)
+                return _adapter(cls).validate_python(values)
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
                 where = ".".join(str(part) for part in first["loc"])
@@ -97,6 +98,12 @@ def decode(data: bytes, *expected: type) -> Any:
     raise ProtocolError(
         f"unexpected message {name[:64]!r}; expected one of {', '.join(cls.__name__ for cls in expected)}"
     )
+
+
+@cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    """Made when a process first decodes such a message: making all of them takes a tenth of a second."""
+    return TypeAdapter(cls)
 
 
 def _refuse_other_version(cls: type, values: Any) -> None:
@@ -160,4 +167,3 @@ _CLASSES: tuple[type, ...] = (
     ),
 )
 _PLANS: dict[type, list[_FieldPlan]] = {cls: _plan(cls) for cls in _CLASSES}
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in _CLASSES}
