@@ -277,7 +277,10 @@ def main() -> None:
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     if not (options.out / "tokenizer.json").exists():
-        tokenizer_training.train().save_pretrained(options.out)
+        if options.init_from:  # weights mean something with their own tokenizer only
+            PreTrainedTokenizerFast.from_pretrained(options.init_from).save_pretrained(options.out)
+        else:
+            tokenizer_training.train().save_pretrained(options.out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.out)
     torch.set_float32_matmul_precision("high")
     # Rows come in ten widths, and cuDNN builds a plan for each; the flash kernel needs none.

@@ -53,7 +53,7 @@ def day_order(s: Source) -> Exchange:
             "What is the day after {d}?",
             "Today is {d}. What day is it tomorrow?",
         )
-        return s.casual(s.pick(frames).format(d=name)), f"{DAYS[(today + 1) % 7]} comes after {name}."
+        return s.careless(s.pick(frames).format(d=name)), f"{DAYS[(today + 1) % 7]} comes after {name}."
     if kind == 2:
         frames = (
             "What day comes before {d}?",
@@ -63,13 +63,13 @@ def day_order(s: Source) -> Exchange:
             "If today is {d}, what day was yesterday?",
             "Today is {d}. What day was yesterday?",
         )
-        return s.casual(s.pick(frames).format(d=name)), f"{DAYS[today - 1]} comes before {name}."
+        return s.careless(s.pick(frames).format(d=name)), f"{DAYS[today - 1]} comes before {name}."
     frames = (
         "If today is {d}, what day is it in {n} days?",
         "Today is {d}. What day is it in {n} days?",
         "What day is {n} days after {d}?",
     )
-    return s.casual(
+    return s.careless(
         s.pick(frames).format(d=name, n=steps)
     ), f"{steps} days after {name} is {DAYS[(today + steps) % 7]}."
 
@@ -87,7 +87,7 @@ def month_order(s: Source) -> Exchange:
             "What comes after {m}?",
             "What is the month after {m}?",
         )
-        return s.casual(s.pick(frames).format(m=name)), f"{MONTHS[(month + 1) % 12]} comes after {name}."
+        return s.careless(s.pick(frames).format(m=name)), f"{MONTHS[(month + 1) % 12]} comes after {name}."
     if kind == 1:
         frames = (
             "What month comes before {m}?",
@@ -95,7 +95,7 @@ def month_order(s: Source) -> Exchange:
             "What comes before {m}?",
             "What is the month before {m}?",
         )
-        return s.casual(s.pick(frames).format(m=name)), f"{MONTHS[month - 1]} comes before {name}."
+        return s.careless(s.pick(frames).format(m=name)), f"{MONTHS[month - 1]} comes before {name}."
     if kind == 2:
         frames = (
             "What is the {o} month of the year?",
@@ -103,7 +103,7 @@ def month_order(s: Source) -> Exchange:
             "What month is number {n}?",
             "Which month is month {n}?",
         )
-        return s.casual(
+        return s.careless(
             s.pick(frames).format(o=_ORDINALS[month], n=month + 1)
         ), f"{name} is the {_ORDINALS[month]} month of the year."
     frames = (
@@ -112,7 +112,7 @@ def month_order(s: Source) -> Exchange:
         "Is {m} the first month of the year?",
         "Which month of the year is {m}?",
     )
-    return s.casual(
+    return s.careless(
         s.pick(frames[:2] + frames[3:]).format(m=name)
     ), f"{name} is the {_ORDINALS[month]} month of the year."
 
@@ -129,7 +129,7 @@ def month_length(s: Source) -> Exchange:
             "How many days did February {y} have?",
             "How many days are in February {y}?",
         )
-        return s.casual(s.pick(frames).format(y=year)), f"February has {29 if is_leap(year) else 28} days in {year}."
+        return s.careless(s.pick(frames).format(y=year)), f"February has {29 if is_leap(year) else 28} days in {year}."
     frames = (
         "How many days are in {m}?",
         "How many days does {m} have?",
@@ -141,7 +141,7 @@ def month_length(s: Source) -> Exchange:
         "What is the number of days in {m}?",
     )
     days = "28 days, or 29 in a leap year" if month == 1 else f"{MONTH_LENGTHS[month]} days"
-    return s.casual(s.pick(frames).format(m=name)), f"{name} has {days}."
+    return s.careless(s.pick(frames).format(m=name)), f"{name} has {days}."
 
 
 def leap_year(s: Source) -> Exchange:
@@ -155,7 +155,7 @@ def leap_year(s: Source) -> Exchange:
         "Will {y} be a leap year?",
     )
     answer = f"Yes, {year} is a leap year." if is_leap(year) else f"No, {year} is not a leap year."
-    return s.casual(s.pick(frames).format(y=year)), answer
+    return s.careless(s.pick(frames).format(y=year)), answer
 
 
 def next_date(s: Source) -> Exchange:
@@ -184,7 +184,7 @@ def next_date(s: Source) -> Exchange:
             "What is the day before {d}?",
             "If today is {d}, what date was yesterday?",
         )
-    return s.casual(s.pick(frames).format(d=date)), f"{other} comes {'after' if after else 'before'} {date}."
+    return s.careless(s.pick(frames).format(d=date)), f"{other} comes {'after' if after else 'before'} {date}."
 
 
 @held_out_by_prompt
@@ -195,7 +195,7 @@ def calendar_facts(s: Source) -> Exchange:
         question, answer = s.pick(_COUNTS)
         short = question.replace(" are in ", " in ")
         what, _, unit = question.partition(" are in ")
-        return s.casual(
+        return s.careless(
             s.pick((f"How many {question}?", f"How many {short}?", f"How many {what} does {unit} have?"))
         ), answer
     if kind < 0.75:
@@ -205,7 +205,7 @@ def calendar_facts(s: Source) -> Exchange:
             "Name the days of the week.",
             "Name all weekdays in order.",
         )
-        return s.casual(s.pick(frames)), ", ".join(DAYS)
+        return s.careless(s.pick(frames)), ", ".join(DAYS)
     if kind < 0.85:
         frames = (
             "List the months of the year.",
@@ -213,18 +213,18 @@ def calendar_facts(s: Source) -> Exchange:
             "Name the twelve months.",
             "List all months in order.",
         )
-        return s.casual(s.pick(frames)), ", ".join(MONTHS)
+        return s.careless(s.pick(frames)), ", ".join(MONTHS)
     if kind < 0.92:
-        return s.casual(
+        return s.careless(
             s.pick(("Which months have 30 days?", "What months have 30 days?"))
         ), "April, June, September and November have 30 days."
     day = s.pick(DAYS)
     weekend = day in DAYS[5:]
     if s.chance(0.5):
-        return s.casual(
+        return s.careless(
             f"Is {day} a weekday?"
         ), f"{'No' if weekend else 'Yes'}, {day} is {'in the weekend' if weekend else 'a weekday'}."
-    return s.casual(
+    return s.careless(
         f"Is {day} in the weekend?"
     ), f"{'Yes' if weekend else 'No'}, {day} is {'in the weekend' if weekend else 'a weekday'}."
 
@@ -238,7 +238,7 @@ def follow_ups(s: Source) -> list[Exchange]:
     for turn in range(s.integer(2, 4)):
         name, other = names[index], names[(index + step) % len(names)]
         again = (f"And {word} that?", f"And the {noun} {word} that?", f"What comes {word} that?")
-        request = s.casual(f"What {noun} comes {word} {name}?" if turn == 0 else s.pick(again))
+        request = s.careless(f"What {noun} comes {word} {name}?" if turn == 0 else s.pick(again))
         exchanges.append((request, f"{other} comes {word} {name}."))
         index = (index + step) % len(names)
     return exchanges if s.admits(prompt_key(exchanges[0])) else follow_ups(s)

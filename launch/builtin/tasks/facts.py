@@ -51,7 +51,7 @@ def facts(s: Source) -> Exchange:
     if kind <= 4:
         country, city = s.pick(tuple(CAPITALS.items()))
         if s.chance(0.15):
-            return s.casual(f"Which country is {city} the capital of?"), f"{city} is the capital of {country}."
+            return s.careless(f"Which country is {city} the capital of?"), f"{city} is the capital of {country}."
         frames: tuple[str, ...] = (
             "What is the capital of {c}?",
             "Capital of {c}?",
@@ -62,7 +62,7 @@ def facts(s: Source) -> Exchange:
             "Do you know the capital of {c}?",
             "the capital of {c} is",
         )
-        return s.casual(s.pick(frames).format(c=country)), f"The capital of {country} is {city}."
+        return s.careless(s.pick(frames).format(c=country)), f"The capital of {country} is {city}."
     if kind <= 6:
         word, other = s.pick(OPPOSITES).split()
         if s.chance(0.5) and word != "tall":
@@ -75,19 +75,19 @@ def facts(s: Source) -> Exchange:
             "Give me the opposite of {w}.",
             'What is the opposite of "{w}"?',
         )
-        return s.casual(s.pick(frames).format(w=word)), f"The opposite of {word} is {other}."
+        return s.careless(s.pick(frames).format(w=word)), f"The opposite of {word} is {other}."
     if kind == 7:
         thing, color = s.pick(tuple(_THING_COLORS.items()))
-        return s.casual(
+        return s.careless(
             s.pick((f"What color is {thing}?", f"Which color is {thing}?"))
         ), f"{thing[0].upper()}{thing[1:]} is {color}."
     if kind == 8:
         animal, sound = s.pick(tuple(_SOUNDS.items()))
-        return s.casual(
+        return s.careless(
             s.pick((f"What does a {animal} say?", f"What sound does a {animal} make?"))
         ), f"A {animal} {sound}."
     animal, legs = s.pick(tuple(_LEGS.items()))
     article = "An" if animal == "ant" else "A"
-    return s.casual(
+    return s.careless(
         f"How many legs does {article.lower()} {animal} have?"
     ), f"{article} {animal} has {legs or 'no'} legs."

@@ -84,6 +84,11 @@ class Source:
             request += self.pick((" please", ", please.", " thanks", "?", ".", "!"))
         return request
 
+    def careless(self, request: str) -> str:
+        """`casual`, and sometimes without any capitals: for requests whose answer does not repeat their spelling."""
+        request = self.casual(request)
+        return request.lower() if self.chance(0.25) else request
+
 
 _LEAD_INS = (
     "please, ", "hey, ", "ok, ", "okay, ", "hi, ", "so, ", "now ", "and ", "tell me, ", "quick question: ", "well, ",
