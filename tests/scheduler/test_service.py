@@ -46,6 +46,12 @@ def play(script: Callable[[Scene], Awaitable[None]], **options: object) -> None:
     asyncio.run(run())
 
 
+async def stats_of(client: ScriptedClient) -> Stats:
+    count = len([one for one in client.got if isinstance(one, Stats)])
+    await client.send(AskStats())
+    return await client.expect(Stats, count + 1)
+
+
 async def served(made: Scene, client: ScriptedClient, ticket: int, prompt: list[int], count: int = 5) -> None:
     """A request that ends as it should."""
     await client.submit(ticket, prompt, count)
@@ -291,8 +297,7 @@ def test_cancelling_an_unknown_ticket_and_twice_is_no_error() -> None:
             await client.send(Cancel(ticket=1))
         ended = await client.wait(lambda: client.ended(1))
         assert ended.reason == "abort"
-        await client.send(AskStats())
-        stats = await client.expect(Stats)
+        stats = await stats_of(client)
         assert (stats.running, stats.waiting) == (0, 0)
         assert stats.workers[0].free_blocks == stats.workers[0].num_blocks
 
@@ -375,14 +380,9 @@ def test_a_client_that_goes_or_falls_silent_frees_its_requests() -> None:
             await client.expect(Accepted)
         await leaving.send(Goodbye(reason="done"))
 
-        async def nothing_runs() -> bool:
-            await observer.hello()  # renews its own lease, too
-            await observer.send(AskStats())
-            count = len([one for one in observer.got if isinstance(one, Stats)])
-            return (await observer.expect(Stats, count + 1)).running == 0
-
+        await observer.hello()
         async with asyncio.timeout(20):
-            while not await nothing_runs():
+            while (await stats_of(observer)).running:  # asking renews its own lease
                 pass
 
     play(script, client_lease=0.5)
@@ -397,6 +397,9 @@ def test_a_silent_worker_loses_its_requests_to_another() -> None:
         await client.hello()
         await client.submit(1, [1, 2], 4)
         await silent.expect(StepPlan)
+        async with asyncio.timeout(20):
+            while (await stats_of(client)).workers:
+                pass
         await made.worker(2).hello()
         ended = await client.wait(lambda: client.ended(1))
         assert client.tokens(1) == expected([1, 2], 4)
