@@ -3,10 +3,12 @@
 #   make test       the tests that a change must pass        (TEST_ARGS="tests/client -k name" picks some)
 #   make test-all   the same with the whole grids and the slow tests
 #   make check      formatting, lint, types, import arrows
-# PYTHON chooses the interpreter that makes .venv; EXTRAS=test,cuda adds FlashInfer on a machine with a GPU.
+# PYTHON chooses the interpreter that makes .venv; EXTRAS=test,cuda adds FlashInfer on a machine with a GPU; JOBS is
+# how many tests run at once.
 PYTHON ?= python3
 EXTRAS ?= test
 TEST_ARGS ?= tests
+JOBS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -24,10 +26,10 @@ demo: $(INSTALLED)
 	@$(BIN)/tandem demo
 
 test: $(INSTALLED)
-	@$(BIN)/python -P -m pytest $(TEST_ARGS)
+	@$(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
 
 test-all: $(INSTALLED)
-	@TANDEM_TEST_GRID=full $(BIN)/python -P -m pytest $(TEST_ARGS)
+	@TANDEM_TEST_GRID=full $(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
 
 check: dev
 	@scripts/check
