@@ -32,7 +32,7 @@ class WorkerConfig(BaseModel):
         Literal["auto", "bfloat16", "float16", "float32"],
         Field(description="Weights and activations; auto: as the model says, float32 on a CPU."),
     ] = "auto"
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Seed of dummy weights.")] = 0
+    seed: Annotated[int | None, Field(ge=0, le=2**63 - 1, description="Seed of dummy weights; default: 0.")] = None
 
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(description="auto: CUDA if there is a GPU.")] = "auto"
     attention_backend: Annotated[
@@ -55,8 +55,9 @@ class WorkerConfig(BaseModel):
     max_num_batched_tokens: Annotated[int, Field(ge=1, le=2**20, description="Most tokens of one step.")] = 2048
     block_size: Annotated[Literal[8, 16, 32, 64, 128], Field(description="Tokens of a KV cache block.")] = 16
     gpu_memory_utilization: Annotated[
-        float, Field(gt=0.0, le=1.0, description="Share of the GPU's memory that the worker may use in all.")
-    ] = 0.9
+        float | None,
+        Field(gt=0.0, le=1.0, description="Share of the GPU's memory that the worker may use in all; default: 0.9."),
+    ] = None
     kv_cache_memory_bytes: Annotated[
         int | None,
         Field(ge=1, description="Size of the KV cache; default: what gpu_memory_utilization leaves, 1 GiB on a CPU."),
@@ -77,5 +78,22 @@ class WorkerConfig(BaseModel):
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): every running request gets a token in every step"
+            )
+        if self.seed is not None and self.load_format != "dummy":
+            raise ValueError(
+                f"seed ({self.seed}) is the seed of dummy weights, but load_format is {self.load_format!r}; leave it "
+                "out, or use load_format 'dummy'"
+            )
+        sizes = [
+            f"{name} ({value})"
+            for name in ("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override")
+            if (value := getattr(self, name)) is not None
+        ]
+        if len(sizes) > 1:
+            raise ValueError(f"{' and '.join(sizes)} each say how large the KV cache is; give one of them")
+        if self.gpu_memory_utilization is not None and self.device == "cpu":
+            raise ValueError(
+                f"gpu_memory_utilization ({self.gpu_memory_utilization:g}) needs a GPU, but device is 'cpu'; "
+                "kv_cache_memory_bytes sizes the cache of a CPU worker"
             )
         return self

@@ -6,19 +6,21 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Final
 
 from ..protocol.messages import FileInfo, ModelDescription
 from .config import WorkerConfig
 from .loading import LoadError, ModelSource, local_folder, max_positions, stop_token_ids, weight_files
 from .model import PagedModel
 
+SAMPLES: Final = 33
+SAMPLE_BYTES: Final = 64 * 1024
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p")
 
 
 def describe(config: WorkerConfig, source: ModelSource, model: PagedModel, max_model_len: int) -> ModelDescription:
-    name = config.served_model_name or Path(config.model).name or config.model
     return ModelDescription(
-        name=name,
+        name=config.served_model_name or default_name(config.model),
         architecture=str((getattr(model.config, "architectures", None) or [type(model.config).__name__])[0]),
         dtype=str(model.dtype).removeprefix("torch."),
         vocab_size=model.vocab_size,
@@ -28,6 +30,12 @@ def describe(config: WorkerConfig, source: ModelSource, model: PagedModel, max_m
         weights=fingerprint(source),
         batch_invariant=config.batch_invariant,
     )
+
+
+def default_name(model: str) -> str:
+    """What clients call a model that was given no name: a hub id in full, a folder by its last part."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name or model if folder.is_dir() else model
 
 
 def choose_max_model_len(config: WorkerConfig, model: PagedModel) -> int:
@@ -56,8 +64,9 @@ def default_sampling(source: ModelSource) -> dict[str, float | int]:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """A hash that two workers share if they loaded the same thing: config and weight files by name, size and (up to 1
-    MiB of) content, or the seed of dummy weights."""
+    """A hash that two workers share if they loaded the same thing: config and weight files by name, size and content,
+    or the seed of dummy weights. Of a large file's content SAMPLES pieces are hashed, evenly spread from its start to
+    its end: the weights of a fine-tune differ from its model's in most places, but need not in any certain one."""
     folder = local_folder(source)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     if source.load_format == "dummy":
@@ -65,9 +74,19 @@ def fingerprint(source: ModelSource) -> str:
     else:
         for path in weight_files(source, folder, lambda stage, done: None):
             digest.update(f"{path.name} {os.path.getsize(path)}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1024 * 1024))
+            _hash_samples(path, digest)
     return digest.hexdigest()
+
+
+def _hash_samples(path: Path, digest: hashlib._Hash) -> None:
+    last = os.path.getsize(path) - SAMPLE_BYTES
+    with path.open("rb") as file:
+        if last <= SAMPLES * SAMPLE_BYTES:
+            digest.update(file.read())
+            return
+        for index in range(SAMPLES):
+            file.seek(last * index // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
 
 
 def file_infos(files: dict[str, bytes]) -> tuple[FileInfo, ...]:

@@ -32,8 +32,8 @@ class Executor(Protocol):
         any of it."""
         ...
 
-    def close(self) -> None:
-        """Waits for what was launched."""
+    def close(self, timeout_s: float) -> None:
+        """Waits for what was launched, for `timeout_s` at most: a step that hangs is left behind."""
         ...
 
 
@@ -55,9 +55,9 @@ class ThreadExecutor:
         self._steps.put(step)
         return step
 
-    def close(self) -> None:
+    def close(self, timeout_s: float) -> None:
         self._steps.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps the number for each thread that calls it
@@ -127,8 +127,13 @@ class CudaExecutor:
         self._last_end = end
         return step
 
-    def close(self) -> None:
-        torch.cuda.synchronize(self._device)
+    def close(self, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        try:
+            while not self._results.query() and time.monotonic() < end:
+                time.sleep(0.001)  # CUDA waits for an event, but not for a time
+        except RuntimeError:
+            return  # the device has failed, which a step has told; nothing runs there any more
 
 
 class _CudaStep:

@@ -1,121 +1,174 @@
 """The worker's socket, in a thread of its own, so that neither planning the next step nor waiting for the last one
 delays a message.
 
-ZeroMQ sockets belong to one thread each. Other threads hand over bytes through an in-process socket of their own.
+The ZeroMQ socket belongs to that thread alone, from its start to its end. Other threads leave encoded messages in a
+queue and wake it, so none of them has a socket that would have to be closed in the right order.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import deque
+from typing import Any, Final
 
 import zmq
 
 from ..protocol.codec import decode, encode
-from ..protocol.errors import ProtocolError
+from ..protocol.errors import ConfigurationError, ProtocolError
 from ..protocol.messages import FetchFile, Goodbye, StepPlan, UnknownPeer, VersionRefused, WorkerWelcome
-from ..protocol.transport import LINGER_MS, open_dealer
+from ..protocol.transport import LINGER_MS, Address, open_dealer, require_private
 
 log = logging.getLogger(__name__)
 
-_STOP = b""
-
-
-class Stop:
-    """In the inbox: the process was asked to end."""
+DIRECTORY_EVERY_MS: Final = 500
+"""How often is looked for an ipc directory that no scheduler has made yet."""
+CLOSE_S: Final = 1.0
+"""How long `close` waits for the thread, which only ever forwards."""
 
 
 class Failure:
-    """In the inbox: a step failed, or the scheduler cannot be understood."""
+    """In the inbox: a step failed, or there can be no conversation with the scheduler."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
+class Reachable:
+    """In the inbox: a scheduler can be reached, to whom something could not be sent before."""
+
+
 class Link:
-    """Messages from the scheduler arrive decoded in `inbox`; `outbox()` gives a thread its own way out."""
+    """Messages from the scheduler arrive decoded in `inbox`; `send` may be called from any thread.
 
-    def __init__(self, endpoint: str) -> None:
+    Raises ConfigurationError for an address to which no socket can connect, and for an ipc directory that is not this
+    user's alone. A directory that does not exist is waited for, and looked at in the same way when it does; what is
+    wrong with it then is a Failure in the inbox, as is whatever ends the thread.
+    """
+
+    def __init__(self, address: Address) -> None:
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._address = address
+        self._outgoing: deque[bytes] = deque()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._unsent = False
+        """Something could not be sent since the last Reachable."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._hub = f"inproc://outbox-{id(self)}"
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(endpoint,), name="link", daemon=True)
-        self._thread.start()
-        self._ready.wait()
-
-    @contextmanager
-    def outbox(self) -> Iterator[Outbox]:
-        """For use by the calling thread alone."""
-        socket = self._context.socket(zmq.PUSH)
-        socket.set(zmq.LINGER, LINGER_MS)
-        socket.connect(self._hub)
         try:
-            yield Outbox(socket)
-        finally:
-            socket.close()
+            self._dealer = self._connect()
+        except BaseException:
+            self._context.destroy(0)
+            raise
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+        self._thread.start()
+
+    def send(self, message: object) -> None:
+        """Hands a message over; never waits. It is dropped if no scheduler is connected or the link is closed."""
+        data = encode(message)
+        with self._lock:
+            if not self._closed:
+                self._outgoing.append(data)
+                os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """Sends what was handed over, then ends the thread. Outboxes must be closed before."""
-        with self.outbox() as outbox:
-            outbox.send_bytes(_STOP)
-        self._thread.join()
+        """Sends what was handed over and ends the thread; takes CLOSE_S and LINGER_MS at most. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.eventfd_write(self._wake, 1)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            log.error("the link's thread does not end; its socket is left to it")
+            return
+        os.close(self._wake)
         self._context.term()
 
-    def _run(self, endpoint: str) -> None:
-        hub = self._context.socket(zmq.PULL)
-        hub.bind(self._hub)
-        dealer = open_dealer(self._context, endpoint)
-        poller = zmq.Poller()
-        poller.register(hub, zmq.POLLIN)
-        poller.register(dealer, zmq.POLLIN)
-        self._ready.set()
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
         try:
-            while True:
-                events = dict(poller.poll())
-                if hub in events:
-                    data = hub.recv()
-                    if data == _STOP:
-                        self._send_rest(hub, dealer)
-                        return
-                    self._send(dealer, data)
-                if dealer in events:
-                    self._receive(dealer.recv_multipart())
+            self._forward()
+        except BaseException as error:  # noqa: BLE001 - raised again by the session, which ends the process
+            self.inbox.put(Failure(error))
         finally:
-            hub.close(0)
-            dealer.close(LINGER_MS)
+            if self._dealer is not None:
+                self._dealer.close(LINGER_MS)
 
-    def _send_rest(self, hub: zmq.Socket[bytes], dealer: zmq.Socket[bytes]) -> None:
-        """What closed outboxes left behind: ZeroMQ takes from several senders in turn, not in order of time."""
-        while hub.poll(0):
-            self._send(dealer, hub.recv())
+    def _forward(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake, zmq.POLLIN)
+        if self._dealer is not None:
+            poller.register(self._dealer, zmq.POLLIN)
+        while True:
+            events = dict(poller.poll(DIRECTORY_EVERY_MS if self._dealer is None else None))
+            if self._dealer is None:
+                self._dealer = self._connect()
+            if self._dealer is not None:
+                self._look_at(self._dealer, events.get(self._dealer, 0))
+            if self._wake in events and not self._send_all():
+                return
+            if self._dealer is not None:
+                poller.register(self._dealer, zmq.POLLIN | zmq.POLLOUT if self._unsent else zmq.POLLIN)
 
-    def _send(self, dealer: zmq.Socket[bytes], data: bytes) -> None:
+    def _look_at(self, dealer: zmq.Socket[bytes], happened: int) -> None:
+        if happened & zmq.POLLOUT and self._unsent:
+            self._unsent = False
+            self.inbox.put(Reachable())
+        if happened & zmq.POLLIN:
+            self._receive(dealer.recv_multipart())
+
+    def _connect(self) -> zmq.Socket[bytes] | None:
+        """A socket that ZeroMQ connects in the background; None as long as the ipc directory does not exist."""
+        endpoint = self._address.endpoint("workers")
         try:
-            dealer.send(data, zmq.DONTWAIT)
+            self._require_private()
+        except FileNotFoundError:
+            return None
+        try:
+            return open_dealer(self._context, endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigurationError(f"address {self._address.url!r}: cannot connect: {error.strerror}") from error
+
+    def _require_private(self) -> None:
+        if self._address.is_ipc:
+            require_private(self._address.directory)
+
+    def _send_all(self) -> bool:
+        """Sends what was handed over; False if nothing will be any more."""
+        os.eventfd_read(self._wake)
+        with self._lock:
+            closed = self._closed
+        while self._outgoing:
+            self._send(self._outgoing.popleft())
+        return not closed
+
+    def _send(self, data: bytes) -> None:
+        try:
+            if self._dealer is not None:
+                self._dealer.send(data, zmq.DONTWAIT)
+                return
         except zmq.Again:
-            # No scheduler is connected. What it would have been told is worth nothing to the next one, which asks anew.
-            log.debug("no scheduler is connected; %d bytes are not sent", len(data))
+            pass  # connected to nobody
+        # What one scheduler would have been told is worth nothing to the next one, which asks anew.
+        log.debug("no scheduler is connected; %d bytes are not sent", len(data))
+        self._unsent = True
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
-            self.inbox.put(decode(frames[0], StepPlan, WorkerWelcome, FetchFile, UnknownPeer, VersionRefused, Goodbye))
+            if len(frames) != 1:
+                raise ProtocolError(f"the scheduler sent a message of {len(frames)} frames; a message has one")
+            message = decode(frames[0], StepPlan, WorkerWelcome, FetchFile, UnknownPeer, VersionRefused, Goodbye)
         except ProtocolError as error:
-            self.inbox.put(Failure(error))
-
-
-class Outbox:
-    """One thread's way to the scheduler. Never blocks for long: the link's thread only forwards."""
-
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self._socket = socket
-
-    def send(self, message: object) -> None:
-        self._socket.send(encode(message))
-
-    def send_bytes(self, data: bytes) -> None:
-        self._socket.send(data)
+            self.inbox.put(Failure(error))  # and not raised: the scheduler is still to be told
+            return
+        if isinstance(message, WorkerWelcome):
+            try:
+                self._require_private()  # again: a scheduler that ends removes its directory, and anyone may make one
+            except FileNotFoundError:
+                return  # of a scheduler that has ended since
+        self.inbox.put(message)

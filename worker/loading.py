@@ -14,6 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..protocol.errors import ConfigurationError
+
 Progress = Callable[[str, float], None]
 """Called with what is going on and the share of it that is done, 0 to 1."""
 
@@ -31,7 +33,7 @@ _LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class LoadError(RuntimeError):
+class LoadError(ConfigurationError):
     """A model cannot be served; the message names what is wrong and what to do."""
 
 
@@ -54,6 +56,11 @@ def local_folder(source: ModelSource) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise LoadError(f"{folder} holds no config.json, so it is not a transformers model")
+        if source.revision is not None:
+            raise LoadError(
+                f"--revision {source.revision} chooses among the versions of a hub model, but --model {source.model} "
+                "is a folder, which has one; leave --revision out"
+            )
         return folder
     if source.model.startswith((".", "/", "~")) or source.model.count("/") > 1:
         raise LoadError(f"no such folder: {source.model}")

@@ -1,52 +1,71 @@
-"""`python -m tandem.worker.main --config-json '{…}'`: a worker process."""
+"""`python -m tandem.worker.main --config-json '{…}'`: a worker process.
+
+Little is imported here, so that signals and a bad address are answered at once: torch and transformers take seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import secrets
-import signal
-import socket
 import sys
-from typing import Any
-
-import torch
-from pydantic import ValidationError
+import traceback
+from typing import TYPE_CHECKING, NoReturn
 
 from ..protocol.errors import ConfigurationError, TandemError
-from ..protocol.messages import PROTOCOL_VERSION, WorkerHello
 from ..protocol.status import StatusPipe
-from ..protocol.transport import Address
-from . import invariance
-from .config import WorkerConfig
-from .describe import choose_max_model_len, describe, file_infos
-from .link import Failure, Link, Stop
-from .loading import LoadError, ModelSource, tokenizer_files
-from .memory import count_blocks
-from .model import PagedModel, load_model
-from .pipeline import Pipeline
-from .session import Results, Session
-from .warmup import warm_up
+from .stopping import StopSignals
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .config import WorkerConfig
 
 
 def run(config: WorkerConfig, status: StatusPipe | None = None) -> int:
-    """Loads the model and serves until SIGTERM or SIGINT. Returns the exit code: 0; 1 if a step failed or the scheduler
-    refused the worker; 2 if the model or the options cannot work."""
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    status = status or StatusPipe(None)
+    """Loads the model and serves until SIGTERM or SIGINT, which it takes over for good (see StopSignals).
+
+    Returns the exit code: 0 if it was asked to end; 1 if a step failed or the scheduler refused the worker; 2 if the
+    model or the options cannot work.
+    """
+    return _run(config, status or StatusPipe(None), StopSignals(_interrupt))
+
+
+def _run(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> int:
     try:
-        return _Worker(config, status).run()
-    except (ConfigurationError, LoadError) as error:
+        _serve(config, status, stopping)
+    except BaseException as error:  # noqa: BLE001 - told, all of it
+        if stopping.asked:
+            return 0  # whatever an import or a download makes of being interrupted
+        return _explain(error, status)
+    return 0
+
+
+def _serve(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> None:
+    import logging
+
+    from ..protocol.transport import Address
+    from .link import Link
+
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    address = Address(config.scheduler)
+    address.require_safe(config.insecure)
+    link = Link(address)
+    try:
+        status.progress("importing torch and transformers", 0.0)
+        from .process import serve
+
+        serve(config, status, link, stopping)
+    finally:
+        link.close()
+
+
+def _explain(error: BaseException, status: StatusPipe) -> int:
+    """Says why the worker ends; returns the exit code. What nobody foresaw comes with its traceback."""
+    if isinstance(error, ConfigurationError):
         return _fail(status, str(error), 2)
-    except TandemError as error:
+    if isinstance(error, TandemError):
         return _fail(status, str(error), 1)
-    except torch.cuda.OutOfMemoryError as error:
-        return _fail(
-            status, f"out of GPU memory: {error}; lower --gpu-memory-utilization or --max-num-batched-tokens", 1
-        )
+    traceback.print_exception(error)
+    first_line = (str(error).splitlines() or [""])[0]
+    return _fail(status, f"{type(error).__name__}: {first_line}", 1)
 
 
 def _fail(status: StatusPipe, message: str, code: int) -> int:
@@ -55,122 +74,37 @@ def _fail(status: StatusPipe, message: str, code: int) -> int:
     return code
 
 
-class _Worker:
-    """The pieces of the process, put together in order."""
-
-    def __init__(self, config: WorkerConfig, status: StatusPipe) -> None:
-        self._config = config
-        self._status = status
-        self._address = Address(config.scheduler)
-        self._address.require_safe(config.insecure)
-
-    def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _interrupt)
-        try:
-            hello, model, files = self._load()
-        except KeyboardInterrupt:
-            return 0  # asked to stop while loading
-        link = Link(self._address.endpoint("workers"))
-        results = Results(link)
-        pipeline = self._open_pipeline(model, hello, link, results)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: link.inbox.put(Stop()))
-        self._status.ready(name=hello.name, num_blocks=hello.num_blocks)
-        try:
-            with link.outbox() as outbox:
-                Session(link, outbox, pipeline, hello, files).run()
-            pipeline.close()
-        finally:
-            results.close()
-            link.close()
-        return 0
-
-    def _load(self) -> tuple[WorkerHello, PagedModel, dict[str, bytes]]:
-        config = self._config
-        device = _device(config.device)
-        if config.batch_invariant:
-            invariance.configure_threads(config.threads)
-        elif config.threads:
-            torch.set_num_threads(config.threads)
-        elif device.type == "cpu":
-            # Threads that share a product wait for each other busily, so one whose core is taken by the scheduler or a
-            # client holds up all.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
-        source = ModelSource(
-            model=config.model,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            load_format=config.load_format,
-            seed=config.seed,
-        )
-        model = load_model(
-            source,
-            dtype=config.dtype,
-            device=device,
-            attention_backend=config.attention_backend,
-            batch_invariant=config.batch_invariant,
-            lanes=config.lookahead + 1,
-            progress=self._status.progress,
-        )
-        max_model_len = choose_max_model_len(config, model)
-        num_blocks = count_blocks(config, model, max_model_len, self._status.progress)
-        model.allocate_kv_cache(num_blocks, config.block_size)
-        warm_up(config, model, self._status.progress)
-        files = tokenizer_files(source)
-        hello = WorkerHello(
-            version=PROTOCOL_VERSION,
-            name=config.name or f"{socket.gethostname()}-{os.getpid()}",
-            pid=os.getpid(),
-            instance=secrets.randbits(62),
-            model=describe(config, source, model, max_model_len),
-            files=file_infos(files),
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            lookahead=config.lookahead,
-        )
-        return hello, model, files
-
-    def _open_pipeline(self, model: PagedModel, hello: WorkerHello, link: Link, results: Results) -> Pipeline:
-        return Pipeline(
-            model,
-            num_blocks=hello.num_blocks,
-            block_size=hello.block_size,
-            slots=hello.max_num_seqs,
-            max_model_len=hello.model.max_model_len,
-            max_tokens=hello.max_num_batched_tokens,
-            lookahead=hello.lookahead,
-            on_result=results.send,
-            on_failure=lambda error: link.inbox.put(Failure(error)),
-        )
-
-
-def _interrupt(*_: Any) -> None:
+def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("--device cuda: this machine has no usable CUDA GPU; use --device cpu")
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+def _leave(code: int) -> NoReturn:
+    """Ends the process without taking the interpreter apart, which may wait for a device that hangs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
+    # In a process of its own nothing is lost by leaving on the spot until the scheduler knows of the worker. An
+    # exception would surface anywhere, in a destructor in the midst of an import for example.
+    stopping = StopSignals(lambda: _leave(0))
     parser = argparse.ArgumentParser(prog="tandem worker")
     parser.add_argument("--config-json", required=True, help="the fields of WorkerConfig as a JSON object")
     parser.add_argument("--status-fd", type=int, default=None, help="file descriptor that takes status lines (JSON)")
     arguments = parser.parse_args(argv)
     status = StatusPipe(arguments.status_fd)
+
+    from pydantic import ValidationError
+
+    from .config import WorkerConfig
+
     try:
         config = WorkerConfig.model_validate_json(arguments.config_json)
     except ValidationError as error:
         return _fail(status, str(error), 2)
-    return run(config, status)
+    return _run(config, status, stopping)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 
@@ -13,6 +14,8 @@ from .warmup import run_largest_step
 
 CPU_CACHE_BYTES = 1024**3
 """KV cache of a CPU worker, unless a size is given."""
+GPU_MEMORY_UTILIZATION: Final = 0.9
+"""Share of the GPU's memory that the worker uses in all, unless another is given."""
 
 
 def count_blocks(
@@ -33,7 +36,7 @@ def count_blocks(
             f"kv_cache_memory_bytes {config.kv_cache_memory_bytes}",
         )
     elif model.device.type == "cuda":
-        free, source = _free_cuda_bytes(config, model, progress)
+        free, source = _free_cuda_bytes(config, model, max_model_len, progress)
         blocks = free // per_block
     else:
         blocks, source = CPU_CACHE_BYTES // per_block, f"the CPU's default of {CPU_CACHE_BYTES} bytes"
@@ -47,7 +50,7 @@ def count_blocks(
 
 
 def _free_cuda_bytes(
-    config: WorkerConfig, model: PagedModel, progress: Callable[[str, float], None]
+    config: WorkerConfig, model: PagedModel, max_model_len: int, progress: Callable[[str, float], None]
 ) -> tuple[int, str]:
     """Bytes of the GPU that the cache may take, and where the number comes from."""
     progress("measuring memory", 0.0)
@@ -56,17 +59,18 @@ def _free_cuda_bytes(
     torch.cuda.reset_peak_memory_stats(model.device)
     before, total = torch.cuda.mem_get_info(model.device)
     resident = torch.cuda.memory_allocated(model.device)
-    run_largest_step(config, model)
+    run_largest_step(config, model, max_model_len)
     torch.cuda.synchronize(model.device)
     peak = torch.cuda.max_memory_allocated(model.device) - resident
     model.release_kv_cache()
     torch.cuda.empty_cache()
     used = total - before
-    allowed = int(total * config.gpu_memory_utilization)
+    share = GPU_MEMORY_UTILIZATION if config.gpu_memory_utilization is None else config.gpu_memory_utilization
+    allowed = int(total * share)
     progress("measuring memory", 1.0)
     gib = 2**30
     return (
         allowed - used - peak,
-        f"{config.gpu_memory_utilization:.0%} of {total / gib:.1f} GiB, less {used / gib:.1f} GiB in use and "
+        f"{share:.0%} of {total / gib:.1f} GiB, less {used / gib:.1f} GiB in use and "
         f"{peak / gib:.1f} GiB for the largest step",
     )

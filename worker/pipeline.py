@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan, StepResult
@@ -28,7 +30,11 @@ from .state import DeviceState, stage
 
 class Pipeline:
     """One worker's batch. `launch` is called from one thread; `on_result` and `on_failure` are called from the result
-    thread."""
+    thread.
+
+    What a step or `on_result` raises goes to `on_failure`, once. From then on `launch` and `drain` raise it too, and
+    the pipeline is good for nothing but `close`.
+    """
 
     def __init__(
         self,
@@ -59,6 +65,7 @@ class Pipeline:
         self._launched: queue.SimpleQueue[tuple[StepPlan, Lane, int, StepEvent] | None] = queue.SimpleQueue()
         self._next_step = 0
         self._finished_steps = 0
+        self._failure: BaseException | None = None
         self._progress = threading.Condition()
         self.reset()
         self._thread = threading.Thread(target=self._return_results, name="results", daemon=True)
@@ -68,6 +75,9 @@ class Pipeline:
         """Forgets all rows, for a new registration. Nothing may be in flight (see `drain`)."""
         self._rows = HostRows(self._slots, self._width, self._num_blocks, self._max_tokens)
         self._state = DeviceState(self._model, slots=self._slots, width=self._width, block_size=self._block_size)
+        if self._model.device.type == "cuda":
+            # The cache and the state were filled on the default stream, which the compute stream does not wait for.
+            torch.cuda.synchronize(self._model.device)
         self._next_step = self._finished_steps = 0
 
     @property
@@ -76,19 +86,27 @@ class Pipeline:
 
     @property
     def idle(self) -> bool:
-        """Everything launched has come to its end."""
+        """Everything launched has come to its end, and its results are handed on."""
         return self._finished_steps == self._next_step
 
     def launch(self, plan: StepPlan) -> None:
-        """Queues a plan's step. Waits only if more than lookahead + 1 steps are in flight, which no scheduler plans.
+        """Queues a plan's step, and does not wait for any other.
 
-        Raises ProtocolError for a plan out of turn or that does not follow from those before; the pipeline is then
-        unusable until `drain` and `reset`.
+        Raises ProtocolError for a plan out of turn, one that does not follow from those before, or one beyond the
+        lookahead + 1 that may be in flight; the pipeline is then unusable until `drain` and `reset`. Raises what an
+        earlier step raised.
         """
+        if self._failure is not None:
+            raise self._failure
         if plan.step != self._next_step:
             raise ProtocolError(f"plan {plan.step} came where plan {self._next_step} was due")
-        step = self._rows.apply(plan, self._block_size)
         lane = self._lanes[plan.step % len(self._lanes)]
+        if not lane.free:
+            raise ProtocolError(
+                f"plan {plan.step} came while {len(self._lanes)} steps are in flight, the most that this worker takes "
+                "(lookahead + 1)"
+            )
+        step = self._rows.apply(plan, self._block_size)
         lane.acquire()
         staged = stage(step, lane)
         sampled = len(step.sampled_rows)
@@ -97,28 +115,42 @@ class Pipeline:
         self._next_step += 1
         self._launched.put((plan, lane, sampled, event))
 
-    def drain(self) -> None:
-        """Waits until everything launched has come to its end."""
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Waits until everything launched has come to its end and its results are handed on; False if that took longer
+        than `timeout_s`. Raises what a step raised."""
         with self._progress:
-            self._progress.wait_for(lambda: self._finished_steps == self._next_step)
+            over = self._progress.wait_for(lambda: self._failure is not None or self.idle, timeout_s)
+            if self._failure is not None:
+                raise self._failure
+            return over
 
-    def close(self) -> None:
-        """Waits for what is in flight and ends the threads."""
+    def close(self, timeout_s: float) -> None:
+        """Ends the threads once what is in flight has come to its end, or leaves them behind after `timeout_s`: they
+        cannot be woken from a step that hangs, and do not keep the process alive."""
+        end = time.monotonic() + timeout_s
         self._launched.put(None)
-        self._thread.join()
-        self._executor.close()
+        self._thread.join(timeout_s)
+        self._executor.close(max(0.0, end - time.monotonic()))
 
     def _return_results(self) -> None:
-        while (entry := self._launched.get()) is not None:
-            plan, lane, sampled, event = entry
-            try:
-                busy_us, gap_us = event.wait()
-            except BaseException as error:  # noqa: BLE001 - reported by the owner of the process, which ends
-                self._on_failure(error)
-                return
-            token = lane.sampled_host[:sampled].numpy().astype(np.int32, copy=True)
-            lane.release()
-            result = StepResult(
+        try:
+            while (entry := self._launched.get()) is not None:
+                self._return(*entry)
+                with self._progress:
+                    self._finished_steps += 1
+                    self._progress.notify_all()
+        except BaseException as error:  # noqa: BLE001 - reported by the owner of the process, which ends
+            with self._progress:
+                self._failure = error
+                self._progress.notify_all()
+            self._on_failure(error)
+
+    def _return(self, plan: StepPlan, lane: Lane, sampled: int, event: StepEvent) -> None:
+        busy_us, gap_us = event.wait()
+        token = lane.sampled_host[:sampled].numpy().astype(np.int32, copy=True)
+        lane.release()  # before the result is out: the scheduler answers it with the lane's next plan
+        self._on_result(
+            StepResult(
                 epoch=plan.epoch,
                 registration=plan.registration,
                 step=plan.step,
@@ -126,7 +158,4 @@ class Pipeline:
                 busy_us=busy_us,
                 gap_us=0 if plan.after_idle else gap_us,
             )
-            self._on_result(result)
-            with self._progress:
-                self._finished_steps += 1
-                self._progress.notify_all()
+        )

@@ -6,8 +6,8 @@ from __future__ import annotations
 import logging
 import queue
 from dataclasses import dataclass
+from typing import Final
 
-from ..protocol.codec import encode
 from ..protocol.errors import ProtocolError, ServiceUnavailable
 from ..protocol.messages import (
     PROTOCOL_VERSION,
@@ -16,22 +16,27 @@ from ..protocol.messages import (
     Goodbye,
     Idle,
     StepPlan,
-    StepResult,
     UnknownPeer,
     VersionRefused,
     WorkerHello,
     WorkerWelcome,
 )
-from .link import Failure, Link, Outbox, Stop
+from .link import Failure, Link, Reachable
 from .pipeline import Pipeline
+from .stopping import Stop
 
 log = logging.getLogger(__name__)
 
-IDLE_AFTER_S = 1.0
+IDLE_AFTER_S: Final = 1.0
 """A worker with nothing in flight says so this often."""
-HELLO_EVERY_S = 0.5
-"""How often an unanswered hello is repeated."""
-CHUNK_BYTES = 1024 * 1024
+HELLO_AFTER_S: Final = 0.5
+"""A hello that nobody answers is repeated after this time, then after twice as long, and so on …"""
+HELLO_EVERY_S: Final = 5.0
+"""… until it is repeated this often."""
+LEAVE_S: Final = 2.0
+"""How long a worker that is asked to end waits for the steps in flight."""
+CHUNK_BYTES: Final = 1024 * 1024
+LONGEST_REASON: Final = 1_000
 
 
 @dataclass(slots=True)
@@ -43,31 +48,36 @@ class _Registration:
 class Session:
     """Runs in the host thread, on one Link and one Pipeline."""
 
-    def __init__(
-        self, link: Link, outbox: Outbox, pipeline: Pipeline, hello: WorkerHello, files: dict[str, bytes]
-    ) -> None:
-        self._inbox = link.inbox
-        self._outbox = outbox
+    def __init__(self, link: Link, pipeline: Pipeline, hello: WorkerHello, files: dict[str, bytes]) -> None:
+        self._link = link
         self._pipeline = pipeline
         self._hello = hello
         self._files = files
         self._registered: _Registration | None = None
-        self._greeted = False
-        """The scheduler answered the hello in some way, so it is not repeated."""
+        """None: a hello is outstanding."""
+        self._patience_s = HELLO_AFTER_S
+        """How long an outstanding hello is waited for."""
 
     def run(self) -> None:
         """Until asked to stop. Raises what a step raised, and ServiceUnavailable if the scheduler will not have this
-        worker."""
+        worker; either way the scheduler is told that the worker leaves, and why."""
+        try:
+            self._converse()
+        except Exception as error:
+            self._link.send(Goodbye(reason=f"{type(error).__name__}: {error}"[:LONGEST_REASON]))
+            raise
+        self._link.send(Goodbye(reason="stopped"))
+
+    def _converse(self) -> None:
         self._greet()
         while True:
             try:
-                message = self._inbox.get(timeout=IDLE_AFTER_S if self._greeted else HELLO_EVERY_S)
+                message = self._link.inbox.get(timeout=self._patience_s if self._registered is None else IDLE_AFTER_S)
             except queue.Empty:
                 self._nothing_came()
                 continue
             if isinstance(message, Stop):
-                self._pipeline.drain()
-                self._outbox.send(Goodbye(reason="stopped"))
+                self._finish()
                 return
             self._handle(message)
 
@@ -76,26 +86,41 @@ class Session:
             case StepPlan():
                 self._execute(message)
             case WorkerWelcome():
-                self._registered = _Registration(message.epoch, message.registration)
-                log.info("registered with scheduler epoch %d as %d", message.epoch, message.registration)
+                self._register(_Registration(message.epoch, message.registration))
             case FetchFile():
-                self._greeted = True
+                self._patience_s = HELLO_EVERY_S  # the hello has arrived
                 piece = self._files.get(message.name, b"")[message.offset : message.offset + CHUNK_BYTES]
-                self._outbox.send(FileChunk(name=message.name, offset=message.offset, data=piece))
+                self._link.send(FileChunk(name=message.name, offset=message.offset, data=piece))
             case UnknownPeer():
-                if self._registered is None or message.epoch != self._registered.epoch or self._pipeline.idle:
+                registered = self._registered
+                # Without a registration it answers what was sent before the hello. Of this very scheduler it counts
+                # once nothing is in flight: until then results go out that it may have answered.
+                if registered is not None and (message.epoch != registered.epoch or self._pipeline.idle):
                     self._start_over("the scheduler does not know this worker")
             case Goodbye():
                 if message.final:
                     raise ServiceUnavailable(f"the scheduler refuses this worker: {message.reason}")
-                self._start_over(f"the scheduler left: {message.reason}")
+                if self._registered is not None:
+                    self._start_over(f"the scheduler left: {message.reason}")
             case VersionRefused():
                 raise ServiceUnavailable(
                     f"the scheduler speaks protocol version {message.version}, this worker {PROTOCOL_VERSION}; "
                     "install the same version of tandem at both ends"
                 )
+            case Reachable():
+                if self._registered is None:
+                    self._greet()
             case Failure():
                 raise message.error
+
+    def _register(self, new: _Registration) -> None:
+        """Plans of `new` follow, from step 0. A hello that was repeated may be answered twice."""
+        if new == self._registered:
+            return
+        if self._registered is not None or self._pipeline.next_step:
+            self._forget_rows()
+        self._registered = new
+        log.info("registered with scheduler epoch %d as %d", new.epoch, new.registration)
 
     def _execute(self, plan: StepPlan) -> None:
         registered = self._registered
@@ -110,38 +135,31 @@ class Session:
     def _start_over(self, reason: str) -> None:
         """Registers anew once what was launched has ended."""
         log.warning("registering anew: %s", reason)
-        self._pipeline.drain()
-        self._pipeline.reset()
+        self._forget_rows()
         self._registered = None
+        self._patience_s = HELLO_AFTER_S
         self._greet()
 
+    def _forget_rows(self) -> None:
+        self._pipeline.drain()
+        self._pipeline.reset()
+
+    def _finish(self) -> None:
+        """Lets what is in flight come to its end, so that its tokens are not computed twice, if that is soon."""
+        try:
+            if not self._pipeline.drain(LEAVE_S):
+                log.warning("a step is still running %.1f s after the worker was asked to end; leaving it", LEAVE_S)
+        except Exception:
+            log.exception("a step failed while the worker was ending")
+
     def _greet(self) -> None:
-        self._greeted = False
-        self._outbox.send(self._hello)
+        self._link.send(self._hello)
 
     def _nothing_came(self) -> None:
         if self._registered is None:
+            self._patience_s = min(2 * self._patience_s, HELLO_EVERY_S)
             self._greet()
         elif self._pipeline.idle:
             registered = self._registered
             step = self._pipeline.next_step
-            self._outbox.send(Idle(epoch=registered.epoch, registration=registered.registration, step=step))
-
-
-class Results:
-    """Sends results from the result thread, through an outbox of that thread's own."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._outbox_context = link.outbox()
-        self._outbox: Outbox | None = None
-
-    def send(self, result: StepResult) -> None:
-        if self._outbox is None:
-            self._outbox = self._outbox_context.__enter__()
-        self._outbox.send_bytes(encode(result))
-
-    def close(self) -> None:
-        """Once the result thread has ended."""
-        if self._outbox is not None:
-            self._outbox_context.__exit__(None, None, None)
+            self._link.send(Idle(epoch=registered.epoch, registration=registered.registration, step=step))

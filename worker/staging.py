@@ -7,7 +7,6 @@ there are lookahead + 1 lanes.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -29,18 +28,23 @@ class Lane:
         self._used = 0
         self.sampled_device = torch.empty(outputs, dtype=torch.int32, device=device)
         self.sampled_host = torch.empty(outputs, dtype=torch.int32, pin_memory=pinned)
-        self._free = threading.Event()
-        self._free.set()
+        self._free = True
+
+    @property
+    def free(self) -> bool:
+        """No step in flight owns the lane."""
+        return self._free
 
     def acquire(self) -> None:
-        """Waits until the step that owned the lane is over; then it is the caller's."""
-        self._free.wait()
-        self._free.clear()
+        """The lane is the caller's next step's. Raises RuntimeError while a step in flight owns it."""
+        if not self._free:
+            raise RuntimeError(f"lane {self.index} still belongs to a step in flight")
+        self._free = False
         self._used = 0
 
     def release(self) -> None:
-        """The copies of the lane's step have completed."""
-        self._free.set()
+        """The copies of the lane's step have completed. May be called from another thread than `acquire`."""
+        self._free = True
 
     def put(self, values: NDArray[Any]) -> Tensor:
         """Writes a one-dimensional array of 4-byte values; returns the device's view of it, int32, valid after

@@ -3,7 +3,9 @@ is compiled on first use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
 
 import numpy as np
 import torch
@@ -11,8 +13,14 @@ from numpy.typing import NDArray
 
 from .batch import Batch
 from .config import WorkerConfig
+from .loading import LoadError
 from .model import PagedModel
 from .sampler import SamplingColumns, greedy, sample
+
+CPU_TRIAL_S: Final = 0.4
+"""A step that should take longer on a CPU is not tried."""
+CPU_FIRST_TOKENS: Final = 16
+CPU_GROWTH: Final = 4
 
 
 def warm_up(config: WorkerConfig, model: PagedModel, progress: Callable[[str, float], None]) -> None:
@@ -34,23 +42,84 @@ def warm_up(config: WorkerConfig, model: PagedModel, progress: Callable[[str, fl
     progress("warming up", 1.0)
 
 
-def run_largest_step(config: WorkerConfig, model: PagedModel) -> None:
-    """The step that takes the most memory beside the cache: as many tokens and samples as one may have."""
-    rows = config.max_num_seqs
-    lengths = np.full(rows, config.max_num_batched_tokens // rows, np.int32)
-    lengths[-1] += config.max_num_batched_tokens - int(lengths.sum())
+def longest_step_s(
+    config: WorkerConfig, model: PagedModel, max_model_len: int, progress: Callable[[str, float], None]
+) -> float:
+    """Seconds that the largest steps take (see `largest_steps`), the longer of the two. The cache must be allocated.
+
+    On CUDA both are run as they are, which also shows that the memory suffices: raises LoadError with the figures if
+    it does not. On a CPU, where that might take minutes, ever larger steps are run as long as the next one should take
+    no more than CPU_TRIAL_S, and the time of the last is scaled by its tokens. The same LoadError stands for them.
+    """
+    progress("trying the largest step", 0.0)
+    most = config.max_num_batched_tokens
+    tokens = most if model.device.type == "cuda" else min(most, CPU_FIRST_TOKENS)
+    while True:
+        seconds = _try_largest(config, model, max_model_len, tokens)
+        more = min(most, tokens * CPU_GROWTH)
+        if tokens == most or seconds * more / tokens > CPU_TRIAL_S:
+            break
+        tokens = more
+        progress("trying the largest step", tokens / most)
+    progress("trying the largest step", 1.0)
+    return seconds * most / tokens
+
+
+def _try_largest(config: WorkerConfig, model: PagedModel, max_model_len: int, tokens: int) -> float:
+    longest = 0.0
+    try:
+        for batch in largest_steps(config, model, max_model_len, tokens):
+            _synchronize(model.device)
+            start = time.perf_counter()
+            run_step(model, batch)
+            _synchronize(model.device)
+            longest = max(longest, time.perf_counter() - start)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(model.device)
+        raise LoadError(
+            f"the largest step ({tokens} tokens, up to {config.max_num_seqs} requests) does not fit into the "
+            f"{free / 2**30:.2f} GiB that weights and KV cache leave of the GPU's {total / 2**30:.2f} GiB; lower "
+            f"--max-num-batched-tokens or the size of the KV cache ({str(error).splitlines()[0]})"
+        ) from error
+    except RuntimeError as error:
+        if model.device.type == "cpu" and "can't allocate memory" in str(error):
+            raise LoadError(
+                f"a step of {tokens} tokens (of up to {config.max_num_batched_tokens}) does not fit into the memory; "
+                f"lower --max-num-batched-tokens or --kv-cache-memory-bytes ({str(error).splitlines()[0]})"
+            ) from error
+        raise
+    return longest
+
+
+def run_largest_step(config: WorkerConfig, model: PagedModel, max_model_len: int) -> None:
+    """Runs the largest steps over a cache of no size, which is left allocated."""
     model.allocate_kv_cache(1, config.block_size)
-    run_step(model, scratch_batch(model, lengths, config.block_size, 0, 0))
+    for batch in largest_steps(config, model, max_model_len, config.max_num_batched_tokens):
+        run_step(model, batch)
 
 
-def scratch_batch(model: PagedModel, lengths: NDArray[np.int32], block_size: int, decode_rows: int, lane: int) -> Batch:
-    """Rows of new sequences of these lengths, all of whose blocks are the scratch block."""
+def largest_steps(config: WorkerConfig, model: PagedModel, max_model_len: int, tokens: int) -> Iterator[Batch]:
+    """The two steps of `tokens` tokens that take the most memory beside the cache, or the most time: one that samples
+    for as many requests as may run, and one that ends a sequence of full length. Made one by one."""
+    rows = min(config.max_num_seqs, tokens)
+    lengths = np.full(rows, tokens // rows, np.int32)
+    lengths[-1] += tokens - int(lengths.sum())
+    yield scratch_batch(model, np.minimum(lengths, max_model_len), config.block_size, 0, 0)
+    last = np.array([min(tokens, max_model_len)], np.int32)
+    yield scratch_batch(model, last, config.block_size, 0, 0, before=max_model_len - int(last[0]))
+
+
+def scratch_batch(
+    model: PagedModel, lengths: NDArray[np.int32], block_size: int, decode_rows: int, lane: int, before: int = 0
+) -> Batch:
+    """Rows of these lengths, each after `before` tokens of its sequence, all of whose blocks are the scratch block."""
     device, rows, tokens = model.device, len(lengths), int(lengths.sum())
     starts = np.zeros(rows + 1, np.int32)
     np.cumsum(lengths, out=starts[1:])
     row_of_token = np.repeat(np.arange(rows), lengths)
-    positions = np.arange(tokens) - starts[row_of_token]
-    width = -(-int(lengths.max()) // block_size)
+    positions = np.arange(tokens) - starts[row_of_token] + before
+    kv_lens = lengths + np.int32(before)
+    width = -(-int(kv_lens.max()) // block_size)
     return Batch(
         lane=lane,
         token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
@@ -58,12 +127,17 @@ def scratch_batch(model: PagedModel, lengths: NDArray[np.int32], block_size: int
         kv_slots=torch.full((tokens,), model.scratch_block * block_size, dtype=torch.int64, device=device),
         row_of_token=torch.as_tensor(row_of_token, dtype=torch.int64, device=device),
         block_tables=torch.full((rows, width), model.scratch_block, dtype=torch.int32, device=device),
-        kv_lens=torch.as_tensor(lengths, device=device),
+        kv_lens=torch.as_tensor(kv_lens, device=device),
         query_starts=starts,
-        kv_lens_host=lengths,
+        kv_lens_host=kv_lens,
         decode_rows=decode_rows,
         block_size=block_size,
     )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def run_step(model: PagedModel, batch: Batch) -> None:

@@ -95,7 +95,7 @@ class Rig:
 def rig(tmp_path: Path) -> Iterator[Rig]:
     made = Rig(tmp_path, lookahead=2)
     yield made
-    made.pipeline.close()
+    made.pipeline.close(DEADLINE_S)
 
 
 def test_a_row_decodes_from_device_memory_while_its_tokens_are_on_their_way(rig: Rig) -> None:
@@ -114,8 +114,9 @@ def test_a_slot_and_its_blocks_go_to_another_row_while_steps_that_use_them_are_i
     rig.pipeline.launch(joining(0, 1, first, [3]))
     rig.pipeline.launch(steady(1))
     rig.pipeline.launch(joining(2, 1, second, [3], leave=ints(1)))
+    got = [int(rig.result().token[0])]
     rig.pipeline.launch(steady(3))
-    got = [int(rig.result().token[0]) for _ in range(4)]
+    got += [int(rig.result().token[0]) for _ in range(3)]
     assert got[:2] == rig.greedy(first, 2)
     assert got[2:] == rig.greedy(second, 2)
 
@@ -138,6 +139,61 @@ def test_a_failing_step_is_reported_and_no_result_is_invented(rig: Rig, monkeypa
     rig.pipeline.launch(joining(0, 1, [5, 6], [3]))
     assert "on fire" in str(rig.failures.get(timeout=DEADLINE_S))
     assert rig.results.empty()
+    with pytest.raises(RuntimeError, match="on fire"):
+        rig.pipeline.drain(DEADLINE_S)
+    with pytest.raises(RuntimeError, match="on fire"):
+        rig.pipeline.launch(steady(1))
+
+
+def test_a_result_that_cannot_be_handed_on_is_a_failure_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: StepResult) -> None:
+        raise OSError("no way out")
+
+    monkeypatch.setattr(rig.pipeline, "_on_result", refuse)
+    rig.pipeline.launch(joining(0, 1, [5, 6], [3]))
+    with pytest.raises(OSError, match="no way out"):
+        rig.pipeline.drain(DEADLINE_S)
+    assert "no way out" in str(rig.failures.get(timeout=DEADLINE_S))
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Steps hang until it is set."""
+    opened = threading.Event()
+    hidden = PagedModel.hidden
+
+    def waiting(self: PagedModel, batch: Any) -> Any:
+        assert opened.wait(DEADLINE_S)
+        return hidden(self, batch)
+
+    monkeypatch.setattr(PagedModel, "hidden", waiting)
+    yield opened
+    opened.set()
+
+
+def test_a_plan_beyond_the_lookahead_is_refused_and_waits_for_nothing(rig: Rig, gate: threading.Event) -> None:
+    rig.pipeline.launch(joining(0, 1, [5, 6], [3]))
+    rig.pipeline.launch(steady(1))
+    rig.pipeline.launch(steady(2))
+    with pytest.raises(ProtocolError, match="plan 3 came while 3 steps are in flight"):
+        rig.pipeline.launch(steady(3))
+    gate.set()
+    assert rig.pipeline.drain(DEADLINE_S)
+    for _ in range(3):
+        rig.result()
+    rig.pipeline.reset()
+    for step in range(12):  # each as soon as a result makes room, as a scheduler does
+        rig.pipeline.launch(joining(0, 1, [5, 6], [3]) if step == 0 else steady(step))
+        if step >= 2:
+            rig.result()
+
+
+def test_a_step_that_hangs_holds_up_neither_drain_nor_close_for_long(rig: Rig, gate: threading.Event) -> None:
+    rig.pipeline.launch(joining(0, 1, [5, 6], [3]))
+    assert not rig.pipeline.drain(0.01)
+    assert not rig.pipeline.idle
+    rig.pipeline.close(0.01)
+    assert not gate.is_set()
 
 
 def test_a_lane_is_not_written_before_its_step_is_over() -> None:
@@ -158,23 +214,16 @@ def test_a_lane_is_not_written_before_its_step_is_over() -> None:
     executor.launch(other, blocked, 0)
     event = executor.launch(lane, lambda: seen.append(view.tolist()), 0)
     assert started.wait(DEADLINE_S)
-    taken = threading.Event()
-
-    def take_again() -> None:
+    assert not lane.free  # the step that owns it has not even begun
+    with pytest.raises(RuntimeError, match="lane 0 still belongs"):
         lane.acquire()
-        lane.put(ints(7, 8, 9))
-        taken.set()
-
-    thread = threading.Thread(target=take_again)
-    thread.start()
-    assert not taken.is_set()  # the step that owns the lane has not even begun
     go_on.set()
     event.wait()
     lane.release()
-    thread.join(DEADLINE_S)
-    assert taken.is_set()
+    lane.acquire()
+    lane.put(ints(7, 8, 9))
     assert seen == [[1, 2, 3]]
-    executor.close()
+    executor.close(DEADLINE_S)
 
 
 @pytest.mark.parametrize(
