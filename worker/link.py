@@ -17,7 +17,7 @@ from typing import Any, Final
 import zmq
 
 from ..protocol.codec import decode, encode
-from ..protocol.errors import ConfigurationError, ProtocolError
+from ..protocol.errors import ConfigurationError, ProtocolError, VersionMismatch
 from ..protocol.messages import FetchFile, Goodbye, StepPlan, UnknownPeer, VersionRefused, WorkerWelcome
 from ..protocol.transport import LINGER_MS, Address, open_dealer, require_private
 
@@ -163,7 +163,7 @@ class Link:
             if len(frames) != 1:
                 raise ProtocolError(f"the scheduler sent a message of {len(frames)} frames; a message has one")
             message = decode(frames[0], StepPlan, WorkerWelcome, FetchFile, UnknownPeer, VersionRefused, Goodbye)
-        except ProtocolError as error:
+        except (ProtocolError, VersionMismatch) as error:
             self.inbox.put(Failure(error))  # and not raised: the scheduler is still to be told
             return
         if isinstance(message, WorkerWelcome):

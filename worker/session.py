@@ -8,7 +8,7 @@ import queue
 from dataclasses import dataclass
 from typing import Final
 
-from ..protocol.errors import ProtocolError, ServiceUnavailable
+from ..protocol.errors import ProtocolError, ServiceUnavailable, VersionMismatch
 from ..protocol.messages import (
     PROTOCOL_VERSION,
     FetchFile,
@@ -103,7 +103,7 @@ class Session:
                 if self._registered is not None:
                     self._start_over(f"the scheduler left: {message.reason}")
             case VersionRefused():
-                raise ServiceUnavailable(
+                raise VersionMismatch(
                     f"the scheduler speaks protocol version {message.version}, this worker {PROTOCOL_VERSION}; "
                     "install the same version of tandem at both ends"
                 )
