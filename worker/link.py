@@ -129,6 +129,8 @@ class Link:
             self._require_private()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ConfigurationError(f"address {self._address.url!r}: {error.strerror}") from error
         try:
             return open_dealer(self._context, endpoint)
         except zmq.ZMQError as error:

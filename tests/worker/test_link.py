@@ -78,6 +78,14 @@ def test_a_directory_that_others_may_enter_is_refused(directory: Path) -> None:
         Link(Address(f"ipc://{directory}"))
 
 
+def test_a_directory_that_cannot_be_is_refused(directory: Path) -> None:
+    directory.write_text("a file")
+    with pytest.raises(ConfigurationError, match="not a directory"):
+        Link(Address(f"ipc://{directory}"))
+    with pytest.raises(ConfigurationError, match="Not a directory"):
+        Link(Address(f"ipc://{directory}/below"))
+
+
 def test_a_directory_that_does_not_exist_is_waited_for(directory: Path) -> None:
     with linked(directory) as link:
         link.send(Goodbye(reason="to nobody"))
