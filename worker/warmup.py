@@ -49,11 +49,15 @@ def longest_step_s(
 
     On CUDA both are run as they are, which also shows that the memory suffices: raises LoadError with the figures if
     it does not. On a CPU, where that might take minutes, ever larger steps are run as long as the next one should take
-    no more than CPU_TRIAL_S, and the time of the last is scaled by its tokens. The same LoadError stands for them.
+    no more than CPU_TRIAL_S, and the time of the last is scaled by its tokens, which gives rather too much. So there
+    the memory is shown to suffice for the step that was tried and not for the largest.
     """
     progress("trying the largest step", 0.0)
     most = config.max_num_batched_tokens
-    tokens = most if model.device.type == "cuda" else min(most, CPU_FIRST_TOKENS)
+    tokens = most
+    if model.device.type != "cuda":
+        tokens = min(most, CPU_FIRST_TOKENS)
+        _try_largest(config, model, max_model_len, tokens)  # torch's own first-time work is no part of a step
     while True:
         seconds = _try_largest(config, model, max_model_len, tokens)
         more = min(most, tokens * CPU_GROWTH)
@@ -66,7 +70,8 @@ def longest_step_s(
 
 
 def _try_largest(config: WorkerConfig, model: PagedModel, max_model_len: int, tokens: int) -> float:
-    longest = 0.0
+    """Seconds of the longer of the largest steps of `tokens` tokens. Raises LoadError if they do not fit."""
+    longest, room = 0.0, _room(model.device)
     try:
         for batch in largest_steps(config, model, max_model_len, tokens):
             _synchronize(model.device)
@@ -75,16 +80,14 @@ def _try_largest(config: WorkerConfig, model: PagedModel, max_model_len: int, to
             _synchronize(model.device)
             longest = max(longest, time.perf_counter() - start)
     except torch.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info(model.device)
         raise LoadError(
-            f"the largest step ({tokens} tokens, up to {config.max_num_seqs} requests) does not fit into the "
-            f"{free / 2**30:.2f} GiB that weights and KV cache leave of the GPU's {total / 2**30:.2f} GiB; lower "
-            f"--max-num-batched-tokens or the size of the KV cache ({str(error).splitlines()[0]})"
+            f"the largest step ({tokens} tokens, up to {config.max_num_seqs} requests) does not fit into {room}; lower "
+            f"--max-num-batched-tokens, --max-num-seqs or the size of the KV cache ({str(error).splitlines()[0]})"
         ) from error
     except RuntimeError as error:
         if model.device.type == "cpu" and "can't allocate memory" in str(error):
             raise LoadError(
-                f"a step of {tokens} tokens (of up to {config.max_num_batched_tokens}) does not fit into the memory; "
+                f"a step of {tokens} tokens (of up to {config.max_num_batched_tokens}) does not fit into {room}; "
                 f"lower --max-num-batched-tokens or --kv-cache-memory-bytes ({str(error).splitlines()[0]})"
             ) from error
         raise
@@ -92,10 +95,10 @@ def _try_largest(config: WorkerConfig, model: PagedModel, max_model_len: int, to
 
 
 def run_largest_step(config: WorkerConfig, model: PagedModel, max_model_len: int) -> None:
-    """Runs the largest steps over a cache of no size, which is left allocated."""
+    """Runs the largest steps over a cache of one block, which is left allocated. Raises LoadError if the memory does
+    not suffice."""
     model.allocate_kv_cache(1, config.block_size)
-    for batch in largest_steps(config, model, max_model_len, config.max_num_batched_tokens):
-        run_step(model, batch)
+    _try_largest(config, model, max_model_len, config.max_num_batched_tokens)
 
 
 def largest_steps(config: WorkerConfig, model: PagedModel, max_model_len: int, tokens: int) -> Iterator[Batch]:
@@ -133,6 +136,15 @@ def scratch_batch(
         decode_rows=decode_rows,
         block_size=block_size,
     )
+
+
+def _room(device: torch.device) -> str:
+    """What a step may take at this moment, in words."""
+    if device.type != "cuda":
+        return "the memory"
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return f"the {free / 2**30:.2f} GiB that weights and KV cache leave of the GPU's {total / 2**30:.2f} GiB"
 
 
 def _synchronize(device: torch.device) -> None:
