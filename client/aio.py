@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast, overload
 
-from ..protocol.errors import InvalidRequest, ServiceUnavailable
+from ..protocol.errors import InvalidRequest, RequestCancelled, ServiceUnavailable
 from .batch import in_order, patiently
 from .completion import CompletionStream, Started
 from .results import Completion
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .prompts import ChatOptions, Message, Prompt
     from .tokenizer import Tokenizer
 
-LONG_TEXT = 16_384
-"""Text of at least so many characters is tokenized on another thread."""
 CONNECT_TIMEOUT_S = 60.0
 MAX_CONCURRENCY = 256
 CONTEXT_TOKENS = 32
@@ -50,29 +48,31 @@ class AsyncClient:
         address: str | None = None,
         *,
         insecure: bool = False,
-        connect_timeout: float = CONNECT_TIMEOUT_S,
-        reconnect_timeout: float = 10.0,
+        connect_timeout: float | None = CONNECT_TIMEOUT_S,
+        reconnect_timeout: float | None = 10.0,
         max_concurrency: int = MAX_CONCURRENCY,
         name: str = "",
     ) -> None:
         """Connects to nothing yet. `insecure` admits a tcp address; `connect_timeout` (s) includes waiting for a worker
         to load the model; a scheduler that cannot be reached for `reconnect_timeout` (s) fails open requests;
         `max_concurrency` bounds how much of a list of prompts is in flight at once; `name` is for the service's logs.
-        Raises ConfigurationError for an address that cannot be."""
+        Raises ConfigurationError for an address that cannot be, InvalidRequest for other arguments that cannot."""
         from ..protocol.transport import Address, default_address
+        from .arguments import require_name, require_whole, seconds
         from .connection import Connection
 
+        if address is not None and not isinstance(address, str):
+            raise InvalidRequest(
+                f"address: expected text like ipc:///directory, got {type(address).__name__}", field="address"
+            )
         where = Address(address) if address is not None else default_address()
         where.require_safe(insecure)
-        if max_concurrency < 1:
-            raise InvalidRequest(
-                f"max_concurrency: {max_concurrency}, must be at least 1",
-                field="max_concurrency",
-                limit=1,
-                value=max_concurrency,
-            )
-        self._connection = Connection(where, name=name, reconnect_timeout_s=reconnect_timeout)
-        self._connect_timeout = connect_timeout
+        require_whole("max_concurrency", max_concurrency, 1)
+        require_name(name)
+        self._connect_timeout = seconds("connect_timeout", connect_timeout)
+        self._connection = Connection(
+            where, name=name, reconnect_timeout_s=seconds("reconnect_timeout", reconnect_timeout)
+        )
         self._max_concurrency = max_concurrency
         self._opened = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -90,11 +90,11 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels what is open and disconnects. Idempotent."""
+        self._connection.close()
         if self._loading is not None:
             task = self._loading[1]
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        self._connection.close()
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -123,8 +123,12 @@ class AsyncClient:
         files = self._connection.files
         if self._loading is None or self._loading[0] != files or _failed(self._loading[1]):
             self._loading = files, asyncio.create_task(self._load_tokenizer(files))
+        loading = self._loading[1]
         # A caller that is cancelled must not take the tokenizer away from the others.
-        return await asyncio.shield(self._loading[1])
+        await asyncio.wait({loading})
+        if loading.cancelled():  # by close(): the caller itself was not cancelled
+            raise RequestCancelled("the client was closed")
+        return loading.result()
 
     async def _load_tokenizer(self, files: Sequence[FileInfo]) -> Tokenizer | None:
         from .tokenizer import TOKENIZER_FILE, Tokenizer
@@ -253,12 +257,12 @@ class AsyncClient:
         timeout: float | None,
         collect: bool,
     ) -> CompletionStream:
-        from ..protocol.sampling import SamplingParams
+        from .arguments import require_params, seconds
+        from .prompts import require_chat_options
 
-        if params is not None and not isinstance(params, SamplingParams):
-            raise InvalidRequest(
-                f"sampling_params: expected a SamplingParams, got {type(params).__name__}", field="sampling_params"
-            )
+        require_params(params)
+        require_chat_options(prompt, chat)
+        timeout = seconds("timeout", timeout)
         return CompletionStream(partial(self._start, prompt, params, chat, sampling, collect), timeout)
 
     async def _start(
@@ -269,17 +273,20 @@ class AsyncClient:
         sampling: Mapping[str, Any],
         collect: bool,
     ) -> Started:
-        from .prompts import is_chat, resolve_sampling, to_token_ids
+        from .prompts import is_chat, require_length, resolve_sampling, to_token_ids
         from .stream import History
+        from .tokenizer import LONG_TEXT
 
         loop = self._require_loop()
         model = await self._connection.ready(self._connect_timeout)
         checked = resolve_sampling(model, params, sampling)
+        require_length(prompt, model.max_model_len)
         tokenizer = await self.tokenizer()
-        if is_chat(prompt) or (isinstance(prompt, str) and len(prompt) >= LONG_TEXT):
+        if is_chat(prompt) or (isinstance(prompt, str) and len(prompt) >= LONG_TEXT):  # on another thread
             ids = await asyncio.to_thread(to_token_ids, prompt, tokenizer, chat)
         else:
             ids = to_token_ids(prompt, tokenizer, chat)
+        require_length(ids, model.max_model_len)
         tokens = await self._connection.submit(History(ids, checked), collect=collect, patience=self._connect_timeout)
         context = ids[-CONTEXT_TOKENS:].tolist()
         return Started(
@@ -298,12 +305,14 @@ class AsyncClient:
         sampling: Mapping[str, Any],
         time_limit: float | None,
     ) -> list[Completion]:
-        from ..protocol.sampling import SamplingParams
+        from .arguments import require_params, seconds
 
-        if params is None or isinstance(params, SamplingParams):
-            params_of: Sequence[SamplingParams | None] = [params] * len(prompts)
+        time_limit = seconds("timeout", time_limit)
+        if isinstance(params, Sequence) and not isinstance(params, str):
+            params_of: Sequence[SamplingParams | None] = params
         else:
-            params_of = params
+            require_params(params)
+            params_of = [params] * len(prompts)
         if len(params_of) != len(prompts):
             raise InvalidRequest(
                 f"sampling_params: {len(params_of)} for {len(prompts)} prompts",

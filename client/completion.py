@@ -94,9 +94,9 @@ class CompletionStream:
     def cancel(self) -> None:
         """Cancels the request. Its reader gets the tokens that have arrived, then RequestCancelled."""
         error = RequestCancelled("the request was cancelled")
-        self._abandon(error)
         if self._started is None and self._error is None:
             self._error = error
+        self._abandon(error)
 
     async def aclose(self) -> None:
         """Cancels the request if it is not over, and ends the iteration."""
@@ -117,7 +117,10 @@ class CompletionStream:
         if started is None or started.tokens.is_over or started.loop.is_closed():
             return
         # This may run on any thread, and in the midst of anything.
-        started.loop.call_soon_threadsafe(started.cancel, RequestCancelled("nobody reads the stream any more"))
+        try:
+            started.loop.call_soon_threadsafe(started.cancel, RequestCancelled("nobody reads the stream any more"))
+        except RuntimeError:
+            return  # the loop was closed meanwhile, and the connection with it
 
     # --- what has come so far --------------------------------------------------------------------------------------
 
@@ -159,6 +162,8 @@ class CompletionStream:
     async def _ensure_started(self) -> Started:
         if self._started is None:
             self._started = await self._start()
+            if self._closed or self._error is not None:  # ended by another task while the request was being sent
+                self._abandon(self._error or RequestCancelled("the stream was closed"))
         return self._started
 
     async def _wait_over(self) -> None:

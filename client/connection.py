@@ -55,7 +55,7 @@ MAX_UNSENT_CANCELS = 65_536
 class Connection:
     """See the module. Everything here must be called on the loop that `open` ran on."""
 
-    def __init__(self, address: Address, *, name: str = "", reconnect_timeout_s: float = 10.0) -> None:
+    def __init__(self, address: Address, *, name: str = "", reconnect_timeout_s: float | None = 10.0) -> None:
         self.address = address
         self._name = name
         self._reconnect_timeout_s = reconnect_timeout_s
@@ -75,9 +75,9 @@ class Connection:
 
     # --- life ------------------------------------------------------------------------------------------------------
 
-    async def open(self, patience: float) -> None:
+    async def open(self, patience: float | None) -> None:
         """Connects and waits until there is a model. Raises ServiceUnavailable (VersionMismatch if that is why) after
-        `patience` seconds, ConfigurationError if the address is another user's, and leaves nothing open then."""
+        `patience` seconds (None: never), ConfigurationError if the address is another user's; nothing is open then."""
         if self.address.is_ipc and self.address.directory.exists():
             require_private(self.address.directory)
         self._loop = asyncio.get_running_loop()
@@ -91,7 +91,7 @@ class Connection:
             self.close()
             raise
 
-    async def ready(self, patience: float) -> ModelDescription:
+    async def ready(self, patience: float | None) -> ModelDescription:
         """Waits until requests can be sent, and returns what is served. Raises as `open`."""
         if self._failure is None and not self._ready.is_set():
             try:
@@ -146,7 +146,7 @@ class Connection:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    async def submit(self, history: History, *, collect: bool, patience: float) -> TokenStream:
+    async def submit(self, history: History, *, collect: bool, patience: float | None) -> TokenStream:
         """Sends a request; returns the stream that its tokens will come through. `collect` lifts the limit on unread
         tokens. Raises ServiceUnavailable if it could not be sent within `patience` seconds."""
         ticket = self._requests.new_ticket()
@@ -260,9 +260,8 @@ class Connection:
     def _on_unreachable(self, now: float) -> None:
         if self._unreachable_since is None:
             self._unreachable_since = now
-        elif now - self._unreachable_since > self._reconnect_timeout_s:
-            where, seconds = self.address.url, self._reconnect_timeout_s
-            self._leave(_lost(f"the scheduler at {where} could not be reached for {seconds:g} s"))
+        elif (limit := self._reconnect_timeout_s) is not None and now - self._unreachable_since > limit:
+            self._leave(_lost(f"the scheduler at {self.address.url} could not be reached for {limit:g} s"))
 
     def _leave(self, error: TandemError) -> None:
         """Back to greeting, at once."""
@@ -282,8 +281,8 @@ class Connection:
         self._requests.fail_all(error)
         self._fetcher.fail(error)
 
-    def _why_not_ready(self, waited: float) -> str:
-        where = f"at {self.address.url} within {waited:g} s"
+    def _why_not_ready(self, waited: float | None) -> str:
+        where = f"at {self.address.url}" + (f" within {waited:g} s" if waited is not None else "")
         if self._ready.is_set():
             return f"the scheduler {where} took no more messages"
         if self._welcome is not None:

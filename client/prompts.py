@@ -52,13 +52,44 @@ def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
 
 
 def is_batch(prompt: object) -> bool:
-    """Whether it is a list of several prompts rather than one."""
-    return (
-        _is_list(prompt)
-        and len(prompt) > 0
-        and not is_chat(prompt)
-        and not all(isinstance(item, int | np.integer) for item in prompt)
-    )
+    """Whether it is a list of several prompts rather than one. A list of token ids is told by its first item, however
+    long it is."""
+    return _is_list(prompt) and len(prompt) > 0 and not isinstance(prompt[0], _INTEGERS) and not is_chat(prompt)
+
+
+def require_chat_options(prompt: object, chat: object) -> None:
+    """Raises InvalidRequest if there are options for a chat and the prompt is none."""
+    if chat is None:
+        return
+    if not isinstance(chat, ChatOptions):
+        raise InvalidRequest(f"chat: expected a ChatOptions, got {type(chat).__name__}", field="chat")
+    if not is_chat(prompt):
+        raise InvalidRequest(
+            "chat: these options are for a list of messages; a prompt of text or token ids is taken as it is",
+            field="chat",
+        )
+
+
+def require_length(prompt: object, max_model_len: int) -> None:
+    """Raises InvalidRequest if token ids are more than the model's context holds, before they are converted or sent.
+    Says nothing of text."""
+    if isinstance(prompt, np.ndarray):
+        count = prompt.size
+    elif _is_list(prompt) and not is_chat(prompt):
+        count = len(prompt)
+    else:
+        return
+    if count >= max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {count} tokens; the model's context of {max_model_len} leaves room for "
+            f"{max_model_len - 1} and one of output",
+            field="prompt",
+            limit=max_model_len - 1,
+            value=count,
+        )
+
+
+_INTEGERS = (int, np.integer)
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[object]]:
@@ -106,7 +137,7 @@ def _require(tokenizer: Tokenizer | None) -> Tokenizer:
 
 
 def _as_column(ids: object) -> npt.NDArray[np.int32]:
-    if not (_is_list(ids) or isinstance(ids, np.ndarray)):
+    if not (_is_list(ids) or (isinstance(ids, np.ndarray) and ids.ndim > 0)):
         raise InvalidRequest(
             f"prompt: expected text, token ids or chat messages, got {type(ids).__name__}", field="prompt"
         )
@@ -158,8 +189,14 @@ def _adapter() -> TypeAdapter[SamplingParams]:
 
 
 def _checked(params: SamplingParams) -> SamplingParams:
+    values = {name: _without_numpy(getattr(params, name)) for name in SAMPLING_FIELDS}
+    for name in ("temperature", "top_p"):
+        if isinstance(values[name], bool | str):
+            raise InvalidRequest(
+                f"{name}: expected a number, got {values[name]!r:.100}", field=name, value=values[name]
+            )
     try:
-        return _adapter().validate_python({name: getattr(params, name) for name in SAMPLING_FIELDS})
+        return _adapter().validate_python(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -167,3 +204,12 @@ def _checked(params: SamplingParams) -> SamplingParams:
         raise InvalidRequest(
             f"{field}: {first['msg']}, got {first['input']!r:.100}", field=field, limit=limit, value=first["input"]
         ) from error
+
+
+def _without_numpy(value: Any) -> Any:
+    """NumPy's numbers and arrays, which programs often have at hand, as Python's own."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_without_numpy(item) for item in value]
+    return value

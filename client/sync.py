@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -44,8 +45,8 @@ class Client:
         address: str | None = None,
         *,
         insecure: bool = False,
-        connect_timeout: float = CONNECT_TIMEOUT_S,
-        reconnect_timeout: float = 10.0,
+        connect_timeout: float | None = CONNECT_TIMEOUT_S,
+        reconnect_timeout: float | None = 10.0,
         max_concurrency: int = MAX_CONCURRENCY,
         name: str = "",
     ) -> None:
@@ -90,7 +91,7 @@ class Client:
 
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if the model comes without one."""
-        return self._thread.run(self._client.tokenizer())
+        return self._run(self._client.tokenizer())
 
     @overload
     def generate(
@@ -127,7 +128,7 @@ class Client:
         coroutine: Coroutine[Any, Any, Completion | list[Completion]] = self._client.generate(
             prompt, sampling_params, timeout=timeout, chat=chat, **sampling
         )
-        return self._thread.run(coroutine)
+        return self._run(coroutine)
 
     def stream(
         self,
@@ -140,7 +141,7 @@ class Client:
     ) -> SyncCompletionStream:
         """As AsyncClient.stream: an iterator of chunks, which is also a context manager."""
         stream = self._client.stream(prompt, sampling_params, timeout=timeout, chat=chat, **sampling)
-        return SyncCompletionStream(stream, self._thread.run)
+        return SyncCompletionStream(stream, self)
 
     def chat(
         self,
@@ -157,7 +158,7 @@ class Client:
         **sampling: Any,
     ) -> Completion:
         """As AsyncClient.chat."""
-        return self._thread.run(
+        return self._run(
             self._client.chat(
                 messages,
                 sampling_params,
@@ -176,6 +177,9 @@ class Client:
         """Cancels a streamed request, from any thread; its reader gets RequestCancelled."""
         request.cancel()
 
+    def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return self._thread.run(coroutine)
+
 
 class SyncCompletionStream:
     """A streamed answer: iterate over it for chunks, call `result()` for the whole. One thread may read it at a time.
@@ -183,9 +187,10 @@ class SyncCompletionStream:
     The request is cancelled by `cancel`, by `close`, by leaving the context, or when nobody holds the stream any more.
     """
 
-    def __init__(self, stream: CompletionStream, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+    def __init__(self, stream: CompletionStream, client: Client) -> None:
         self._stream = stream
-        self._run = run
+        self._client = client  # which would close if nobody held it: `for chunk in Client().stream(...)`
+        self._run = client._run
 
     def __iter__(self) -> Self:
         return self
@@ -239,6 +244,7 @@ class _LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._stopped = False
         self._thread = threading.Thread(target=self._main, name="tandem-client", daemon=True)
@@ -246,6 +252,12 @@ class _LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Runs it there and waits. An exception here, such as KeyboardInterrupt, cancels it."""
+        if os.getpid() != self._process:
+            coroutine.close()
+            raise RuntimeError(
+                "this Client was made before the process forked, and works in the parent alone; make one "
+                "in each process"
+            )
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("a Client cannot be used from within its own event loop; use AsyncClient")
@@ -263,7 +275,11 @@ class _LoopThread:
             raise
 
     def stop(self, last: Coroutine[Any, Any, None]) -> None:
-        """Runs `last`, ends every other task, then the thread. Idempotent."""
+        """Runs `last`, ends every other task, then the thread. Idempotent; does nothing in a forked child, which has no
+        such thread."""
+        if os.getpid() != self._process:
+            last.close()
+            return
         with self._lock:
             if self._stopped:
                 last.close()

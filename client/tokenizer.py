@@ -23,6 +23,9 @@ TEMPLATE_FOLDER = "additional_chat_templates/"
 GENERATION_FILE = "generation_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
+LONG_TEXT = 16_384
+"""Text of at least so many characters takes long enough that others should not wait for it."""
+
 _LIST_KEYS = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -69,9 +72,12 @@ class Tokenizer:
         `add_special_tokens` is false (text from a chat template already has them). Raises InvalidRequest if the text
         holds lone surrogates."""
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < LONG_TEXT:
+                ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            else:  # encode_batch lets other threads run meanwhile; encode holds the interpreter lock
+                ids = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError) as error:
-            raise InvalidRequest(f"prompt: no valid Unicode text ({error})", field="prompt") from error
+            raise InvalidRequest(f"prompt: no valid Unicode text{_where_not(text)}", field="prompt") from error
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -114,6 +120,14 @@ class Tokenizer:
     @cached_property
     def _decoder(self) -> Any:
         return describe_decoder(self._backend)
+
+
+def _where_not(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f": it holds the lone surrogate U+{ord(text[error.start]):04X}"
+    return ""
 
 
 def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

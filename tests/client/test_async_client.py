@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 
-from tandem import AsyncClient, Chunk, ConfigurationError, InvalidRequest, RequestFailed, SamplingParams
+from tandem import (
+    AsyncClient,
+    Chunk,
+    ConfigurationError,
+    InvalidRequest,
+    RequestCancelled,
+    RequestFailed,
+    SamplingParams,
+)
 from tandem.client.stream import MAX_UNREAD_TOKENS
-from tandem.protocol.messages import Submit
+from tandem.protocol.messages import Cancel, Submit
 
 from support.scripted_scheduler import ANSWER, EOS, TOKENIZER, ScriptedScheduler
 
@@ -231,3 +239,72 @@ def test_bounds_of_the_client_itself() -> None:
         AsyncClient("ipc:///x", max_concurrency=0)
     with pytest.raises(ConfigurationError, match="address"):
         AsyncClient("http://x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"connect_timeout": "1"}, "connect_timeout"),
+        ({"reconnect_timeout": -1}, "reconnect_timeout"),
+        ({"max_concurrency": "8"}, "max_concurrency"),
+        ({"max_concurrency": 0}, "max_concurrency"),
+        ({"name": 3}, "name"),
+        ({"name": "x" * 257}, "name"),
+        ({"address": 3}, "address"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_by_name(arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field) as refused:
+        AsyncClient(**{"address": "ipc:///tmp/none", **arguments})
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize("timeout", ["5", True, -1, float("nan")])
+def test_timeouts_that_cannot_be_are_refused(timeout: Any) -> None:
+    async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
+        for prompt in ("Hi", ["Hi"]):
+            with pytest.raises(InvalidRequest, match="timeout: expected seconds"):
+                await client.generate(prompt, timeout=timeout)
+
+    play(scenario)
+
+
+def test_no_time_limit_is_none_or_infinite() -> None:
+    async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
+        for timeout in (None, float("inf")):
+            assert (await client.generate("Hi", timeout=timeout)).text == ANSWER
+
+    play(scenario, reconnect_timeout=None)
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_a_request_that_is_ended_while_it_is_being_sent_is_cancelled(close: bool) -> None:
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        await client.tokenizer()
+        stream = client.stream([{"role": "user", "content": "Hi"}])  # rendered on another thread
+        reading = asyncio.create_task(stream.result())
+        await asyncio.sleep(0)
+        assert stream.history is None
+        if close:
+            await stream.aclose()
+        else:
+            client.cancel(stream)
+        with pytest.raises(RequestCancelled):
+            await reading
+        assert [cancel.ticket for cancel in await scheduler.until(Cancel)] == [0]
+
+    play(scenario, ScriptedScheduler.begin)
+
+
+def test_closing_while_the_tokenizer_is_fetched_cancels_no_task() -> None:
+    async def main() -> None:
+        async with ScriptedScheduler() as scheduler:
+            client = AsyncClient(scheduler.address, connect_timeout=20.0)
+            await client.connect()
+            call = asyncio.create_task(client.generate("Hi"))
+            await asyncio.sleep(0)
+            await client.close()
+            with pytest.raises(RequestCancelled, match="the client was closed"):
+                await call
+
+    asyncio.run(main())

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from tandem import ChatOptions, ConfigurationError, InvalidRequest, SamplingParams
-from tandem.client.prompts import is_batch, is_chat, resolve_sampling, to_token_ids
+from tandem.client.prompts import (
+    is_batch,
+    is_chat,
+    require_chat_options,
+    require_length,
+    resolve_sampling,
+    to_token_ids,
+)
 
 from support.scripted_scheduler import MODEL, TOKENIZER
 
@@ -138,3 +145,45 @@ def test_bad_parameters_are_named(overrides: dict[str, Any], field: str, limit: 
 
 def test_lists_are_taken_for_tuples() -> None:
     assert resolve_sampling(MODEL, None, {"stop_token_ids": [1, 2]}).stop_token_ids == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", ["0.5", True])
+def test_text_and_booleans_are_no_numbers(name: str, value: object) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name}: expected a number, got {value!r}") as refused:
+        resolve_sampling(MODEL, None, {name: value})
+    assert (refused.value.field, refused.value.value) == (name, value)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    given = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(5),
+        "seed": np.uint8(7),
+        "stop_token_ids": np.array([3, 4]),
+        "ignore_eos": np.bool_(True),
+    }
+    assert resolve_sampling(MODEL, None, given) == SamplingParams(
+        temperature=0.5, top_k=5, seed=7, stop_token_ids=(3, 4), ignore_eos=True
+    )
+    assert resolve_sampling(MODEL, SamplingParams(stop_token_ids=(np.int32(3),), seed=1), {}).stop_token_ids == (3,)  # type: ignore[arg-type]
+
+
+def test_options_of_a_chat_need_a_chat() -> None:
+    require_chat_options("text", None)
+    require_chat_options([{"role": "user", "content": "x"}], ChatOptions(tools=[]))
+    for prompt in ("text", [1, 2], {"prompt_token_ids": [1]}):
+        with pytest.raises(InvalidRequest, match="chat: these options are for a list of messages"):
+            require_chat_options(prompt, ChatOptions(tools=[]))
+    with pytest.raises(InvalidRequest, match="chat: expected a ChatOptions, got dict"):
+        require_chat_options([{"role": "user", "content": "x"}], {"tools": []})
+
+
+def test_token_ids_over_the_context_are_refused_before_they_are_converted() -> None:
+    longest = MODEL.max_model_len - 1
+    for prompt in ([1] * longest, np.ones(longest, np.int64), "x" * 10_000_000, [{"role": "user"}] * (longest + 1)):
+        require_length(prompt, MODEL.max_model_len)
+    for over in ([None] * (longest + 1), np.ones(longest + 1, np.int64)):
+        with pytest.raises(InvalidRequest, match=f"leaves room for {longest}") as refused:
+            require_length(over, MODEL.max_model_len)
+        assert (refused.value.field, refused.value.limit, refused.value.value) == ("prompt", longest, longest + 1)

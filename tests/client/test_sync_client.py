@@ -133,3 +133,31 @@ def test_within_a_running_loop(scheduler: ScriptedScheduler) -> None:
             assert "".join(chunk.text for chunk in client.stream("Hi")) == ANSWER
 
     asyncio.run(cell())
+
+
+def test_a_stream_keeps_its_client_alive(scheduler: ScriptedScheduler) -> None:
+    assert "".join(chunk.text for chunk in Client(scheduler.address).stream("Hi")) == ANSWER
+    gc.collect()
+    assert not our_threads()
+
+
+def test_a_forked_child_is_told_to_make_its_own(scheduler: ScriptedScheduler) -> None:
+    """In a program of its own: forking this one, with its threads, would prove little."""
+    code = f"""
+import os
+from tandem import Client
+client = Client({scheduler.address!r})
+child = os.fork()
+if child == 0:
+    try:
+        client.generate("Hi")
+    except RuntimeError as error:
+        print("child:", error, flush=True)
+else:
+    print("parent saw", os.waitpid(child, 0)[1], client.generate("Hi").text)
+    client.close()
+"""
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "child: this Client was made before the process forked" in run.stdout
+    assert f"parent saw 0 {ANSWER}" in run.stdout

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tandem.client.tokenizer import Tokenizer
+from tandem.client.tokenizer import LONG_TEXT, Tokenizer
 from tandem.protocol.errors import ConfigurationError, InvalidRequest
 
 from support.tokenizer_zoo import TEXTS, ZOO, byte_fallback, byte_level, unigram
@@ -93,9 +93,20 @@ def test_special_tokens_map_file_is_read() -> None:
 
 
 def test_lone_surrogates_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="Unicode") as info:
-        Tokenizer.from_files(byte_level()).encode("bad \ud800 text")
-    assert info.value.field == "prompt"
+    for text in ("bad \ud800 text", "x" * LONG_TEXT + "\ud800"):
+        with pytest.raises(InvalidRequest, match=r"no valid Unicode text: it holds the lone surrogate U\+D800") as info:
+            Tokenizer.from_files(byte_level()).encode(text)
+        assert info.value.field == "prompt"
+
+
+def test_long_text_is_encoded_as_short_text_is() -> None:
+    tokenizer = Tokenizer.from_files(byte_level())
+    words = "Hello wörld, 3 <|im_end|>\n"
+    text = words * (LONG_TEXT // len(words) + 1)
+    assert len(text) >= LONG_TEXT
+    assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(words, add_special_tokens=False) * (
+        len(text) // len(words)
+    )
 
 
 @pytest.mark.parametrize(

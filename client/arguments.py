@@ -1,0 +1,56 @@
+"""What a caller passes besides prompts and sampling parameters, checked where it is passed."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+from ..protocol.errors import InvalidRequest
+
+MAX_NAME_CHARS = 256
+
+
+def seconds(name: str, value: object) -> float | None:
+    """`value` as seconds; None and infinity, which event loops do not all know, are no limit. Raises InvalidRequest
+    unless it is None or a number of at least 0."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or value < 0:
+        raise InvalidRequest(
+            f"{name}: expected seconds, at least 0, or None for no limit; got {value!r:.100}",
+            field=name,
+            limit=0,
+            value=value,
+        )
+    return None if value == math.inf else float(value)
+
+
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raises InvalidRequest unless it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidRequest(
+            f"{name}: {value!r:.100}, must be a whole number of at least {least}", field=name, limit=least, value=value
+        )
+
+
+def require_name(name: object) -> None:
+    """Raises InvalidRequest unless it is text that a scheduler takes as a client's name."""
+    if not isinstance(name, str):
+        raise InvalidRequest(f"name: expected text, got {type(name).__name__}", field="name", value=name)
+    if len(name) > MAX_NAME_CHARS:
+        raise InvalidRequest(
+            f"name: {len(name)} characters, over the limit of {MAX_NAME_CHARS}",
+            field="name",
+            limit=MAX_NAME_CHARS,
+            value=len(name),
+        )
+
+
+def require_params(params: object) -> None:
+    """Raises InvalidRequest unless it is a SamplingParams or None."""
+    from ..protocol.sampling import SamplingParams
+
+    if params is not None and not isinstance(params, SamplingParams):
+        raise InvalidRequest(
+            f"sampling_params: expected a SamplingParams, got {type(params).__name__}", field="sampling_params"
+        )
