@@ -18,7 +18,9 @@ from ..scheduler.config import SchedulerConfig
 from ..worker.config import WorkerConfig
 from .config import merged, read_file
 from .options import Group, flags, option_names, with_flags
+from .progress import note
 from .sampling import sampling_flags
+from .terminal import UNWRITABLE, discard_stdout, prepare_stdio
 
 app = typer.Typer(
     name="tandem",
@@ -55,16 +57,22 @@ SystemMessage = Annotated[str | None, typer.Option("--system", help="The chat's 
 
 def main() -> None:
     """Entry point of the `tandem` command. Errors that a user can mend are one sentence, never a traceback."""
+    prepare_stdio()
     try:
         app(prog_name="tandem")
     except ConfigurationError as error:
         _fail(error, 2)
     except TandemError as error:
         _fail(error, 1)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        discard_stdout()
+        _fail(f"cannot write the output: {error.strerror}", 1)
 
 
-def _fail(error: TandemError, code: int) -> None:
-    sys.stderr.write(f"tandem: {error}\n")
+def _fail(error: object, code: int) -> None:
+    note(f"tandem: {error}")
     sys.exit(code)
 
 

@@ -20,6 +20,10 @@ NEUTRAL = ("insecure", "log_level")
 """Options that do not by themselves ask for a system of one's own."""
 
 
+TCP_ANSWER_S = 10.0
+"""How long a host may take to accept a connection."""
+
+
 @dataclass(frozen=True)
 class Service:
     """A service to connect to."""
@@ -66,8 +70,11 @@ def _running(url: str, insecure: bool) -> Service:
     """A service that was named. Raises ServiceUnavailable at once if nobody can be there."""
     address = Address(url)
     address.require_safe(insecure)
-    if address.is_ipc and not _answers(address):
-        raise ServiceUnavailable(f"nobody serves at {url}; start a service there with: tandem serve --address {url}")
+    if not _answers(address):
+        flags = "" if address.is_ipc else " --insecure"
+        raise ServiceUnavailable(
+            f"nobody serves at {url}; start a service there with: tandem serve --address {url}{flags}"
+        )
     return Service(url, insecure, None)
 
 
@@ -99,9 +106,14 @@ def _embedded(worker_options: Options) -> Iterator[Service]:
 
 
 def _answers(address: Address) -> bool:
-    """Whether somebody listens at an ipc address."""
+    """Whether somebody listens there."""
     if not address.is_ipc:
-        return False
+        host, _, port = address.url.removeprefix("tcp://").rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), TCP_ANSWER_S).close()
+        except OSError:
+            return False
+        return True
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

@@ -13,8 +13,10 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 
+from ..protocol.errors import ConfigurationError
 from ..protocol.transport import default_address, require_private
 
 PREFIX = "e-"
@@ -24,13 +26,19 @@ class PrivateDirectory:
     """A fresh directory of this user's alone; `close()` removes it with all that it holds.
 
     Creating one also removes the directories of owners that ended without closing theirs. Raises ConfigurationError
-    if the base directory is not this user's alone.
+    if the base directory cannot be made, or is another's, or others could have written to it.
     """
 
     def __init__(self, base: Path | None = None) -> None:
         self._base = base or default_address("embedded").directory.parent
-        self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_private(self._base)
+        try:
+            self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot make the directory {self._base} for sockets: {error.strerror}; "
+                "set XDG_RUNTIME_DIR to a directory of your own"
+            ) from error
+        _make_private(self._base)
         _sweep(self._base)
         while True:
             self.path = self._base / (PREFIX + secrets.token_hex(4))
@@ -45,6 +53,14 @@ class PrivateDirectory:
         if self._lock is not None:
             _remove(self.path, self._lock)
             self._lock = None
+
+
+def _make_private(base: Path) -> None:
+    """A base that was made as the parent of a service's directory has the modes that the user's umask left it."""
+    info = os.lstat(base)
+    if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022:
+        os.chmod(base, 0o700)
+    require_private(base)
 
 
 def _lock_of(directory: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Self
@@ -44,7 +45,7 @@ class EmbeddedSystem:
         self._listener = listener or PassThrough()
         self._on_death = on_death
         self._system: System | None = None
-        self._finalizer: weakref.finalize[[System, PrivateDirectory], EmbeddedSystem] | None = None
+        self._finalizer: weakref.finalize[[System, PrivateDirectory, int], EmbeddedSystem] | None = None
         self._new_system("ipc:///unused")
 
     def _new_system(self, address: str) -> System:
@@ -76,8 +77,12 @@ class EmbeddedSystem:
         if self._system is not None:
             raise RuntimeError("this system has been started before")
         directory = PrivateDirectory()
-        self._system = system = self._new_system(f"ipc://{directory.path}")
-        self._finalizer = weakref.finalize(self, _end, system, directory)
+        try:
+            self._system = system = self._new_system(f"ipc://{directory.path}")
+        except BaseException:
+            directory.close()
+            raise
+        self._finalizer = weakref.finalize(self, _end, system, directory, os.getpid())
         try:
             return system.start()
         except BaseException:
@@ -97,7 +102,9 @@ class EmbeddedSystem:
         self.stop()
 
 
-def _end(system: System, directory: PrivateDirectory) -> None:
+def _end(system: System, directory: PrivateDirectory, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked child must not take the system away from its parent
     with uninterrupted(redeliver=True):
         system.stop()
         directory.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,14 +53,19 @@ def generate(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line, empty lines skipped; "-" is stdin. Raises ConfigurationError."""
+    """The prompts of a UTF-8 file, one a line, empty lines skipped; "-" is stdin. Raises ConfigurationError."""
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        if str(path) != "-":
+            data = path.read_bytes()
+        else:
+            data = sys.stdin.buffer.read()
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise ConfigurationError(f"cannot read the prompts in {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"the prompts in {path} are not UTF-8 text") from error
-    return [line for line in text.splitlines() if line.strip()]
+    # Not splitlines(): what it also takes for a line's end, such as U+2028, may be part of a prompt.
+    return [line for line in re.split(r"\r\n?|\n", text) if line.strip()]
 
 
 class _Run:
@@ -139,10 +145,20 @@ class _Run:
     def _print(self, index: int, answer: Completion | RequestError) -> None:
         prompt = self._prompts[index]
         if self._as_json:
-            print(json.dumps({"prompt": prompt, **_as_dict(answer)}, ensure_ascii=False), flush=True)
+            print(as_line({"prompt": prompt, **_as_dict(answer)}), flush=True)
             return
-        print(f"> {prompt}")
+        write_answer(f"> {prompt}\n")
         write_answer(f"failed: {answer}\n\n" if isinstance(answer, RequestError) else f"{answer.text}\n\n")
+
+
+def as_line(content: Mapping[str, Any]) -> str:
+    """JSON that stdout can take: as it is, or with escapes if the encoding or a lone surrogate forbids that."""
+    line = json.dumps(content, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(content)
+    return line
 
 
 def _as_dict(answer: Completion | RequestError) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import threading
 import time
 
 from ..protocol.status import StatusPipe
-from ..protocol.transport import default_address
+from ..protocol.transport import Address, default_address
 from ..scheduler.config import SchedulerConfig
 from .config import Options, build
 from .progress import StartDisplay, note
@@ -26,7 +26,7 @@ def serve(options: Options, data_parallel_size: int) -> None:
     display = StartDisplay()
     system = System(options, options, data_parallel_size=data_parallel_size, listener=display)
     with ending_interrupts():
-        began = time.monotonic()
+        began, stopping = time.monotonic(), False
         try:
             with display:
                 system.start()
@@ -35,9 +35,11 @@ def serve(options: Options, data_parallel_size: int) -> None:
             if death is not None:
                 raise death
         except KeyboardInterrupt:
-            note("Stopping.")
+            stopping = True
         finally:
-            with uninterrupted(redeliver=False):
+            with uninterrupted(redeliver=False):  # whoever asks twice is not told twice
+                if stopping:
+                    note("Stopping.")
                 system.stop()
 
 
@@ -78,11 +80,14 @@ def run_worker(options: Options) -> int:
 
 def _print_ready(system: System, seconds: float) -> None:
     where = "" if system.address == default_address().url else f" --connect {system.address}"
+    python = f'"{system.address}"'
+    if not Address(system.address).is_ipc:
+        where, python = f"{where} --insecure", f"{python}, insecure=True"
     count = f"{system.workers} workers" if system.workers > 1 else "1 worker"
     print(
         f"Serving {system.model_name} at {system.address} ({count}, ready in {seconds:.1f} s). Ctrl-C ends it.\n"
         f"  chat      tandem chat{where}\n"
         f'  a prompt  tandem generate{where} "What is 17 + 25?"\n'
-        f'  Python    tandem.Client("{system.address}")',
+        f"  Python    tandem.Client({python})",
         flush=True,
     )
