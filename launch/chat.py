@@ -28,6 +28,7 @@ def chat(*, connect: str | None, worker_options: Options, sampling: Mapping[str,
             ):
                 _Conversation(client, target, ending, sampling, system).run()
         except KeyboardInterrupt:
+            ending.is_last = True
             print()
 
 

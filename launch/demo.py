@@ -50,13 +50,14 @@ class Answer:
 
 def demo(worker_options: Options) -> int:
     """Runs the demonstration on a system of its own; returns the exit code."""
-    with ending_interrupts():
+    with ending_interrupts() as ending:
         began = time.monotonic()
         try:
             with service(None, worker_options, embed=True) as target:
                 ready_s = time.monotonic() - began
                 answers, seconds = asyncio.run(_ask_all(target, [Answer(question) for question in QUESTIONS]))
         except KeyboardInterrupt:
+            ending.is_last = True
             note("Stopped.")
             return 0
     tokens = sum(answer.tokens for answer in answers)

@@ -43,11 +43,12 @@ def generate(
         raise ConfigurationError(
             "--system is part of a chat, and --raw is for prompts without one; give one of the two"
         )
-    with ending_interrupts():
+    with ending_interrupts() as ending:
         try:
             with service(connect, worker_options) as target:
                 return asyncio.run(_Run(target, prompts, sampling, system, raw, as_json).run())
         except KeyboardInterrupt:
+            ending.is_last = True
             note("Interrupted.")
             return INTERRUPTED
 

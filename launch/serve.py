@@ -25,8 +25,8 @@ def serve(options: Options, data_parallel_size: int) -> None:
     # The scheduler's options and the workers' share a configuration file and flags; each takes its own.
     display = StartDisplay()
     system = System(options, options, data_parallel_size=data_parallel_size, listener=display)
-    with ending_interrupts():
-        began, stopping = time.monotonic(), False
+    with ending_interrupts() as ending:
+        began = time.monotonic()
         try:
             with display:
                 system.start()
@@ -35,10 +35,10 @@ def serve(options: Options, data_parallel_size: int) -> None:
             if death is not None:
                 raise death
         except KeyboardInterrupt:
-            stopping = True
+            ending.is_last = True
         finally:
             with uninterrupted(redeliver=False):  # whoever asks twice is not told twice
-                if stopping:
+                if ending.is_last:
                     note("Stopping.")
                 system.stop()
 

@@ -16,6 +16,9 @@ class Ending:
 
     def __init__(self) -> None:
         self.asked = False
+        self.is_last = False
+        """Set by a command that was interrupted and has nothing left to do but end the program: it does so with its own
+        exit code, however often it is asked once more."""
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def ending_interrupts() -> Iterator[Ending]:
         yield ending
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, signal.SIG_IGN if ending.is_last else signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager

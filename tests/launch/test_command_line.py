@@ -1,5 +1,9 @@
 """Flags, configuration files and their errors. Nothing is started here: whatever is wrong is found before."""
 
+import io
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,6 +11,7 @@ import pytest
 
 from tandem.launch import cli
 from tandem.launch.config import build, merged, read_file
+from tandem.launch.generate import as_line, read_prompts
 from tandem.launch.system import place_workers, visible_gpus
 from tandem.protocol.errors import ConfigurationError
 from tandem.scheduler.config import SchedulerConfig
@@ -110,6 +115,17 @@ def test_a_service_that_is_not_there_is_told_at_once(
     assert f"nobody serves at {address}; start a service there with: tandem serve --address {address}" in err
 
 
+def test_nobody_at_a_tcp_address_is_told_at_once(
+    runtime: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # bound, but not listening: refuses connections
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        code, out, err = run(capsys, monkeypatch, "generate", "--connect", address, "--insecure", "hello")
+    assert (code, out) == (1, "")
+    assert f"nobody serves at {address}; start a service there with: tandem serve --address {address} --insecure" in err
+
+
 def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = run(capsys, monkeypatch, "serve", "--max-num-seq", "3")
     assert code == 2
@@ -127,6 +143,7 @@ def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str], m
         ("block-size: 8\nblock_size: 16", "'block_size' is given twice"),
         ("dtype: !!python/object/apply:os.system [ls]", "is not valid YAML"),
         ("\x00", "is not valid YAML"),
+        ("? [a]\n: 2", "a name must be text"),
     ],
 )
 def test_bad_configuration_files(text: str, message: str, tmp_path: Path) -> None:
@@ -192,3 +209,48 @@ def test_visible_gpus_are_counted_from_zero(tmp_path: Path, monkeypatch: pytest.
     assert visible_gpus(tmp_path) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus(tmp_path) == []
+
+
+def test_prompts_are_lines_and_nothing_else_divides_them(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_bytes("\ufeffone\r\n\n  \ntwo\u2028still two\x0c\x85\nthree".encode())
+    assert read_prompts(path) == ["one", "two\u2028still two\x0c\x85", "three"]
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(ConfigurationError, match="are not UTF-8 text"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "line"),
+    [
+        ("é", "utf-8", '{"text": "é"}'),
+        ("é", "ascii", '{"text": "\\u00e9"}'),
+        ("a\udce9", "utf-8", '{"text": "a\\udce9"}'),
+    ],
+)
+def test_json_lines_are_json_in_every_encoding(
+    text: str, encoding: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert as_line({"text": text}) == line
+
+
+def test_closed_streams_are_no_traceback() -> None:
+    def close() -> None:
+        os.closerange(0, 3)
+
+    ended = subprocess.run([sys.executable, "-P", "-m", "tandem.launch.cli", "--version"], preexec_fn=close, timeout=60)
+    assert ended.returncode == 0
+
+
+def test_a_full_disk_is_told_in_a_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "tandem.launch.cli", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    assert (ended.returncode, ended.stderr) == (1, "tandem: cannot write the output: No space left on device\n")
