@@ -1,4 +1,4 @@
-"""Greedy output on CUDA in float32 equals transformers' `generate` (on the CPU), token for token, through whole systems."""
+"""Greedy output on CUDA in float32 equals transformers' `generate` on the CPU, token for token, end to end."""
 
 from __future__ import annotations
 

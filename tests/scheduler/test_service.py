@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import msgpack
 import pytest
@@ -38,12 +40,17 @@ def expected(prompt: list[int], count: int) -> list[int]:
     return continuation(prompt, len(prompt) + count, frozenset(), VOCAB)[0]
 
 
-def play(script: Callable[[Scene], Awaitable[None]], **options: object) -> None:
+def play(script: Callable[[Scene], Awaitable[None]], **options: Any) -> None:
     async def run() -> None:
         async with scene(**options) as made:
             await script(made)
 
     asyncio.run(run())
+
+
+def chunk_at(client: ScriptedClient, name: str, offset: int) -> FileChunk | None:
+    chunks = (one for one in client.got if isinstance(one, FileChunk))
+    return next((one for one in chunks if (one.name, one.offset) == (name, offset)), None)
 
 
 async def stats_of(client: ScriptedClient) -> Stats:
@@ -73,17 +80,7 @@ def test_a_client_that_comes_first_is_told_when_there_is_a_model_and_gets_its_fi
             data = b""
             while len(data) < info.size:
                 await client.send(FetchFile(name=info.name, offset=len(data)))
-                length = len(data)
-                chunk = await client.wait(
-                    lambda name=info.name, length=length: next(
-                        (
-                            one
-                            for one in client.got
-                            if isinstance(one, FileChunk) and (one.name, one.offset) == (name, length)
-                        ),
-                        None,
-                    )
-                )
+                chunk = await client.wait(partial(chunk_at, client, info.name, len(data)))
                 data += chunk.data
             assert hashlib.sha256(data).hexdigest() == info.sha256
             assert data == FILES[info.name]
@@ -167,7 +164,7 @@ def test_a_worker_whose_files_are_not_what_it_announced_is_refused() -> None:
         ({"max_num_seqs": 2**30, "max_num_batched_tokens": 2**30}, "max_num_seqs"),
     ],
 )
-def test_a_worker_that_does_not_fit_is_refused_and_the_others_serve_on(changes: dict[str, object], story: str) -> None:
+def test_a_worker_that_does_not_fit_is_refused_and_the_others_serve_on(changes: dict[str, Any], story: str) -> None:
     async def script(made: Scene) -> None:
         good, bad = made.worker(1), made.worker(2, **changes)
         await good.hello()
@@ -261,7 +258,7 @@ def test_a_lying_worker_changes_nothing(lie: str) -> None:
     play(script)
 
 
-def test_plans_go_out_before_deliveries() -> None:
+def test_plans_go_out_before_deliveries(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand streams must not stand between a result and the next plan."""
 
     async def script(made: Scene) -> None:
@@ -275,8 +272,16 @@ def test_plans_go_out_before_deliveries() -> None:
         await worker.wait(lambda: len(worker.simulated.plans) == 2)
         order: list[str] = []
         send_plan, deliver = made.service.workers.send_plan, made.service.clients.deliver
-        made.service.workers.send_plan = lambda one: (order.append("plan"), send_plan(one))[1]  # type: ignore[method-assign]
-        made.service.clients.deliver = lambda one: (order.append("tokens"), deliver(one))[1]  # type: ignore[method-assign]
+
+        def noting(name: str, act: Callable[[Any], None]) -> Callable[[Any], None]:
+            def noted(instruction: Any) -> None:
+                order.append(name)
+                act(instruction)
+
+            return noted
+
+        monkeypatch.setattr(made.service.workers, "send_plan", noting("plan", send_plan))
+        monkeypatch.setattr(made.service.clients, "deliver", noting("tokens", deliver))
         worker.compute()
         await client.wait(lambda: client.tokens(1))
         assert order == ["plan", "tokens"]

@@ -82,7 +82,7 @@ class Peer:
         async with asyncio.timeout(DEADLINE_S):
             await until(lambda: self.socket.send([data]) is Sent.QUEUED)
 
-    async def wait(self, condition: Callable[[], _T]) -> _T:
+    async def wait(self, condition: Callable[[], _T | None]) -> _T:
         """The condition's value once it is true; it is looked at whenever a message has arrived."""
         async with asyncio.timeout(DEADLINE_S):
             while not (value := condition()):
