@@ -114,12 +114,16 @@ class ServiceDirectory:
         gone by the time it is ours, and then it is made anew."""
         path = self._directory / "lock"
         while True:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self._directory)
             require_private(self._directory)
             try:
                 lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                raise ConfigurationError(
+                    f"address ipc://{self._directory}: cannot write there: {error.strerror}"
+                ) from error
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
@@ -143,6 +147,16 @@ class ServiceDirectory:
             self._directory.rmdir()
         except OSError:
             return  # somebody keeps something of their own there
+
+
+def make_private(directory: Path) -> None:
+    """Makes a directory, and those above it that are missing, for this user alone. Raises ConfigurationError if it
+    cannot."""
+    try:
+        for missing in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"address ipc://{directory}: cannot make the directory: {error.strerror}") from error
 
 
 def require_private(directory: Path) -> None:

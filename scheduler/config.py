@@ -32,7 +32,10 @@ class SchedulerConfig(BaseModel):
     worker_lease: Annotated[
         float,
         Field(
-            gt=0, le=86_400, description="Seconds without a result or a sign of idleness after which a worker is lost."
+            gt=0,
+            le=86_400,
+            description="Seconds without a result or a sign of idleness after which a worker is lost; "
+            "never less than ten of its longest steps.",
         ),
     ] = 60.0
     max_waiting_requests: Annotated[

@@ -177,3 +177,12 @@ def test_a_peer_that_does_not_read_and_one_that_is_gone_are_told_apart(
         assert router.send([route, data]) is Sent.GONE
 
     asyncio.run(run())
+
+
+def test_missing_parents_are_made_private_too_and_impossible_ones_are_a_clear_error(folder: Path) -> None:
+    held = ServiceDirectory(folder / "new" / "service")
+    assert (folder / "new").stat().st_mode & 0o777 == 0o700
+    held.close()
+    (folder / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match="cannot make the directory"):
+        ServiceDirectory(folder / "file" / "service")
