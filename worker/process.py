@@ -119,6 +119,13 @@ def _set_threads(config: WorkerConfig, device: torch.device) -> None:
 
 
 def _device(config: WorkerConfig) -> torch.device:
+    device = _named_device(config)
+    if config.batch_invariant and device.type != "cpu":
+        raise ConfigurationError("--batch-invariant is kept on a CPU only so far; leave it out, or add --device cpu")
+    return device
+
+
+def _named_device(config: WorkerConfig) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
