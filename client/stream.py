@@ -24,7 +24,6 @@ class History:
     prompt: npt.NDArray[np.int32]
     sampling: SamplingParams
     """As sent, with the seed."""
-    name: str = ""
     generated: list[int] = field(default_factory=list)
     """Tokens received so far, read or not."""
     epoch: int | None = None
@@ -38,7 +37,6 @@ class History:
             prompt=self.prompt,
             sampling=self.sampling,
             generated=np.array(self.generated, np.int32),
-            name=self.name,
         )
 
 

@@ -89,11 +89,6 @@ class Tokenizer:
         """A new stream of text; see Detokenizer for `context`."""
         return Detokenizer(self._backend, self._decoder, context, skip_special_tokens)
 
-    def token_text(self, id_: int) -> str | None:
-        """The vocabulary's own spelling of a token, None for an id that has none."""
-        text: str | None = self._backend.id_to_token(id_)
-        return text
-
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry."""
         id_: int | None = self._backend.token_to_id(token)

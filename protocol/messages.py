@@ -179,8 +179,6 @@ class Submit:
     """With a seed, unless temperature is 0."""
     generated: Ints = field(default_factory=_no_ints)
     """Tokens of this request that the client already holds; the stream goes on at offset len(generated)."""
-    name: Name = ""
-    """The client's own name of the request, for logs."""
 
 
 @message

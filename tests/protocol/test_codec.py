@@ -57,7 +57,6 @@ def column(values: list[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
     top_k=st.integers(-1, 2**31 - 1),
     seed=st.none() | st.integers(0, 2**63 - 1),
     stops=st.lists(st.integers(0, 2**40), max_size=128),
-    name=st.text(max_size=60),
 )
 def test_a_submission_survives_the_wire(
     prompt: list[int],
@@ -66,10 +65,9 @@ def test_a_submission_survives_the_wire(
     top_k: int,
     seed: int | None,
     stops: list[int],
-    name: str,
 ) -> None:
     sampling = SamplingParams(temperature=temperature, top_k=top_k, seed=seed, stop_token_ids=tuple(stops))
-    sent = Submit(ticket=1, prompt=column(prompt), generated=column(generated), sampling=sampling, name=name)
+    sent = Submit(ticket=1, prompt=column(prompt), generated=column(generated), sampling=sampling)
     assert same(decode(encode(sent), Submit), sent)
 
 
@@ -172,7 +170,6 @@ def test_damaged_messages_are_refused_or_still_typed(position: int, value: int, 
         {"sampling": {"max_tokens": 0}},
         {"sampling": {"stop_token_ids": list(range(129))}},
         {"sampling": {"unheard_of": 1}},
-        {"name": "x" * 257},
         {"unheard_of": 1},
     ],
 )
