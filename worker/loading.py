@@ -156,7 +156,7 @@ def resolve_dtype(
     requested: str | torch.dtype, config: PretrainedConfig, device: torch.device, weights: list[Path]
 ) -> torch.dtype:
     """The dtype of weights and activations. auto: the config's, else the first weight's; on a CPU float32, because most
-    CPUs have no 16-bit arithmetic to speak of: the built-in model is five times slower in bfloat16."""
+    CPUs have no 16-bit arithmetic to speak of: the built-in model reads a prompt many times slower in bfloat16."""
     if isinstance(requested, torch.dtype):
         return requested
     if requested != "auto":
