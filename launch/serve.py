@@ -25,7 +25,7 @@ def serve(options: Options, data_parallel_size: int) -> None:
     # The scheduler's options and the workers' share a configuration file and flags; each takes its own.
     display = StartDisplay()
     system = System(options, options, data_parallel_size=data_parallel_size, listener=display)
-    with ending_interrupts() as ending:
+    with ending_interrupts(once=True) as ending:
         began = time.monotonic()
         try:
             with display:
@@ -37,7 +37,7 @@ def serve(options: Options, data_parallel_size: int) -> None:
         except KeyboardInterrupt:
             ending.is_last = True
         finally:
-            with uninterrupted(redeliver=False):  # whoever asks twice is not told twice
+            with uninterrupted(redeliver=False):  # a process that died is no reason to stop half-way either
                 if ending.is_last:
                     note("Stopping.")
                 system.stop()

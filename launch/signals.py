@@ -22,11 +22,14 @@ class Ending:
 
 
 @contextmanager
-def ending_interrupts() -> Iterator[Ending]:
+def ending_interrupts(*, once: bool = False) -> Iterator[Ending]:
     """While the block runs, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread. Call it there.
 
-    SIGINT gets Python's own handler back even where the shell made it ignored (a job in the background), because the
-    others arrive through it, and because asyncio.run turns it into a cancellation.
+    With `once` only the first of them does. That is for a block that has nothing to do but end properly when it is
+    interrupted: a second signal could strike anywhere in its `except` and `finally`, and stop the ending half-way.
+
+    Otherwise SIGINT gets Python's own handler back even where the shell made it ignored (a job in the background),
+    because the others arrive through it, and because asyncio.run turns it into a cancellation.
     """
     ending = Ending()
 
@@ -34,10 +37,15 @@ def ending_interrupts() -> Iterator[Ending]:
         ending.asked = True
         signal.raise_signal(signal.SIGINT)
 
+    def interrupt_once(_number: int, _frame: FrameType | None) -> None:
+        first, ending.asked = not ending.asked, True
+        if first:
+            raise KeyboardInterrupt
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt_once if once else signal.default_int_handler)
     for number in ENDING:
-        signal.signal(number, interrupt)
+        signal.signal(number, interrupt_once if once else interrupt)
     try:
         yield ending
     finally:
