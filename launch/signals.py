@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
+KICK = signal.SIGURG
+KICKS = 20
+KICK_EVERY_S = 0.05
 
 
 class Ending:
@@ -43,14 +47,53 @@ def ending_interrupts(*, once: bool = False) -> Iterator[Ending]:
             raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
-    signal.signal(signal.SIGINT, interrupt_once if once else signal.default_int_handler)
-    for number in ENDING:
-        signal.signal(number, interrupt_once if once else interrupt)
+    with _attentive_main_thread():
+        signal.signal(signal.SIGINT, interrupt_once if once else signal.default_int_handler)
+        for number in ENDING:
+            signal.signal(number, interrupt_once if once else interrupt)
+        try:
+            yield ending
+        finally:
+            for number, handler in before.items():
+                after = signal.SIG_DFL if handler is None else handler
+                signal.signal(number, signal.SIG_IGN if ending.is_last else after)
+
+
+@contextmanager
+def _attentive_main_thread() -> Iterator[None]:
+    """While the block runs, the main thread's system calls are interrupted whichever thread a signal came to.
+
+    Of several signals at once the kernel gives some, or all, to another thread. There Python only makes a note, for
+    the main thread to read, which may sleep in its system call for good. A helper thread hears of each signal through
+    the wakeup descriptor, and kicks the main thread with one whose handler does nothing: more than once, because a kick
+    between the last look at the notes and the system call is lost.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(writer, False)
+    main = threading.main_thread().ident
+    assert main is not None  # it is running this
+    over = threading.Event()
+
+    def kick() -> None:
+        with open(reader, "rb", buffering=0) as numbers:
+            while heard := numbers.read(64):
+                for _ in range(KICKS if any(number != KICK for number in heard) else 0):
+                    signal.pthread_kill(main, KICK)
+                    if over.wait(KICK_EVERY_S):
+                        return
+
+    before = signal.signal(KICK, lambda _number, _frame: None)
+    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    helper = threading.Thread(target=kick, name="tandem-signals", daemon=True)
+    helper.start()
     try:
-        yield ending
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if ending.is_last else signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(wakeup_before)
+        over.set()
+        os.close(writer)
+        helper.join()
+        signal.signal(KICK, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager

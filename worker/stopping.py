@@ -36,7 +36,7 @@ class StopSignals:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(writer, False)
         # Started here and not by the handler, which may interrupt the main thread while it holds threading's own lock.
-        threading.Thread(target=_end_in_time, args=(reader,), name="last-resort", daemon=True).start()
+        threading.Thread(target=self._end_in_time, args=(reader,), name="last-resort", daemon=True).start()
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in ENDING:
             signal.signal(number, self._on_signal)
@@ -54,10 +54,16 @@ class StopSignals:
         else:
             self._leave()
 
+    def _end_in_time(self, reader: int) -> None:
+        """Hears of each signal through the pipe, which the C handler writes.
 
-def _end_in_time(reader: int) -> None:
-    """Python's own handler runs only between two bytecodes of the main thread; the pipe is written by the C handler."""
-    while numbers := os.read(reader, 64):
-        if any(number in ENDING for number in numbers):
-            time.sleep(LAST_RESORT_S)
-            os._exit(0)
+        Python's own handler runs only between two bytecodes of the main thread, which may not even wake up: of several
+        signals at once the kernel gives some to other threads.
+        """
+        while numbers := os.read(reader, 64):
+            if any(number in ENDING for number in numbers):
+                self.asked = True
+                if self._inbox is not None:
+                    self._inbox.put(Stop())
+                time.sleep(LAST_RESORT_S)
+                os._exit(0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import select
 import signal
+import threading
 
 import pytest
 
 from tandem.launch.signals import ending_interrupts
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+DEADLINE_S = 60.0
 
 
 @pytest.mark.parametrize("first", ALL)
@@ -44,3 +47,19 @@ def test_the_handlers_before_come_back(once: bool) -> None:
     with ending_interrupts(once=once):
         assert [signal.getsignal(number) for number in ALL] != before
     assert [signal.getsignal(number) for number in ALL] == before
+
+
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("number", ALL)
+def test_a_signal_that_comes_to_another_thread_wakes_the_main_thread(number: signal.Signals, once: bool) -> None:
+    # The kernel does this on its own when several signals come at once.
+    thread = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), number))
+
+    def wait() -> None:
+        thread.start()
+        select.poll().poll(DEADLINE_S * 1000)
+        raise AssertionError("not interrupted")
+
+    with ending_interrupts(once=once), pytest.raises(KeyboardInterrupt):
+        wait()
+    thread.join()
