@@ -191,13 +191,18 @@ def test_children_outlive_the_thread_that_asked_for_them() -> None:
 
 
 def test_an_interrupt_reaches_the_waiting_owner() -> None:
-    with supervisor() as one:
-        one.start(child("a"))
-        timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            one.wait_ready("a", 20)
-        timer.join()
+    # A shell makes its jobs in the background ignore SIGINT, and the tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with supervisor() as one:
+            one.start(child("a"))
+            timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                one.wait_ready("a", 20)
+            timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 LAUNCHER = """
