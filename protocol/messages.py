@@ -26,9 +26,14 @@ from pydantic_core import PydanticCustomError
 
 from .sampling import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised with every change that an older peer would misread; both ends refuse another version by name."""
 
+
+MAX_PRIORITY = 1_000
+"""Priorities lie between -MAX_PRIORITY and MAX_PRIORITY."""
+MAX_SAMPLES = 65_536
+"""Sample indexes lie below."""
 
 _T = TypeVar("_T")
 
@@ -170,7 +175,10 @@ class ClientHello:
 
 @message
 class Submit:
-    """A new request, or with `generated` a resumption that goes on after those tokens."""
+    """New requests for `n` samples of one prompt, or with `generated` a resumption that goes on after those tokens.
+
+    Sample `sample + i` is a request of its own, with ticket `ticket + i`. All of them are accepted or none.
+    """
 
     ticket: Number
     prompt: Ints
@@ -179,6 +187,16 @@ class Submit:
     """With a seed, unless temperature is 0."""
     generated: Ints = field(default_factory=_no_ints)
     """Tokens of this request that the client already holds; the stream goes on at offset len(generated)."""
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_SAMPLES)] = 1
+    """How many samples; 1 with `generated`."""
+    sample: Annotated[int, Field(strict=True, ge=0, lt=MAX_SAMPLES)] = 0
+    """Index of the first; decides the random numbers together with the seed."""
+    priority: Annotated[int, Field(strict=True, ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    """Class of the request: a lower one goes first, as in vLLM."""
+    timeout_s: Annotated[float, Field(gt=0.0, le=1e9, allow_inf_nan=False)] | None = None
+    """Seconds from its acceptance after which the request ends with reason "timeout", waiting or running."""
+    cache_salt: Annotated[str, Field(strict=True, max_length=256)] = ""
+    """Only requests with the same salt share cached prefixes, so that nobody can time what others have asked."""
 
 
 @message
@@ -225,7 +243,7 @@ class Accepted:
 
 @message
 class Refused:
-    """The request was not taken. `code` is "invalid" or "overloaded"."""
+    """The request was not taken. `code` is "invalid", "overloaded" or "internal"."""
 
     epoch: Number
     ticket: Number
@@ -243,11 +261,12 @@ class Ended:
 
     ticket: Number
     reason: Name
-    """One of "stop", "length", "abort", "error"."""
+    """One of "stop", "length", "abort", "timeout", "error"."""
     error: Text = ""
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
     cached_tokens: Count = 0
+    """Of the prompt's tokens, those that were found in the prefix cache when the request first got a place."""
     queue_s: Seconds = 0.0
     """From acceptance to its first place on a worker."""
     first_token_s: Seconds = 0.0
@@ -280,10 +299,13 @@ class WorkerStats:
     registration: Number
     num_blocks: Count
     free_blocks: Count
+    """Blocks that no row uses; those that still hold a cached prefix among them."""
     running: Count
     steps: Number
     tokens: Number
     """Sampled tokens, those of rows that had ended meanwhile included."""
+    cached_blocks: Count = 0
+    """Blocks whose contents can be found again, those that rows use among them."""
     busy_us: Number
     """Device time inside steps."""
     gap_us: Number
@@ -293,12 +315,21 @@ class WorkerStats:
 
 @message
 class Stats:
-    """Answers AskStats."""
+    """Answers AskStats. Counters count since the scheduler started."""
 
     epoch: Number
     running: Count
     waiting: Count
     preemptions: Number
+    refused: Number = 0
+    """Requests that were refused because the service is overloaded."""
+    timeouts: Number = 0
+    looked_up_tokens: Number = 0
+    """Known tokens of requests that got a place on a worker; a preempted request counts again."""
+    cached_tokens: Number = 0
+    """Those of them that were found in a prefix cache: the hit rate is cached / looked up."""
+    evicted_blocks: Number = 0
+    """Cached blocks that were given away for other contents."""
     workers: tuple[WorkerStats, ...] = ()
 
 

@@ -11,6 +11,7 @@ MAX_STOP_TOKEN_IDS = 128
 """A request may name at most this many stop tokens; they are compared in one matrix for all rows."""
 
 MAX_SEED = 2**63 - 1
+_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +43,16 @@ class SamplingParams:
 
 
 SAMPLING_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of one of several samples, 0 … MAX_SEED: that of sample 0 is `seed` itself.
+
+    Others are mixed by splitmix64's finalizer (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators).
+    """
+    if sample == 0:
+        return seed
+    mixed = (seed + sample * 0x9E3779B97F4A7C15) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (mixed ^ (mixed >> 31)) & MAX_SEED

@@ -149,6 +149,11 @@ class ClientPort:
                         prompt=message.prompt,
                         generated=message.generated,
                         sampling=message.sampling,
+                        n=message.n,
+                        sample=message.sample,
+                        priority=message.priority,
+                        timeout_s=message.timeout_s,
+                        cache_salt=message.cache_salt,
                     )
                 )
             case Cancel():
@@ -176,7 +181,12 @@ class ClientPort:
             epoch=self._epoch,
             running=self._core.running,
             waiting=self._core.waiting,
-            preemptions=self._core.preemptions,
+            preemptions=self._core.counters.preemptions,
+            refused=self._core.counters.refused,
+            timeouts=self._core.counters.timeouts,
+            looked_up_tokens=self._core.counters.looked_up_tokens,
+            cached_tokens=self._core.counters.cached_tokens,
+            evicted_blocks=self._core.evicted_blocks,
             workers=self.worker_stats(),
         )
 

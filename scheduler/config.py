@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .policy import Policy
+
 
 class SchedulerConfig(BaseModel):
     """One scheduler. Unknown options are refused."""
@@ -47,6 +49,30 @@ class SchedulerConfig(BaseModel):
             ge=1, le=2**31 - 1, description="Known tokens of all waiting requests together; more are refused at once."
         ),
     ] = 64_000_000
+    max_requests_per_client: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Open requests of one client; more are refused at once.")
+    ] = 8_192
+    max_n: Annotated[int, Field(ge=1, le=65_536, description="Samples that one request may ask for.")] = 128
+    enable_prefix_caching: Annotated[
+        bool, Field(description="Keep the blocks of requests that ended, for others that begin with the same tokens.")
+    ] = True
+    priority_aging_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=86_400,
+            description="Seconds of waiting that make up for one class of priority, so that no class starves.",
+        ),
+    ] = 30.0
+    mixed_step_target_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=3_600,
+            description="Seconds that a step with prompts beside decoding requests should at most take: prompts are "
+            "cut into chunks small enough, going by the steps before. 0 for no limit.",
+        ),
+    ] = 0.1
     watermark: Annotated[
         float,
         Field(
@@ -58,3 +84,16 @@ class SchedulerConfig(BaseModel):
     log_level: Annotated[
         str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
     ] = "info"
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(
+            max_waiting_requests=self.max_waiting_requests,
+            max_waiting_tokens=self.max_waiting_tokens,
+            max_requests_per_client=self.max_requests_per_client,
+            max_n=self.max_n,
+            watermark=self.watermark,
+            enable_prefix_caching=self.enable_prefix_caching,
+            priority_aging_s=self.priority_aging_s,
+            mixed_step_target_s=self.mixed_step_target_s,
+        )

@@ -8,12 +8,16 @@ with exactly one `Ended`, in the `Deliver` that brings its last token.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import NO_INTS, NO_LONGS, Ended, ModelDescription
-from .door import find_fault
+from ..protocol.sampling import sample_seed
+from .blocks import root
+from .deadlines import Deadlines
+from .door import Invalid, find_fault
 from .events import (
     Accept,
     Cancelled,
@@ -26,39 +30,61 @@ from .events import (
     SendPlan,
     StepDone,
     Submitted,
+    Trouble,
     WorkerJoined,
     WorkerLost,
 )
+from .policy import Policy
 from .queue import WaitingQueue
-from .replica import Commit, Replica
+from .replica import Commit, Offer, Replica
 from .requests import Request
 from .throughput import EndingRate
 
 MAX_LOSSES = 5
 """A request that ran when so many workers were lost fails."""
+INTERNAL = "an error inside the scheduler; its log has the details"
+ADMISSION_WINDOW = 8
+"""If the first in the queue finds no room, so many of those behind it are looked at."""
+MAX_PASSED = 64
+"""A request that so many have passed is passed no more: everything else waits until there is room for it."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the scheduler started."""
+
+    preemptions: int = 0
+    refused: int = 0
+    """For overload."""
+    timeouts: int = 0
+    looked_up_tokens: int = 0
+    """Known tokens of requests that got a place."""
+    cached_tokens: int = 0
+    """Those of them that a prefix cache held."""
+    lost_evictions: int = 0
+    """Evictions of workers that are gone."""
 
 
 class Core:
     """All requests and all workers of one service, and one life of it (`epoch`)."""
 
-    def __init__(self, epoch: int, *, max_waiting_requests: int, max_waiting_tokens: int, watermark: float) -> None:
+    def __init__(self, epoch: int, policy: Policy) -> None:
         self._epoch = epoch
-        self._max_waiting_requests = max_waiting_requests
-        self._max_waiting_tokens = max_waiting_tokens
-        self._watermark = watermark
-        self._queue = WaitingQueue()
+        self._policy = policy
+        self._queue = WaitingQueue(policy.priority_aging_s)
         self._replicas: dict[int, Replica] = {}
         self._requests: dict[int, dict[int, Request]] = {}
         """Open requests by client and ticket."""
+        self._deadlines = Deadlines(self._is_open)
         self._next_number = 0
         self._rate = EndingRate()
-        self.preemptions = 0
+        self.counters = Counters()
         self.model: ModelDescription | None = None
         """What the first worker brought; all others bring the same."""
 
     def handle(self, events: Iterable[Event], now: float) -> list[Instruction]:
-        """Takes in events in order, then plans every step that can be planned. `now` is in seconds of any monotonic
-        clock.
+        """Takes in events in order, ends what is late, then plans every step that can be planned. `now` is in seconds
+        of any monotonic clock. To be called at `next_deadline` too, without events.
 
         A worker whose result is not due or does not fit is given up, with an Expel.
         """
@@ -77,6 +103,9 @@ class Core:
                     self._worker_joined(event)
                 case WorkerLost():
                     self._worker_lost(event, now, out)
+        for request in self._deadlines.passed(now):
+            self.counters.timeouts += 1
+            self._withdraw(request, "timeout", now, out)
         self._plan(now, out)
         return out
 
@@ -90,6 +119,15 @@ class Core:
     def running(self) -> int:
         return sum(replica.rows.owned for replica in self._replicas.values())
 
+    @property
+    def next_deadline(self) -> float | None:
+        """When the first of the open requests must have ended; None if none has a deadline."""
+        return self._deadlines.next()
+
+    @property
+    def evicted_blocks(self) -> int:
+        return self.counters.lost_evictions + sum(replica.pool.evictions for replica in self._replicas.values())
+
     def replica(self, worker: int) -> Replica | None:
         """The books of a worker, to be read only."""
         return self._replicas.get(worker)
@@ -97,92 +135,134 @@ class Core:
     # --- clients ---------------------------------------------------------------------------------------------------
 
     def _submitted(self, event: Submitted, now: float, out: list[Instruction]) -> None:
+        """Whatever the door did not foresee fails this submission, and nothing else."""
+        try:
+            self._take_in(event, now, out)
+        except Exception as error:  # noqa: BLE001
+            story = f"submission of ticket {event.ticket} by client {event.client} failed: {error!r}"
+            out.append(Trouble(story))
+            for ticket in range(event.ticket, event.ticket + event.n):
+                request = self._requests.get(event.client, {}).get(ticket)
+                if request is not None:
+                    self._withdraw(request, "error", now, out, INTERNAL)
+                else:
+                    out.append(Reject(client=event.client, ticket=ticket, code="internal", message=INTERNAL))
+
+    def _take_in(self, event: Submitted, now: float, out: list[Instruction]) -> None:
         model = self.model
         rejected = self._turned_away(event, model, now)
         if rejected is not None or model is None:
-            out.extend([rejected] if rejected is not None else [])
+            # Refused as a whole: every ticket hears the same.
+            out.extend(replace(rejected, ticket=event.ticket + i) for i in range(event.n) if rejected is not None)
             return
+        for i in range(event.n):
+            self._accept(self._request(event, i, model, now), event, now, out)
+
+    def _request(self, event: Submitted, i: int, model: ModelDescription, now: float) -> Request:
+        """The request for one of the samples that a submission asks for."""
         sampling = event.sampling
-        known = np.concatenate([event.prompt, event.generated]) if len(event.generated) else event.prompt
         limit = model.max_model_len
         if sampling.max_tokens is not None:
             limit = min(limit, len(event.prompt) + sampling.max_tokens)
-        stops = sampling.stop_token_ids if sampling.ignore_eos else (*model.eos_token_ids, *sampling.stop_token_ids)
-        request = Request(
-            number=self._next_number,
+        self._next_number += 1
+        return Request(
+            number=self._next_number - 1,
             client=event.client,
-            ticket=event.ticket,
-            known=known,
+            ticket=event.ticket + i,
+            known=np.concatenate([event.prompt, event.generated]) if len(event.generated) else event.prompt,
             prompt_length=len(event.prompt),
             limit=limit,
             sampling=sampling,
-            stops=stops,
+            stops=sampling.stop_token_ids if sampling.ignore_eos else (*model.eos_token_ids, *sampling.stop_token_ids),
             now=now,
+            seed=0 if sampling.seed is None else sample_seed(sampling.seed, event.sample + i),
+            priority=event.priority,
+            root=root(event.cache_salt),
         )
-        self._next_number += 1
-        self._requests.setdefault(event.client, {})[event.ticket] = request
-        out.append(Accept(event.client, event.ticket, request.number))
-        if len(event.generated) and int(event.generated[-1]) in stops:
-            self._end(request, "stop", len(known), now, out)
-        elif len(known) >= limit:
-            self._end(request, "length", len(known), now, out)
+
+    def _accept(self, request: Request, event: Submitted, now: float, out: list[Instruction]) -> None:
+        self._requests.setdefault(request.client, {})[request.ticket] = request
+        out.append(Accept(request.client, request.ticket, request.number))
+        if len(event.generated) and int(event.generated[-1]) in request.stops:
+            self._end(request, "stop", len(request.known), now, out)
+        elif len(request.known) >= request.limit:
+            self._end(request, "length", len(request.known), now, out)
         else:
             self._queue.push(request)
+            if event.timeout_s is not None:
+                self._deadlines.add(now + event.timeout_s, request)
 
     def _turned_away(self, event: Submitted, model: ModelDescription | None, now: float) -> Reject | None:
-        """The refusal of a request that is invalid or more than the queue may hold."""
-
-        def overloaded(message: str, field: str, limit: int, value: int) -> Reject:
-            return Reject(
-                client=event.client,
-                ticket=event.ticket,
-                code="overloaded",
-                message=message,
-                field=field,
-                limit=str(limit),
-                value=str(value),
-                retry_after=self._rate.retry_after(now),
-            )
-
+        """The refusal of a submission that is invalid or more than the service may hold."""
         if model is None:
-            return overloaded("no worker has joined yet", "workers", 1, 0)
-        if event.ticket in self._requests.get(event.client, ()):
-            message = f"ticket {event.ticket} is in use by another open request of this client"
-            field, limit, value = "ticket", "unused", str(event.ticket)
+            return self._overloaded(event, "no worker has joined yet", "workers", 1, 0, now)
+        open_here = self._requests.get(event.client, {})
+        taken = next((event.ticket + i for i in range(event.n) if event.ticket + i in open_here), None)
+        if taken is not None:
+            fault: Invalid | None = Invalid(
+                f"ticket {taken} is in use by another open request of this client", "ticket", "unused", str(taken)
+            )
         else:
-            fault = find_fault(event, model)
-            if fault is None:
-                waiting, tokens = len(self._queue), self._queue.tokens + len(event.prompt) + len(event.generated)
-                if waiting >= self._max_waiting_requests:
-                    return overloaded(
-                        f"{waiting} requests wait already", "max_waiting_requests", self._max_waiting_requests, waiting
-                    )
-                if tokens > self._max_waiting_tokens:
-                    return overloaded(
-                        f"{tokens} tokens would wait", "max_waiting_tokens", self._max_waiting_tokens, tokens
-                    )
-                return None
-            message, field, limit, value = fault.message, fault.field, fault.limit, fault.value
+            fault = find_fault(event, model, self._policy.max_n)
+        if fault is None:
+            return self._over_limits(event, len(open_here), now)
         return Reject(
             client=event.client,
             ticket=event.ticket,
             code="invalid",
+            message=fault.message,
+            field=fault.field,
+            limit=fault.limit,
+            value=fault.value,
+        )
+
+    def _over_limits(self, event: Submitted, open_here: int, now: float) -> Reject | None:
+        policy = self._policy
+        waiting = len(self._queue)
+        tokens = self._queue.tokens + event.n * (len(event.prompt) + len(event.generated))
+        for name, most, would, message in (
+            ("max_waiting_requests", policy.max_waiting_requests, waiting + event.n, "requests would wait"),
+            ("max_waiting_tokens", policy.max_waiting_tokens, tokens, "tokens would wait"),
+            (
+                "max_requests_per_client",
+                policy.max_requests_per_client,
+                open_here + event.n,
+                "requests of this client would be open",
+            ),
+        ):
+            if would > most:
+                return self._overloaded(event, f"{would} {message}, over the limit of {most}", name, most, would, now)
+        return None
+
+    def _overloaded(self, event: Submitted, message: str, field: str, limit: int, value: int, now: float) -> Reject:
+        self.counters.refused += event.n
+        return Reject(
+            client=event.client,
+            ticket=event.ticket,
+            code="overloaded",
             message=message,
             field=field,
-            limit=limit,
-            value=value,
+            limit=str(limit),
+            value=str(value),
+            retry_after=self._rate.retry_after(now),
         )
 
     def _cancelled(self, client: int, ticket: int, now: float, out: list[Instruction]) -> None:
         request = self._requests.get(client, {}).get(ticket)
-        if request is None:
-            return  # it ended before the cancel arrived
+        if request is not None:  # else it ended before the cancel arrived
+            self._withdraw(request, "abort", now, out)
+
+    def _withdraw(self, request: Request, reason: str, now: float, out: list[Instruction], error: str = "") -> None:
+        """Ends an open request wherever it is, with what it has."""
         known = len(request.known)
         if not self._queue.remove(request):
             replica, slot = self._locate(request)
             known = int(replica.rows.known[slot])
             replica.release(slot)
-        self._end(request, "abort", known, now, out)
+        self._end(request, reason, known, now, out, error)
+
+    def _is_open(self, request: Request) -> bool:
+        return self._requests.get(request.client, {}).get(request.ticket) is request
 
     def _client_lost(self, client: int, now: float) -> None:
         to_nobody: list[Instruction] = []
@@ -215,13 +295,16 @@ class Core:
 
     def _worker_joined(self, event: WorkerJoined) -> None:
         self.model = event.model
-        self._replicas[event.worker] = Replica(event.worker, event.limits, self._epoch, self._watermark)
+        self._replicas[event.worker] = Replica(event.worker, event.limits, self._epoch, self._policy)
 
     def _worker_lost(self, event: WorkerLost, now: float, out: list[Instruction]) -> None:
         """Its requests wait for another attempt, but not for ever: what no worker survives is not tried on all of
         them."""
         replica = self._replicas.pop(event.worker, None)
-        for request in () if replica is None else replica.evict_all():
+        if replica is None:
+            return
+        self.counters.lost_evictions += replica.pool.evictions
+        for request in replica.evict_all():
             request.losses += 1
             if request.losses < MAX_LOSSES:
                 self._queue.push(request)
@@ -234,7 +317,7 @@ class Core:
         if replica is None:
             return  # a late result of a worker that was given up
         try:
-            commit = replica.commit(event.step, event.token)
+            commit = replica.commit(event.step, event.token, event.busy_us)
         except ProtocolError as error:
             out.append(Expel(event.worker, str(error)))
             self._worker_lost(WorkerLost(event.worker), now, out)
@@ -270,11 +353,11 @@ class Core:
         """Plans for every worker that may have one more step in flight, until nobody can take more."""
         ready = [r for r in self._replicas.values() if r.in_flight <= r.limits.lookahead]
         while ready:
-            self._admit(now)
+            self._admit(now, out)
             again = []
             for replica in ready:
                 plan, preempted = replica.plan()
-                self.preemptions += len(preempted)
+                self.counters.preemptions += len(preempted)
                 for request in preempted:
                     self._queue.push(request)
                 if plan is not None:
@@ -283,16 +366,44 @@ class Core:
                         again.append(replica)
             ready = again
 
-    def _admit(self, now: float) -> None:
-        """Gives waiting requests, first come first served, to the least loaded worker that has room."""
-        while (request := self._queue.head()) is not None:
-            able = [replica for replica in self._replicas.values() if replica.can_admit(request)]
-            if not able:
+    def _admit(self, now: float, out: list[Instruction]) -> None:
+        """Gives waiting requests places. One without room for it is passed by those behind it, but not for ever."""
+        while len(self._queue) and any(replica.accepts for replica in self._replicas.values()):
+            passed: list[Request] = []
+            for request in self._queue.first(ADMISSION_WINDOW):
+                if self._place(request, now, out):
+                    break
+                if request.passed >= MAX_PASSED:
+                    return
+                passed.append(request)
+            else:
                 return
-            self._queue.remove(request)
-            if request.started_at is None:
-                request.started_at = now
-            min(able, key=lambda replica: replica.load).admit(request)
+            for request in passed:
+                request.passed += 1
+
+    def _place(self, request: Request, now: float, out: list[Instruction]) -> bool:
+        """Gives a request the best place that there is room for; False if there is none, or if the best one is worth
+        waiting for, because another row there computes the prompt's next block."""
+        best: tuple[Offer, Replica] | None = None
+        for replica in self._replicas.values():
+            offer = replica.offer(request)
+            if offer is not None and (best is None or offer.cost < best[0].cost):
+                best = offer, replica
+        if best is None or best[0].match.pending:
+            return False
+        self._queue.remove(request)
+        if request.started_at is None:
+            request.started_at = now
+        offer, replica = best
+        try:
+            replica.admit(request, offer.match)
+        except Exception as error:  # noqa: BLE001 - it must fail this request, and nothing else
+            out.append(Trouble(f"{request!r} could not be given a place: {error!r}"))
+            self._end(request, "error", len(request.known), now, out, INTERNAL)
+            return True
+        self.counters.looked_up_tokens += len(request.known)
+        self.counters.cached_tokens += len(offer.match.blocks) * replica.limits.block_size
+        return True
 
     # --- integrity -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..protocol.messages import ModelDescription
+from ..protocol.messages import MAX_SAMPLES, ModelDescription
 from ..protocol.sampling import SamplingParams
 from .events import IntColumn, Submitted
 
@@ -19,15 +19,31 @@ class Invalid:
     value: str
 
 
-def find_fault(request: Submitted, model: ModelDescription) -> Invalid | None:
-    """The first thing wrong with a request, or None. Types and ranges of sampling parameters were checked when it was
+def find_fault(request: Submitted, model: ModelDescription, max_n: int) -> Invalid | None:
+    """The first thing wrong with a submission, or None. Types and ranges of its fields were checked when it was
     decoded."""
     return (
-        _bad_prompt(request.prompt, model)
+        _bad_count(request, max_n)
+        or _bad_prompt(request.prompt, model)
         or _bad_tokens("generated", request.generated, model)
         or _bad_sampling(request.sampling, model)
         or _bad_resumption(request, model)
     )
+
+
+def _bad_count(request: Submitted, max_n: int) -> Invalid | None:
+    if request.n > max_n:
+        return Invalid(f"n is {request.n}, over the limit of {max_n} samples", "n", str(max_n), str(request.n))
+    if request.n > 1 and len(request.generated):
+        return Invalid("a resumption continues one sample, so n must be 1", "n", "1", str(request.n))
+    if request.sample + request.n > MAX_SAMPLES:
+        last = request.sample + request.n - 1
+        return Invalid(
+            f"sample {last} is over the limit of {MAX_SAMPLES - 1}", "sample", str(MAX_SAMPLES - 1), str(last)
+        )
+    if request.ticket + request.n > 2**63 - 1:
+        return Invalid("the tickets of the samples go past 2^63 - 1", "ticket", str(2**63 - 1), str(request.ticket))
+    return None
 
 
 def _bad_prompt(prompt: IntColumn, model: ModelDescription) -> Invalid | None:

@@ -42,6 +42,11 @@ class Submitted:
     prompt: IntColumn
     generated: IntColumn
     sampling: SamplingParams
+    n: int = 1
+    sample: int = 0
+    priority: int = 0
+    timeout_s: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,8 @@ class StepDone:
     worker: int
     step: int
     token: IntColumn
+    busy_us: int = 0
+    """Device time of the step; 0 if it is not known."""
 
 
 Event: TypeAlias = Submitted | Cancelled | ClientLost | WorkerJoined | WorkerLost | StepDone
@@ -126,4 +133,11 @@ class Expel:
     reason: str
 
 
-Instruction: TypeAlias = SendPlan | Accept | Reject | Deliver | Expel
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Something that must not happen has happened to one request, which failed for it; to be logged."""
+
+    story: str
+
+
+Instruction: TypeAlias = SendPlan | Accept | Reject | Deliver | Expel | Trouble

@@ -42,12 +42,13 @@ class WorkerPeer:
     busy_us: int = 0
     gap_us: int = 0
 
-    def stats(self, free_blocks: int, running: int) -> WorkerStats:
+    def stats(self, free_blocks: int, cached_blocks: int, running: int) -> WorkerStats:
         return WorkerStats(
             name=self.hello.name,
             registration=self.registration,
             num_blocks=self.hello.num_blocks,
             free_blocks=free_blocks,
+            cached_blocks=cached_blocks,
             running=running,
             steps=self.steps,
             tokens=self.tokens,

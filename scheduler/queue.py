@@ -1,19 +1,28 @@
-"""Requests that wait for a place on a worker, first come first served."""
+"""Requests that wait for a place on a worker."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import TypeAlias
 
 from .requests import Request
 
+_Entry: TypeAlias = tuple[float, int, Request]
+
 
 class WaitingQueue:
-    """Ordered by request number, so that a preempted request comes before everything that arrived after it."""
+    """First come, first served within a class; a class is worth `aging_s` seconds of waiting.
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, Request]] = []
-        self._waiting: dict[int, Request] = {}
+    The order is that of arrival time + priority · aging_s, which never changes. So a request of priority p goes before
+    everything of class 0 that arrived over p · aging_s after it, and none starves. A preempted request keeps its place.
+    """
+
+    def __init__(self, aging_s: float) -> None:
+        self._aging_s = aging_s
+        self._heap: list[_Entry] = []
+        self._waiting: dict[int, _Entry] = {}
+        """By request number. Entries of the heap that are not here are dropped when they come up."""
         self.tokens = 0
         """Known tokens of all waiting requests together."""
 
@@ -21,29 +30,33 @@ class WaitingQueue:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._waiting.values())
+        return (entry[2] for entry in self._waiting.values())
 
     def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (request.number, request))
-        self._waiting[request.number] = request
+        rank = request.submitted_at + request.priority * self._aging_s
+        entry = (rank, request.number, request)
+        heapq.heappush(self._heap, entry)
+        self._waiting[request.number] = entry
         self.tokens += len(request.known)
 
-    def head(self) -> Request | None:
-        """The request whose turn it is; it stays in the queue."""
-        while self._heap:
-            number, request = self._heap[0]
-            if self._waiting.get(number) is request:
-                return request
-            heapq.heappop(self._heap)
-        return None
+    def first(self, count: int) -> list[Request]:
+        """The requests whose turn is next, `count` at most, in order; they stay in the queue."""
+        heap = self._heap
+        found: list[_Entry] = []
+        while heap and len(found) < count:
+            entry = heapq.heappop(heap)
+            if self._waiting.get(entry[1]) is entry:
+                found.append(entry)
+        for entry in found:
+            heapq.heappush(heap, entry)
+        return [entry[2] for entry in found]
 
     def remove(self, request: Request) -> bool:
         """Takes a request out, wherever it stands; False if it was not waiting."""
-        if self._waiting.get(request.number) is not request:
+        if self._waiting.pop(request.number, None) is None:
             return False
-        del self._waiting[request.number]
         self.tokens -= len(request.known)
         if len(self._heap) > 2 * len(self._waiting) + 64:
-            self._heap = [(waiting.number, waiting) for waiting in self._waiting.values()]
+            self._heap = list(self._waiting.values())
             heapq.heapify(self._heap)
         return True

@@ -2,13 +2,15 @@
 
 A plan is made in four passes, each of which only touches rows that change:
 
-    grow      decoding rows that fill their last block get one more; if none is free, the newest rows are preempted
+    grow      decoding rows that fill their last block get one more; if none is left, the newest rows of the lowest
+              class are preempted
     decode    every row in DECODE computes one token
     chunks    rows in PREFILL, in the order of their admission, share what is left of the step's token budget
     leave     rows that the plan before last finished, and preempted ones, are named once
 
 Blocks and slots of a row that leaves may be given away in the same plan: the worker applies plans in order on one
-stream.
+stream. For the same reason a block is in the prefix cache as soon as a plan computes its last token, if that token is
+known by then: those of prompts with their chunk, generated ones when their row leaves.
 """
 
 from __future__ import annotations
@@ -21,10 +23,15 @@ import numpy as np
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan
-from .blocks import BlockPool
+from .blocks import PENDING, READY, BlockPool, Match
 from .events import IntColumn, LongColumn, WorkerLimits
+from .pace import Pace
+from .policy import Policy
 from .requests import Request
 from .rows import DECODE, ENDING, FREE, PREFILL, Rows
+
+HUGE_SHARE = 0.75
+"""Of the tokens left in a step, what a prompt gets that does not fit in: those behind it shall not wait for its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,17 @@ class Flight:
     slot: LongColumn
     number: LongColumn
     attempt: IntColumn
+    decode_rows: int
+    chunk_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What it would mean to run a request here."""
+
+    match: Match
+    cost: float
+    """Tokens to compute before its first one, those of others included, and a penalty for load; lower is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +75,15 @@ class Commit:
 class Replica:
     """The scheduler's books of one worker. Everything here is plain bookkeeping: no clock, no policy across workers."""
 
-    def __init__(self, worker: int, limits: WorkerLimits, epoch: int, watermark: float) -> None:
+    def __init__(self, worker: int, limits: WorkerLimits, epoch: int, policy: Policy) -> None:
         self.worker = worker
         self.limits = limits
         self.rows = Rows(limits)
-        self.pool = BlockPool(limits.num_blocks)
+        self.pool = BlockPool(limits.num_blocks, limits.block_size)
         self._epoch = epoch
-        self._watermark = int(watermark * limits.num_blocks)
+        self._watermark = int(policy.watermark * limits.num_blocks)
+        self._caching = policy.enable_prefix_caching
+        self._pace = Pace(policy.mixed_step_target_s)
         self._flights: deque[Flight] = deque()
         self._next_step = 0
         self._idle = True
@@ -90,26 +110,75 @@ class Replica:
     @property
     def load(self) -> float:
         """Share of slots or blocks in use, whichever is larger."""
-        return max(self.rows.owned / self.rows.slots, 1.0 - self.pool.free / self.pool.total)
+        return max(self.rows.owned / self.rows.slots, 1.0 - self.pool.available / self.pool.total)
+
+    @property
+    def accepts(self) -> bool:
+        """There is a free slot, and the prompts that are being computed leave room for more of them.
+
+        The oldest does not count, however huge: the others get their share beside it.
+        """
+        return self.rows.has_free_slot and self._backlog - self._oldest_backlog() < self.limits.max_num_batched_tokens
+
+    def _oldest_backlog(self) -> int:
+        for slot in self._prefilling:
+            return int(self.rows.known[slot] - self.rows.planned[slot])
+        return 0
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)
 
-    def can_admit(self, request: Request) -> bool:
-        """Room for all its known tokens beside the others, with the watermark left free; alone, it always fits."""
-        if not self.rows.has_free_slot or self._backlog >= self.limits.max_num_batched_tokens:
-            return False
+    def offer(self, request: Request) -> Offer | None:
+        """What the request would find here, or None without room for all its known tokens beside the others, with the
+        watermark left free; alone, it always fits."""
+        if not self.accepts:
+            return None
+        match = self._match(request)
         reserve = self._watermark if self.rows.owned else 0
-        return self.pool.free - self.blocks_for(len(request.known)) >= reserve
+        needed = self.blocks_for(len(request.known)) - len(match.blocks)
+        if self.pool.available - self.pool.idle_among(match.blocks) - needed < reserve:
+            return None
+        to_compute = len(request.known) - len(match.blocks) * self.limits.block_size
+        return Offer(match, to_compute + self._backlog + self.load * self.limits.max_num_batched_tokens)
+
+    def _match(self, request: Request) -> Match:
+        """What the prefix cache holds of it: never all, since its last token must be computed to get the next one."""
+        if not self._caching:
+            return Match([], request.root, False)
+        probe = request.probes.get(self.worker)
+        if probe is not None and probe[0] == self.pool.generation:
+            return probe[1]
+        most = (len(request.known) - 1) // self.limits.block_size
+        match = self.pool.match(request.known.tobytes(), request.root, most)
+        request.probes[self.worker] = (self.pool.generation, match)
+        return match
 
     # --- requests come and go --------------------------------------------------------------------------------------
 
-    def admit(self, request: Request) -> None:
-        """Gives a request a slot and blocks for its known tokens; `can_admit` said that there is room."""
-        slot = self.rows.open(request, self.pool.take(self.blocks_for(len(request.known))))
+    def admit(self, request: Request, match: Match) -> None:
+        """Gives a request a slot and blocks for its known tokens; its `offer` said that there is room, and `match` came
+        from it. Changes nothing if it raises."""
+        shared, block_size = len(match.blocks), self.limits.block_size
+        length = len(request.known)
+        self.pool.share(match.blocks)
+        own = self.pool.take(self.blocks_for(length) - shared)
+        blocks = np.concatenate([np.array(match.blocks, np.int32), own]) if shared else own
+        try:
+            slot = self.rows.open(request, blocks, shared * block_size)
+        except BaseException:
+            self.pool.give(blocks)
+            raise
         self._prefilling[slot] = None
         self._joining[slot] = None
-        self._backlog += len(request.known)
+        self._backlog += length - shared * block_size
+        if self._caching:
+            full = length // block_size
+            tokens = request.known[shared * block_size : full * block_size].tobytes()
+            self.rows.filed[slot] = full
+            self.rows.name[slot] = self.pool.enter(tokens, match.name, own[: full - shared].tolist(), PENDING)
+            request.probes.clear()
+            if request.cached_tokens is None:
+                request.cached_tokens = min(shared * block_size, request.prompt_length)
 
     def release(self, slot: int) -> None:
         """Frees a slot and its blocks, whatever its phase and with any step in flight. Results on their way lose their
@@ -121,7 +190,18 @@ class Replica:
             del self._joining[slot]  # the worker never heard of it
         elif self.rows.phase[slot] != ENDING:
             self._leaving.append(slot)  # an ENDING slot was put there when its last token was planned
+        if self._caching:
+            self._file_generated(slot)
         self.pool.give(self.rows.close(slot))
+
+    def _file_generated(self, slot: int) -> None:
+        """Enters the blocks that have become full of committed tokens since the row got its slot."""
+        rows, block_size = self.rows, self.limits.block_size
+        filed, request = int(rows.filed[slot]), rows.request[slot]
+        full = min(int(rows.known[slot]), int(rows.planned[slot])) // block_size
+        if full > filed and request is not None:
+            tokens = rows.history[slot, filed * block_size : full * block_size].tobytes()
+            self.pool.enter(tokens, rows.name[slot], rows.table[slot, filed:full].tolist(), READY)
 
     def slot_of(self, request: Request) -> int | None:
         """Where a request runs here, or None."""
@@ -157,7 +237,11 @@ class Replica:
             return None, preempted
         rows = self.rows
         decoding = np.flatnonzero(rows.phase == DECODE)
-        chunk_slot, chunk_length = self._chunks(self.limits.max_num_batched_tokens - len(decoding))
+        chunk_slot: list[int] = []
+        chunk_length: list[int] = []
+        if self._prefilling:
+            budget = self.limits.max_num_batched_tokens - len(decoding)
+            chunk_slot, chunk_length = self._chunks(self._pace.chunk_tokens(len(decoding), budget))
         if not len(decoding) and not chunk_slot:
             return None, preempted
 
@@ -174,15 +258,23 @@ class Replica:
             **self._introductions(),
         )
         sampled, ending = self._advance(decoding, chunk_slot, chunk_length)
-        self._flights.append(Flight(self._next_step, sampled, rows.number[sampled], rows.attempt[sampled]))
+        flight = Flight(
+            step=self._next_step,
+            slot=sampled,
+            number=rows.number[sampled],
+            attempt=rows.attempt[sampled],
+            decode_rows=len(decoding),
+            chunk_tokens=sum(chunk_length),
+        )
+        self._flights.append(flight)
         self._leaving = ending
         self._joining = {}
         self._next_step += 1
         self._idle = False
         return plan, preempted
 
-    def commit(self, step: int, token: IntColumn) -> Commit:
-        """Enters a step's tokens into the rows that still own them.
+    def commit(self, step: int, token: IntColumn, busy_us: int = 0) -> Commit:
+        """Enters a step's tokens into the rows that still own them. `busy_us`: device time of the step, 0 if unknown.
 
         Raises ProtocolError, having changed nothing, if it is not the result that is due or does not fit the step.
         """
@@ -197,6 +289,7 @@ class Replica:
         if len(token) and not 0 <= int(token.min()) <= int(token.max()) < self.limits.vocab_size:
             raise ProtocolError(f"worker {self.worker} sent a token outside the vocabulary in step {step}")
         self._flights.popleft()
+        self._pace.observe(flight.decode_rows, flight.chunk_tokens, busy_us / 1e6)
 
         rows = self.rows
         owned = (rows.number[flight.slot] == flight.number) & (rows.attempt[flight.slot] == flight.attempt)
@@ -234,12 +327,13 @@ class Replica:
         while True:
             full = rows.planned == rows.num_blocks * self.limits.block_size
             slots = np.flatnonzero(full & (rows.phase == DECODE))
-            if len(slots) <= self.pool.free:
+            if len(slots) <= self.pool.available:
                 break
             candidates = np.flatnonzero((rows.phase == DECODE) | (rows.phase == PREFILL))
             if len(candidates) == 1:
                 return None  # what it lacks is held by rows in ENDING
-            preempted.append(self.evict(int(candidates[np.argmax(rows.number[candidates])])))
+            newest_of_lowest = np.lexsort((rows.number[candidates], rows.priority[candidates]))[-1]
+            preempted.append(self.evict(int(candidates[newest_of_lowest])))
         if len(slots):
             rows.table[slots, rows.num_blocks[slots]] = self.pool.take(len(slots))
             rows.num_blocks[slots] += 1
@@ -248,10 +342,14 @@ class Replica:
     def _chunks(self, budget: int) -> tuple[list[int], list[int]]:
         """Slots that compute known tokens in this step, and how many each; `budget` in all."""
         chunk_slot, chunk_length = [], []
+        others = len(self._prefilling)
         for slot in self._prefilling:
             if budget <= 0:
                 break
-            length = min(budget, int(self.rows.known[slot] - self.rows.planned[slot]))
+            others -= 1
+            length = int(self.rows.known[slot] - self.rows.planned[slot])
+            if length > budget:
+                length = max(1, int(budget * HUGE_SHARE)) if others else budget
             chunk_slot.append(slot)
             chunk_length.append(length)
             budget -= length
@@ -271,7 +369,11 @@ class Replica:
         completed: list[int] = []
         self._backlog -= sum(chunk_length)
         for slot, length in zip(chunk_slot, chunk_length, strict=True):
+            before = int(rows.planned[slot])
             rows.planned[slot] += length
+            if self._caching:
+                block_size = self.limits.block_size
+                self.pool.computed(rows.table[slot, before // block_size : (before + length) // block_size])
             if rows.planned[slot] == rows.known[slot]:
                 completed.append(slot)
                 del self._prefilling[slot]
@@ -303,23 +405,18 @@ class Replica:
             "join_temperature": np.array([request.sampling.temperature for request in requests], np.float32),
             "join_top_k": np.array([max(0, request.sampling.top_k) for request in requests], np.int32),
             "join_top_p": np.array([request.sampling.top_p for request in requests], np.float32),
-            "join_seed": np.array([request.sampling.seed or 0 for request in requests], np.int64),
+            "join_seed": np.array([request.seed for request in requests], np.int64),
         }
 
     # --- integrity -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises AssertionError unless the books balance: free + owned = all blocks, every slot and block has one
-        owner."""
+        """Raises AssertionError unless the books balance: free + idle + owned = all blocks, every slot has one owner,
+        and a block has several only where the prefix cache shares it."""
         rows = self.rows
         owned = np.flatnonzero(rows.phase != FREE)
-        blocks = [rows.table[slot, : rows.num_blocks[slot]] for slot in owned]
-        every = np.sort(np.concatenate([self.pool.free_blocks(), *blocks]))
+        self.pool.check([rows.table[slot, : rows.num_blocks[slot]] for slot in owned])
         problems = [
-            (
-                not np.array_equal(every, np.arange(self.pool.total)),
-                f"blocks free and owned are not all blocks once: {every}",
-            ),
             (rows.owned != len(owned), f"{rows.owned} slots are counted as owned, {len(owned)} are"),
             (len(set(rows.number[owned].tolist())) != len(owned), "a request owns two slots"),
             (

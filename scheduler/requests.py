@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..protocol.messages import Ended
 from ..protocol.sampling import SamplingParams
+from .blocks import Match
 from .events import IntColumn
 
 
@@ -12,14 +13,20 @@ class Request:
 
     __slots__ = (
         "attempt",
+        "cached_tokens",
         "client",
         "first_token_at",
         "known",
         "limit",
         "losses",
         "number",
+        "passed",
+        "priority",
+        "probes",
         "prompt_length",
+        "root",
         "sampling",
+        "seed",
         "started_at",
         "stops",
         "submitted_at",
@@ -38,6 +45,9 @@ class Request:
         sampling: SamplingParams,
         stops: tuple[int, ...],
         now: float,
+        seed: int = 0,
+        priority: int = 0,
+        root: bytes = b"r",
     ) -> None:
         self.number = number
         self.client = client
@@ -50,9 +60,20 @@ class Request:
         self.sampling = sampling
         self.stops = stops
         """Tokens that end it: its own, and the model's unless it ignores them."""
+        self.seed = seed
+        """Of this sample."""
+        self.priority = priority
+        self.root = root
+        """The name that its chain of cached blocks begins with."""
         self.attempt = 0
         self.losses = 0
         """Attempts that ended with the loss of the worker."""
+        self.passed = 0
+        """Requests behind it in the queue that got a place before it."""
+        self.probes: dict[int, tuple[int, Match]] = {}
+        """By worker: what its prefix cache held while the request waited, and the generation in which that was so."""
+        self.cached_tokens: int | None = None
+        """Prompt tokens that were found in the prefix cache at its first place."""
         self.submitted_at = now
         self.started_at: float | None = None
         self.first_token_at: float | None = None
@@ -67,8 +88,17 @@ class Request:
             error=error,
             prompt_tokens=self.prompt_length,
             completion_tokens=known - self.prompt_length,
+            cached_tokens=self.cached_tokens or 0,
             queue_s=max(0.0, started - self.submitted_at),
             first_token_s=max(0.0, first),
             total_s=max(0.0, now - self.submitted_at),
             attempts=self.attempt + 1,
+        )
+
+    def __repr__(self) -> str:
+        """Its story, for the log."""
+        return (
+            f"request {self.number} (client {self.client}, ticket {self.ticket}, attempt {self.attempt}, "
+            f"{self.prompt_length} prompt tokens, {len(self.known)} known, limit {self.limit}, "
+            f"priority {self.priority}, {self.losses} losses, {self.sampling})"
         )

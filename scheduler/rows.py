@@ -43,6 +43,7 @@ class Rows:
         self.planned = np.zeros(slots, np.int32)
         """Tokens whose keys and values are computed once every plan sent so far is done."""
         self.limit = np.zeros(slots, np.int32)
+        self.priority = np.zeros(slots, np.int32)
         self.num_blocks = np.zeros(slots, np.int32)
         self.table = np.zeros((slots, -(-limits.max_model_len // limits.block_size)), np.int32)
         """[slot, i]: id of the block that holds tokens i · block_size and following."""
@@ -53,6 +54,10 @@ class Rows:
         """By slot: all stop tokens of a row that has over STOP_COLUMNS."""
         self.entered = np.zeros(slots, np.int32)
         """Tokens that were known when the row got its slot."""
+        self.filed = np.zeros(slots, np.int32)
+        """Leading blocks whose contents the prefix cache knows, here or in another block."""
+        self.name: list[bytes] = [b""] * slots
+        """By slot: the prefix cache's name of the last of them."""
         self.request: list[Request | None] = [None] * slots
         self._free = list(range(slots))
 
@@ -65,20 +70,20 @@ class Rows:
     def has_free_slot(self) -> bool:
         return bool(self._free)
 
-    def open(self, request: Request, blocks: IntColumn) -> int:
-        """Gives the lowest free slot to a request in PREFILL with nothing planned; returns the slot. There must be
-        one."""
-        slot = heapq.heappop(self._free)
+    def open(self, request: Request, blocks: IntColumn, computed: int) -> int:
+        """Gives the lowest free slot to a request in PREFILL, `computed` of whose tokens stand in its blocks already;
+        returns the slot. There must be one. If it raises, the slot is still free."""
+        slot = self._free[0]
         length = len(request.known)
-        self.phase[slot] = PREFILL
         self.number[slot] = request.number
         self.attempt[slot] = request.attempt
         self.client[slot] = request.client
         self.ticket[slot] = request.ticket
         self.prompt_length[slot] = request.prompt_length
         self.known[slot] = length
-        self.planned[slot] = 0
+        self.planned[slot] = computed
         self.limit[slot] = request.limit
+        self.priority[slot] = request.priority
         self.num_blocks[slot] = len(blocks)
         self.table[slot, : len(blocks)] = blocks
         self.history[slot, :length] = request.known
@@ -89,7 +94,8 @@ class Rows:
         else:
             self.more_stops[slot] = frozenset(request.stops)
         self.request[slot] = request
-        return slot
+        self.phase[slot] = PREFILL
+        return heapq.heappop(self._free)
 
     def close(self, slot: int) -> IntColumn:
         """Frees a slot; returns its blocks (int32), which are the caller's to give back."""

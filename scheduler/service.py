@@ -7,6 +7,7 @@ messages. All of it happens in callbacks of one asyncio loop, none of which ever
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from contextlib import ExitStack
@@ -19,8 +20,10 @@ from ..protocol.transport import Address, LoopSocket, ServiceDirectory, open_rou
 from .client_port import ClientPort
 from .config import SchedulerConfig
 from .core import Core
-from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendPlan
+from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendPlan, Trouble
 from .worker_port import WorkerPort
+
+log = logging.getLogger(__name__)
 
 STOPPING = "the scheduler is stopping"
 MAX_UNREAD_MESSAGES = 64
@@ -38,14 +41,10 @@ class Service:
             raise ConfigurationError("with a tcp address, workers need an address of their own: give --worker-address")
         self.epoch = time.time_ns()
         self._loop = asyncio.get_running_loop()
-        self._core = Core(
-            self.epoch,
-            max_waiting_requests=config.max_waiting_requests,
-            max_waiting_tokens=config.max_waiting_tokens,
-            watermark=config.watermark,
-        )
+        self._core = Core(self.epoch, config.policy)
         self._events: list[Event] = []
         self._flushing: asyncio.Handle | None = None
+        self._deadline: asyncio.TimerHandle | None = None
         self.clients = ClientPort(
             self.epoch, config.client_lease, self._post, self._loop.time, self._core, self._loop.call_later
         )
@@ -75,6 +74,8 @@ class Service:
     def close(self) -> None:
         """Tells everybody, closes the sockets and removes them from the file system."""
         self._housekeeping.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._opened.close()
 
     def _post(self, event: Event) -> None:
@@ -86,7 +87,9 @@ class Service:
     def _flush(self) -> None:
         """Plans go out before anything that clients are told: a worker waits for its plan, a thousand streams do
         not."""
-        self._flushing = None
+        if self._flushing is not None:
+            self._flushing.cancel()  # a deadline may be why this runs
+            self._flushing = None
         events, self._events = self._events, []
         instructions = self._core.handle(events, self._loop.time())
         rest: deque[Instruction] = deque()
@@ -96,6 +99,16 @@ class Service:
             else:
                 rest.append(instruction)
         self._carry_out(rest)
+        self._await_deadline()
+
+    def _await_deadline(self) -> None:
+        """Sees to it that the core is asked again when the next request must have ended."""
+        when = self._core.next_deadline
+        if self._deadline is not None:
+            if when == self._deadline.when():
+                return
+            self._deadline.cancel()
+        self._deadline = None if when is None else self._loop.call_at(when, self._flush)
 
     def _carry_out(self, instructions: deque[Instruction]) -> None:
         """In order. Should one raise, the loop reports it and the others are carried out all the same."""
@@ -110,6 +123,8 @@ class Service:
                         self.clients.reject(instruction)
                     case Expel():
                         self.workers.expel(instruction)
+                    case Trouble():
+                        log.error("%s", instruction.story)
         finally:
             if instructions:
                 self._loop.call_soon(self._carry_out, instructions)

@@ -79,7 +79,7 @@ class WorkerPort:
         for peer in self._by_registration.values():
             replica = self._core.replica(peer.registration)
             if replica is not None:
-                found.append(peer.stats(replica.pool.free, replica.rows.owned))
+                found.append(peer.stats(replica.pool.available, replica.pool.cached, replica.rows.owned))
         return tuple(found)
 
     # --- what workers say ------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class WorkerPort:
                     peer.tokens += len(message.token)
                     peer.busy_us += message.busy_us
                     peer.gap_us += message.gap_us
-                    self._post(StepDone(peer.registration, message.step, message.token))
+                    self._post(StepDone(peer.registration, message.step, message.token, message.busy_us))
             case Idle():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
                     self._note_idle(peer, message.step)

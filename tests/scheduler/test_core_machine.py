@@ -29,6 +29,7 @@ from tandem.scheduler.events import (
     WorkerLimits,
     WorkerLost,
 )
+from tandem.scheduler.policy import Policy
 
 from support.simulated_worker import SimulatedWorker, continuation
 
@@ -52,7 +53,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = Core(7, max_waiting_requests=12, max_waiting_tokens=300, watermark=0.1)
+        self.core = Core(7, Policy(max_waiting_requests=12, max_waiting_tokens=300, watermark=0.1))
         self.workers: dict[int, SimulatedWorker] = {}
         self.requests: dict[tuple[int, int], Expected] = {}
         self.next_worker = 1
@@ -265,7 +266,7 @@ class CoreMachine(RuleBasedStateMachine):
         for number in self.workers:
             replica = self.core.replica(number)
             assert replica is not None
-            assert replica.pool.free == replica.pool.total
+            assert replica.pool.available == replica.pool.total
 
 
 TestCoreMachine = CoreMachine.TestCase

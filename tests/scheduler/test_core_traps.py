@@ -24,6 +24,7 @@ from tandem.scheduler.events import (
     WorkerJoined,
     WorkerLimits,
 )
+from tandem.scheduler.policy import Policy
 
 from support.simulated_worker import SimulatedWorker, continuation
 
@@ -98,7 +99,8 @@ def bench(
     max_len: int = 64,
     max_waiting: int = 100,
 ) -> Bench:
-    core = Core(1, max_waiting_requests=max_waiting, max_waiting_tokens=10_000, watermark=0.0)
+    policy = Policy(max_waiting_requests=max_waiting, max_waiting_tokens=10_000, watermark=0.0)
+    core = Core(1, policy)
     worker = SimulatedWorker(num_blocks, block_size, slots, max_tokens, VOCAB)
     model = ModelDescription(
         name="m", architecture="a", dtype="d", vocab_size=VOCAB, max_model_len=max_len, eos_token_ids=(EOS,)
@@ -160,10 +162,10 @@ def test_an_abort_with_steps_in_flight_frees_once() -> None:
     assert made.ended == {1: "abort"}
     replica = made.core.replica(1)
     assert replica is not None
-    assert replica.pool.free == 64
+    assert replica.pool.available == 64
     made.handle(Cancelled(CLIENT, 1))
     made.run()
-    assert replica.pool.free == 64
+    assert replica.pool.available == 64
     assert made.received[1] == expected([1, 2, 3], 1)
 
 
@@ -198,7 +200,7 @@ def test_a_request_preempted_and_readmitted_to_its_slot_with_steps_in_flight() -
     made.submit(2, [5, 6, 7], max_tokens=8)  # gets slot 0, the lowest, again
     replica = made.core.replica(1)
     assert replica is not None
-    while made.core.preemptions == 0:
+    while made.core.counters.preemptions == 0:
         made.step()
     assert made.core.waiting == 1
     made.handle(Cancelled(CLIENT, 1))  # its blocks let the preempted request back with the next plan
@@ -220,7 +222,7 @@ def test_preemption_takes_the_newest_and_keeps_the_order_of_arrival() -> None:
     while made.worker.plans:
         made.step()
         finished += [ticket for ticket in made.ended if ticket not in finished]
-    assert made.core.preemptions > 0
+    assert made.core.counters.preemptions > 0
     assert finished == [0, 1, 2, 3]
     for ticket in range(4):
         assert made.received[ticket] == expected([30 + ticket, 31, 32], 12)

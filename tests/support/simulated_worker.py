@@ -1,7 +1,8 @@
 """A worker without a model: follows plans to the letter and keeps, as its KV cache, the tokens themselves.
 
 The token that follows a sequence is a hash of all tokens before it, *read back from the cache through the block table*.
-So a block that two rows share, a stale block table or a token computed twice or never shows as a wrong token.
+So a stale block table, a block whose contents were not what the scheduler took them for, or a token computed twice or
+never shows as a wrong token. Blocks may be shared, but a shared one is never written.
 """
 
 from __future__ import annotations
@@ -99,10 +100,12 @@ class SimulatedWorker:
             )
         for slot, block in zip(plan.grow_slot.tolist(), plan.grow_block.tolist(), strict=True):
             self.rows[slot].blocks.append(block)
-        owned = [block for row in self.rows.values() for block in row.blocks]
-        assert len(set(owned)) == len(owned), "two rows own one block"
 
     def _write(self, row: SimulatedRow, length: int) -> None:
+        first, last = row.computed // self.block_size, (row.computed + length - 1) // self.block_size
+        for block in row.blocks[first : last + 1]:
+            owners = sum(block in other.blocks for other in self.rows.values())
+            assert owners == 1, f"block {block} is written, and {owners} rows own it"
         for position in range(row.computed, row.computed + length):
             self.cache[row.blocks[position // self.block_size], position % self.block_size] = row.tokens[position]
         row.computed += length

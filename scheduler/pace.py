@@ -1,0 +1,43 @@
+"""How large prefill chunks may be, so that rows which decode beside them keep their pace."""
+
+from __future__ import annotations
+
+WEIGHT = 0.2
+"""Of the newest observation in the averages."""
+LEAST_TOKENS = 64
+"""Chunks of a step get at least so many tokens, or prompts would hardly advance on a slow device."""
+
+
+class Pace:
+    """Learns from results what a decode step costs, and what a prefill token adds to it.
+
+    A step is taken for `decode + tokens · per_token` seconds of device time: a fair description of chunks up to a few
+    thousand tokens, in which attention over the context is the smaller part.
+    """
+
+    def __init__(self, target_s: float) -> None:
+        """`target_s`: how long a step with decoding rows and chunks should at most take; 0 for no limit."""
+        self._target_s = target_s
+        self._decode_s: float | None = None
+        self._per_token_s: float | None = None
+
+    def observe(self, decode_rows: int, chunk_tokens: int, seconds: float) -> None:
+        """Takes in a step that took `seconds` on the device."""
+        if seconds <= 0.0:
+            return
+        if not chunk_tokens:
+            self._decode_s = _average(self._decode_s, seconds)
+        else:
+            decode_s = (self._decode_s or 0.0) if decode_rows else 0.0
+            self._per_token_s = _average(self._per_token_s, max(0.0, seconds - decode_s) / chunk_tokens)
+
+    def chunk_tokens(self, decode_rows: int, budget: int) -> int:
+        """How many of `budget` tokens the next step's chunks may have."""
+        if not self._target_s or not decode_rows or not self._per_token_s:
+            return budget
+        left_s = self._target_s - (self._decode_s or 0.0)
+        return min(budget, max(LEAST_TOKENS, int(left_s / self._per_token_s)))
+
+
+def _average(before: float | None, new: float) -> float:
+    return new if before is None else before + WEIGHT * (new - before)
