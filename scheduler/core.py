@@ -8,6 +8,7 @@ with exactly one `Ended`, in the `Deliver` that brings its last token.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -370,14 +371,15 @@ class Core:
         """Gives waiting requests places. One without room for it is passed by those behind it, but not for ever."""
         while len(self._queue) and any(replica.accepts for replica in self._replicas.values()):
             passed: list[Request] = []
-            for request in self._queue.first(ADMISSION_WINDOW):
-                if self._place(request, now, out):
-                    break
-                if request.passed >= MAX_PASSED:
+            with closing(self._queue.in_turn(ADMISSION_WINDOW)) as in_turn:
+                for request in in_turn:
+                    if self._place(request, now, out):
+                        break
+                    if request.passed >= MAX_PASSED:
+                        return
+                    passed.append(request)
+                else:
                     return
-                passed.append(request)
-            else:
-                return
             for request in passed:
                 request.passed += 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeAlias
 
 from .requests import Request
@@ -39,17 +39,22 @@ class WaitingQueue:
         self._waiting[request.number] = entry
         self.tokens += len(request.known)
 
-    def first(self, count: int) -> list[Request]:
-        """The requests whose turn is next, `count` at most, in order; they stay in the queue."""
+    def in_turn(self, most: int) -> Generator[Request]:
+        """The requests whose turn is next, `most` of them, in order. They stay in the queue; the one that was yielded
+        last may be removed, and then the iterator must be given up."""
         heap = self._heap
         found: list[_Entry] = []
-        while heap and len(found) < count:
-            entry = heapq.heappop(heap)
-            if self._waiting.get(entry[1]) is entry:
-                found.append(entry)
-        for entry in found:
-            heapq.heappush(heap, entry)
-        return [entry[2] for entry in found]
+        try:
+            while heap and len(found) < most:
+                entry = heapq.heappop(heap)
+                if self._waiting.get(entry[1]) is entry:
+                    found.append(entry)
+                    yield entry[2]
+        finally:
+            if heap is self._heap:  # else `remove` has made a new one of all that wait
+                for entry in found:
+                    if self._waiting.get(entry[1]) is entry:
+                        heapq.heappush(heap, entry)
 
     def remove(self, request: Request) -> bool:
         """Takes a request out, wherever it stands; False if it was not waiting."""

@@ -133,13 +133,19 @@ class Replica:
         watermark left free; alone, it always fits."""
         if not self.accepts:
             return None
+        former = request.probes.get(self.worker)
+        if former is not None and not former[1].pending and not self._fits(request, former[1]):
+            return None  # as a rule nothing has been cached since that would help, and looking costs more than waiting
         match = self._match(request)
-        reserve = self._watermark if self.rows.owned else 0
-        needed = self.blocks_for(len(request.known)) - len(match.blocks)
-        if self.pool.available - self.pool.idle_among(match.blocks) - needed < reserve:
+        if not self._fits(request, match):
             return None
         to_compute = len(request.known) - len(match.blocks) * self.limits.block_size
         return Offer(match, to_compute + self._backlog + self.load * self.limits.max_num_batched_tokens)
+
+    def _fits(self, request: Request, match: Match) -> bool:
+        reserve = self._watermark if self.rows.owned else 0
+        needed = self.blocks_for(len(request.known)) - len(match.blocks)
+        return self.pool.available - self.pool.idle_among(match.blocks) - needed >= reserve
 
     def _match(self, request: Request) -> Match:
         """What the prefix cache holds of it: never all, since its last token must be computed to get the next one."""
