@@ -17,13 +17,9 @@ names are numbers that are never given twice, hence a chain whose head was given
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-
-from .events import IntColumn
 
 PRIVATE, PENDING, READY = range(3)
 BYTES_PER_TOKEN = 4
@@ -54,20 +50,21 @@ class BlockPool:
         self.evictions = 0
         self.generation = 0
         """Grows whenever the result of `match` may change."""
-        self._stack = np.arange(total - 1, -1, -1, dtype=np.int32)
-        self._free = total
-        self._users = np.zeros(total, np.int32)
-        self._state = np.zeros(total, np.uint8)
+        # Lists, not columns: most calls are about a handful of blocks.
+        self._free = list(range(total - 1, -1, -1))
+        self._users = [0] * total
+        self._state = bytearray(total)
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, int] = {}
-        self._key: dict[int, bytes] = {}
-        self._name: dict[int, bytes] = {}
+        """Cached blocks by key."""
+        self._entry: dict[int, tuple[bytes, bytes]] = {}
+        """Key and name of each cached block."""
         self._next_name = 0
 
     @property
     def available(self) -> int:
         """Blocks that `take` can give."""
-        return self._free + len(self._idle)
+        return len(self._free) + len(self._idle)
 
     @property
     def cached(self) -> int:
@@ -76,55 +73,60 @@ class BlockPool:
 
     # --- owners ----------------------------------------------------------------------------------------------------
 
-    def take(self, count: int) -> IntColumn:
-        """`count` block ids, int32[count], each with one user. Raises ValueError if fewer are available, and takes
-        nothing."""
-        if count > self._free:
+    def take(self, count: int) -> list[int]:
+        """`count` block ids, each with one user. Raises ValueError if fewer are available, and takes nothing."""
+        free = self._free
+        if count > len(free):
             if count > self.available:
                 raise ValueError(f"{count} blocks asked for, {self.available} of {self.total} are available")
-            self._evict(count - self._free)
-        self._free -= count
-        taken = self._stack[self._free : self._free + count][::-1].copy()
-        self._users[taken] = 1
+            self._evict(count - len(free))
+        border = len(free) - count
+        taken = free[border:]
+        del free[border:]
+        taken.reverse()
+        users = self._users
+        for block in taken:
+            users[block] = 1
         return taken
 
     def share(self, blocks: Sequence[int]) -> None:
         """One more user for each of these cached blocks."""
-        self._users[blocks] += 1
         for block in blocks:
-            self._idle.pop(block, None)
+            if not self._users[block]:
+                del self._idle[block]
+            self._users[block] += 1
 
     def idle_among(self, blocks: Sequence[int]) -> int:
         """How many of these nobody uses, and `available` counts."""
-        return int(np.count_nonzero(self._users[blocks] == 0)) if blocks else 0
+        users = self._users
+        return sum(not users[block] for block in blocks)
 
-    def give(self, blocks: IntColumn) -> None:
+    def give(self, blocks: Sequence[int]) -> None:
         """One user less for each; in the order of the sequence that they hold, whose tail is then given away first.
 
         Raises ValueError if nobody uses one of them, and changes nothing then.
         """
-        users = self._users[blocks] - 1
-        if len(blocks) and int(users.min()) < 0:
-            raise ValueError(f"blocks given back that nobody uses: {blocks[users < 0].tolist()}")
-        self._users[blocks] = users
-        unused = blocks[users == 0]
-        state = self._state[unused]
-        for block in unused[state == PENDING].tolist():
-            self._forget(block)
-        idle = unused[state == READY]
-        for block in idle[::-1].tolist():
-            self._idle[block] = None
-        freed = unused[state != READY]
-        self._stack[self._free : self._free + len(freed)] = freed
-        self._free += len(freed)
+        users, state = self._users, self._state
+        unused = [block for block in blocks if not users[block]]
+        if unused:
+            raise ValueError(f"blocks given back that nobody uses: {unused}")
+        for block in reversed(blocks):
+            users[block] -= 1
+            if users[block]:
+                continue
+            if state[block] == READY:
+                self._idle[block] = None
+                continue
+            if state[block] == PENDING:
+                self._forget(block)
+            self._free.append(block)
 
     def _evict(self, count: int) -> None:
         self.evictions += count
         for _ in range(count):
             block, _ = self._idle.popitem(last=False)
             self._forget(block)
-            self._stack[self._free] = block
-            self._free += 1
+            self._free.append(block)
 
     # --- contents --------------------------------------------------------------------------------------------------
 
@@ -140,7 +142,7 @@ class BlockPool:
             if state[block] != READY:
                 return Match(found, name, True)
             found.append(block)
-            name = self._name[block]
+            name = self._entry[block][1]
         return Match(found, name, False)
 
     def enter(self, tokens: bytes, name: bytes, blocks: Sequence[int], state: int) -> bytes:
@@ -149,52 +151,52 @@ class BlockPool:
         Contents that another block holds already stay where they are, and the chain goes on from there.
         """
         width = self.block_size * BYTES_PER_TOKEN
+        index = self._index
         self.generation += 1
-        for start, block in zip(range(0, len(tokens), width), blocks, strict=True):
+        start = 0
+        for block in blocks:
             key = name + tokens[start : start + width]
-            holder = self._index.setdefault(key, block)
-            if holder == block:
-                self._key[block] = key
-                self._name[block] = b"n" + self._next_name.to_bytes(8, "little")
-                self._next_name += 1
-                self._state[block] = state
-            name = self._name[holder]
+            start += width
+            holder = index.setdefault(key, block)
+            if holder != block:
+                name = self._entry[holder][1]
+                continue
+            name = b"n%d;" % self._next_name
+            self._next_name += 1
+            self._entry[block] = key, name
+            self._state[block] = state
         return name
 
-    def computed(self, blocks: IntColumn) -> None:
+    def computed(self, blocks: Sequence[int]) -> None:
         """A plan was made that completes these blocks: those that are PENDING become READY."""
-        pending = blocks[self._state[blocks] == PENDING]
-        if len(pending):
-            self._state[pending] = READY
-            self.generation += 1
+        state = self._state
+        for block in blocks:
+            if state[block] == PENDING:
+                state[block] = READY
+                self.generation += 1
 
     def _forget(self, block: int) -> None:
-        del self._index[self._key.pop(block)]
-        del self._name[block]
+        del self._index[self._entry.pop(block)[0]]
         self._state[block] = PRIVATE
         self.generation += 1
 
     # --- integrity -------------------------------------------------------------------------------------------------
 
-    def check(self, tables: Sequence[IntColumn]) -> None:
+    def check(self, tables: Sequence[Sequence[int]]) -> None:
         """Raises AssertionError unless free + idle + owned = all blocks, the users are these rows' block tables, and
         exactly the cached blocks can be found."""
-        users = np.zeros(self.total, np.int32)
-        for table in tables:
-            np.add.at(users, table, 1)
-        owned = np.flatnonzero(users)
-        idle = np.array(list(self._idle), np.int64)
-        places = np.sort(np.concatenate([self._stack[: self._free], idle, owned]))
-        findable = np.array(sorted(self._index.values()), np.int64)
+        users = Counter(block for table in tables for block in table)
+        places = sorted([*self._free, *self._idle, *users])
+        cached = [block for block in range(self.total) if self._state[block] != PRIVATE]
         problems = [
-            (not np.array_equal(places, np.arange(self.total)), f"free, idle and owned are not all blocks: {places}"),
-            (not np.array_equal(users, self._users), "users are miscounted"),
-            (not np.array_equal(findable, np.flatnonzero(self._state != PRIVATE)), "cached blocks are misfiled"),
-            (bool((self._state[idle] != READY).any()), "an idle block is not READY"),
-            (bool((self._state[self._stack[: self._free]] != PRIVATE).any()), "a free block is cached"),
-            (bool((self._state[users > 1] != READY).any()), "a block that is not READY has several users"),
-            (any(self._index[key] != block for block, key in self._key.items()), "a key leads to another block"),
-            (len(self._key) != len(self._index) or self._key.keys() != self._name.keys(), "keys and names differ"),
+            (places != list(range(self.total)), f"free, idle and owned are not all blocks: {places}"),
+            (self._users != [users[block] for block in range(self.total)], "users are miscounted"),
+            (sorted(self._index.values()) != cached, "cached blocks are misfiled"),
+            (any(self._state[block] != READY for block in self._idle), "an idle block is not READY"),
+            (any(self._state[block] != PRIVATE for block in self._free), "a free block is cached"),
+            (any(n > 1 and self._state[block] != READY for block, n in users.items()), "an unfinished block is shared"),
+            (any(self._index[key] != block for block, (key, _) in self._entry.items()), "a key leads elsewhere"),
+            (len(self._entry) != len(self._index), "keys and entries differ in number"),
         ]
         for broken, story in problems:
             if broken:

@@ -168,7 +168,7 @@ class Replica:
         length = len(request.known)
         self.pool.share(match.blocks)
         own = self.pool.take(self.blocks_for(length) - shared)
-        blocks = np.concatenate([np.array(match.blocks, np.int32), own]) if shared else own
+        blocks = match.blocks + own
         try:
             slot = self.rows.open(request, blocks, shared * block_size)
         except BaseException:
@@ -181,7 +181,7 @@ class Replica:
             full = length // block_size
             tokens = request.known[shared * block_size : full * block_size].tobytes()
             self.rows.filed[slot] = full
-            self.rows.name[slot] = self.pool.enter(tokens, match.name, own[: full - shared].tolist(), PENDING)
+            self.rows.name[slot] = self.pool.enter(tokens, match.name, own[: full - shared], PENDING)
             request.probes.clear()
             if request.cached_tokens is None:
                 request.cached_tokens = min(shared * block_size, request.prompt_length)
@@ -379,7 +379,7 @@ class Replica:
             rows.planned[slot] += length
             if self._caching:
                 block_size = self.limits.block_size
-                self.pool.computed(rows.table[slot, before // block_size : (before + length) // block_size])
+                self.pool.computed(rows.table[slot, before // block_size : (before + length) // block_size].tolist())
             if rows.planned[slot] == rows.known[slot]:
                 completed.append(slot)
                 del self._prefilling[slot]
@@ -421,7 +421,7 @@ class Replica:
         and a block has several only where the prefix cache shares it."""
         rows = self.rows
         owned = np.flatnonzero(rows.phase != FREE)
-        self.pool.check([rows.table[slot, : rows.num_blocks[slot]] for slot in owned])
+        self.pool.check([rows.table[slot, : rows.num_blocks[slot]].tolist() for slot in owned])
         problems = [
             (rows.owned != len(owned), f"{rows.owned} slots are counted as owned, {len(owned)} are"),
             (len(set(rows.number[owned].tolist())) != len(owned), "a request owns two slots"),

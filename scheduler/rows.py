@@ -70,7 +70,7 @@ class Rows:
     def has_free_slot(self) -> bool:
         return bool(self._free)
 
-    def open(self, request: Request, blocks: IntColumn, computed: int) -> int:
+    def open(self, request: Request, blocks: list[int], computed: int) -> int:
         """Gives the lowest free slot to a request in PREFILL, `computed` of whose tokens stand in its blocks already;
         returns the slot. There must be one. If it raises, the slot is still free."""
         slot = self._free[0]
@@ -97,9 +97,9 @@ class Rows:
         self.phase[slot] = PREFILL
         return heapq.heappop(self._free)
 
-    def close(self, slot: int) -> IntColumn:
-        """Frees a slot; returns its blocks (int32), which are the caller's to give back."""
-        blocks: IntColumn = self.table[slot, : self.num_blocks[slot]].copy()
+    def close(self, slot: int) -> list[int]:
+        """Frees a slot; returns its blocks, which are the caller's to give back."""
+        blocks: list[int] = self.table[slot, : self.num_blocks[slot]].tolist()
         self.phase[slot] = FREE
         self.number[slot] = -1
         self.num_blocks[slot] = 0
