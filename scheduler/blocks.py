@@ -17,6 +17,7 @@ names are numbers that are never given twice, hence a chain whose head was given
 
 from __future__ import annotations
 
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,8 +58,11 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, int] = {}
         """Cached blocks by key."""
-        self._entry: dict[int, tuple[bytes, bytes]] = {}
-        """Key and name of each cached block."""
+        self._pieces = struct.Struct(f"{block_size * BYTES_PER_TOKEN}s")
+        """A block's tokens, as bytes."""
+        self._key = [b""] * total
+        self._name = [b""] * total
+        """By block, if it is cached."""
         self._next_name = 0
 
     @property
@@ -107,8 +111,8 @@ class BlockPool:
         Raises ValueError if nobody uses one of them, and changes nothing then.
         """
         users, state = self._users, self._state
-        unused = [block for block in blocks if not users[block]]
-        if unused:
+        if not all(map(users.__getitem__, blocks)):
+            unused = [block for block in blocks if not users[block]]
             raise ValueError(f"blocks given back that nobody uses: {unused}")
         for block in reversed(blocks):
             users[block] -= 1
@@ -123,26 +127,25 @@ class BlockPool:
 
     def _evict(self, count: int) -> None:
         self.evictions += count
-        for _ in range(count):
-            block, _ = self._idle.popitem(last=False)
+        oldest = [self._idle.popitem(last=False)[0] for _ in range(count)]
+        for block in oldest:
             self._forget(block)
-            self._free.append(block)
+        self._free += oldest
 
     # --- contents --------------------------------------------------------------------------------------------------
 
     def match(self, tokens: bytes, name: bytes, most: int) -> Match:
         """The longest chain after `name` for `tokens` (int32, as bytes), `most` blocks at most."""
-        width = self.block_size * BYTES_PER_TOKEN
         index, state = self._index, self._state
         found: list[int] = []
-        for start in range(0, most * width, width):
-            block = index.get(name + tokens[start : start + width])
+        for (piece,) in self._pieces.iter_unpack(tokens[: most * self._pieces.size]):
+            block = index.get(name + piece)
             if block is None:
                 break
             if state[block] != READY:
                 return Match(found, name, True)
             found.append(block)
-            name = self._entry[block][1]
+            name = self._name[block]
         return Match(found, name, False)
 
     def enter(self, tokens: bytes, name: bytes, blocks: Sequence[int], state: int) -> bytes:
@@ -150,21 +153,17 @@ class BlockPool:
 
         Contents that another block holds already stay where they are, and the chain goes on from there.
         """
-        width = self.block_size * BYTES_PER_TOKEN
-        index = self._index
+        index, keys, names, states = self._index, self._key, self._name, self._state
         self.generation += 1
-        start = 0
-        for block in blocks:
-            key = name + tokens[start : start + width]
-            start += width
+        for (piece,), block in zip(self._pieces.iter_unpack(tokens), blocks, strict=True):
+            key = name + piece
             holder = index.setdefault(key, block)
-            if holder != block:
-                name = self._entry[holder][1]
-                continue
-            name = b"n%d;" % self._next_name
-            self._next_name += 1
-            self._entry[block] = key, name
-            self._state[block] = state
+            if holder == block:
+                self._next_name += 1
+                names[block] = b"n%d;" % self._next_name
+                keys[block] = key
+                states[block] = state
+            name = names[holder]
         return name
 
     def computed(self, blocks: Sequence[int]) -> None:
@@ -176,7 +175,7 @@ class BlockPool:
                 self.generation += 1
 
     def _forget(self, block: int) -> None:
-        del self._index[self._entry.pop(block)[0]]
+        del self._index[self._key[block]]
         self._state[block] = PRIVATE
         self.generation += 1
 
@@ -195,8 +194,8 @@ class BlockPool:
             (any(self._state[block] != READY for block in self._idle), "an idle block is not READY"),
             (any(self._state[block] != PRIVATE for block in self._free), "a free block is cached"),
             (any(n > 1 and self._state[block] != READY for block, n in users.items()), "an unfinished block is shared"),
-            (any(self._index[key] != block for block, (key, _) in self._entry.items()), "a key leads elsewhere"),
-            (len(self._entry) != len(self._index), "keys and entries differ in number"),
+            (any(self._key[block] != key for key, block in self._index.items()), "a key leads elsewhere"),
+            (len({self._name[block] for block in cached}) != len(cached), "two blocks have one name"),
         ]
         for broken, story in problems:
             if broken:

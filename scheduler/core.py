@@ -198,7 +198,9 @@ class Core:
         if model is None:
             return self._overloaded(event, "no worker has joined yet", "workers", 1, 0, now)
         open_here = self._requests.get(event.client, {})
-        taken = next((event.ticket + i for i in range(event.n) if event.ticket + i in open_here), None)
+        taken = event.ticket if event.ticket in open_here else None
+        if event.n > 1:
+            taken = next((event.ticket + i for i in range(event.n) if event.ticket + i in open_here), None)
         if taken is not None:
             fault: Invalid | None = Invalid(
                 f"ticket {taken} is in use by another open request of this client", "ticket", "unused", str(taken)
@@ -221,19 +223,17 @@ class Core:
         policy = self._policy
         waiting = len(self._queue)
         tokens = self._queue.tokens + event.n * (len(event.prompt) + len(event.generated))
-        for name, most, would, message in (
-            ("max_waiting_requests", policy.max_waiting_requests, waiting + event.n, "requests would wait"),
-            ("max_waiting_tokens", policy.max_waiting_tokens, tokens, "tokens would wait"),
-            (
-                "max_requests_per_client",
-                policy.max_requests_per_client,
-                open_here + event.n,
-                "requests of this client would be open",
-            ),
-        ):
-            if would > most:
-                return self._overloaded(event, f"{would} {message}, over the limit of {most}", name, most, would, now)
-        return None
+        if waiting + event.n > policy.max_waiting_requests:
+            name, most, would = "max_waiting_requests", policy.max_waiting_requests, waiting + event.n
+            what = "requests would wait"
+        elif tokens > policy.max_waiting_tokens:
+            name, most, would, what = "max_waiting_tokens", policy.max_waiting_tokens, tokens, "tokens would wait"
+        elif open_here + event.n > policy.max_requests_per_client:
+            name, most, would = "max_requests_per_client", policy.max_requests_per_client, open_here + event.n
+            what = "requests of this client would be open"
+        else:
+            return None
+        return self._overloaded(event, f"{would} {what}, over the limit of {most}", name, most, would, now)
 
     def _overloaded(self, event: Submitted, message: str, field: str, limit: int, value: int, now: float) -> Reject:
         self.counters.refused += event.n
@@ -369,19 +369,25 @@ class Core:
 
     def _admit(self, now: float, out: list[Instruction]) -> None:
         """Gives waiting requests places. One without room for it is passed by those behind it, but not for ever."""
-        while len(self._queue) and any(replica.accepts for replica in self._replicas.values()):
-            passed: list[Request] = []
-            with closing(self._queue.in_turn(ADMISSION_WINDOW)) as in_turn:
-                for request in in_turn:
-                    if self._place(request, now, out):
-                        break
-                    if request.passed >= MAX_PASSED:
-                        return
-                    passed.append(request)
-                else:
-                    return
-            for request in passed:
-                request.passed += 1
+        while (head := self._queue.head()) is not None and any(r.accepts for r in self._replicas.values()):
+            if not self._place(head, now, out) and not self._place_another(now, out):
+                return
+
+    def _place_another(self, now: float, out: list[Instruction]) -> bool:
+        """Gives the first that fits, of a few behind the head of the queue, a place; False if there is none."""
+        passed: list[Request] = []
+        with closing(self._queue.in_turn(ADMISSION_WINDOW)) as in_turn:
+            for request in in_turn:
+                if passed and self._place(request, now, out):  # the head was tried already
+                    break
+                if request.passed >= MAX_PASSED:
+                    return False
+                passed.append(request)
+            else:
+                return False
+        for request in passed:
+            request.passed += 1
+        return True
 
     def _place(self, request: Request, now: float, out: list[Instruction]) -> bool:
         """Gives a request the best place that there is room for; False if there is none, or if the best one is worth

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..protocol.messages import MAX_SAMPLES, ModelDescription
 from ..protocol.sampling import SamplingParams
 from .events import IntColumn, Submitted
@@ -62,11 +64,10 @@ def _bad_prompt(prompt: IntColumn, model: ModelDescription) -> Invalid | None:
 
 
 def _bad_tokens(field: str, tokens: IntColumn, model: ModelDescription) -> Invalid | None:
-    if not len(tokens):
+    # As unsigned numbers, negative ones are the largest: one pass is enough.
+    if not len(tokens) or int(tokens.view(np.uint32).max()) < model.vocab_size:
         return None
-    outside = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
-    if 0 <= outside < model.vocab_size:
-        return None
+    outside = int(tokens[(tokens < 0) | (tokens >= model.vocab_size)][0])
     return Invalid(
         f"{field} holds token id {outside}; the vocabulary has ids 0 to {model.vocab_size - 1}",
         field,

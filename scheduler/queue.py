@@ -39,6 +39,15 @@ class WaitingQueue:
         self._waiting[request.number] = entry
         self.tokens += len(request.known)
 
+    def head(self) -> Request | None:
+        """The request whose turn is next; it stays in the queue."""
+        while self._heap:
+            entry = self._heap[0]
+            if self._waiting.get(entry[1]) is entry:
+                return entry[2]
+            heapq.heappop(self._heap)
+        return None
+
     def in_turn(self, most: int) -> Generator[Request]:
         """The requests whose turn is next, `most` of them, in order. They stay in the queue; the one that was yielded
         last may be removed, and then the iterator must be given up."""

@@ -52,6 +52,8 @@ class Rows:
         self.stops = np.full((slots, STOP_COLUMNS), NO_TOKEN, np.int32)
         self.more_stops: dict[int, frozenset[int]] = {}
         """By slot: all stop tokens of a row that has over STOP_COLUMNS."""
+        self._stop_columns = 0
+        """Columns of `stops` that any row has used."""
         self.entered = np.zeros(slots, np.int32)
         """Tokens that were known when the row got its slot."""
         self.filed = np.zeros(slots, np.int32)
@@ -91,6 +93,7 @@ class Rows:
         self.stops[slot] = NO_TOKEN
         if len(request.stops) <= STOP_COLUMNS:
             self.stops[slot, : len(request.stops)] = request.stops
+            self._stop_columns = max(self._stop_columns, len(request.stops))
         else:
             self.more_stops[slot] = frozenset(request.stops)
         self.request[slot] = request
@@ -110,7 +113,9 @@ class Rows:
 
     def stopped(self, slots: LongColumn, tokens: IntColumn) -> BoolColumn:
         """Which of these rows got one of their stop tokens, bool like `slots`."""
-        stopped: BoolColumn = (self.stops[slots] == tokens[:, None]).any(axis=1)
+        stopped: BoolColumn = np.zeros(len(slots), np.bool_)
+        for column in range(self._stop_columns):
+            stopped |= self.stops[slots, column] == tokens
         for slot, more in self.more_stops.items():
             at = np.flatnonzero(slots == slot)
             if len(at):
