@@ -53,7 +53,7 @@ async def _serve(config: SchedulerConfig, status: StatusPipe) -> int:
 def calm_collector() -> None:
     """Makes the cycle collector look at what the program began with no more, and at the rest more rarely.
 
-    Requests and blocks are freed by their reference counts; passes over a hundred thousand of them only make steps late.
+    Requests and blocks are freed by their reference counts; to look at a hundred thousand of them makes steps late.
     """
     gc.collect()
     gc.freeze()
