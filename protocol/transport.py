@@ -231,6 +231,10 @@ class Sent(Enum):
         return self is Sent.QUEUED
 
 
+_MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
+_LAST = int(zmq.DONTWAIT)
+
+
 class LoopSocket:
     """A ZeroMQ socket driven by an asyncio loop through callbacks, without a task or future per message.
 
@@ -262,7 +266,10 @@ class LoopSocket:
         if self._closed:
             return Sent.GONE
         try:
-            self._socket.send_multipart(frames, flags=zmq.DONTWAIT)
+            # Not send_multipart, which takes twice as long. Whether there is room is decided by the first frame.
+            for frame in frames[:-1]:
+                self._socket.send(frame, _MORE)
+            self._socket.send(frames[-1], _LAST)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:
