@@ -33,7 +33,7 @@ from ...protocol.messages import (
     Welcome,
 )
 from ...protocol.sampling import SamplingParams
-from ...protocol.transport import open_dealer
+from ...protocol.transport import LINGER_MS, open_dealer
 from .loads import FIRST_TOKEN, VOCAB
 from .party import Orders
 
@@ -248,8 +248,13 @@ class Clients:
         )
 
     def close(self) -> None:
+        goodbye = encode(Goodbye(reason="the benchmark is over"))
         for socket in self._sockets:
-            socket.close(0)
+            try:
+                socket.send(goodbye, zmq.DONTWAIT)
+            except zmq.Again:
+                pass  # nobody is there who would miss it
+            socket.close(LINGER_MS)
 
 
 def main() -> None:

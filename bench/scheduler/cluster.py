@@ -117,7 +117,7 @@ def _await_load(address: str, rows: int) -> None:
 
 
 def _usage(process: psutil.Process) -> dict[str, float]:
-    """Processor seconds so far: of the scheduler and of its main thread alone."""
+    """Processor seconds so far: of the scheduler, of its main thread alone, of all processes that are not ours."""
     threads = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
     times = process.cpu_times()
     return {
@@ -125,7 +125,20 @@ def _usage(process: psutil.Process) -> dict[str, float]:
         "scheduler": times.user + times.system,
         "scheduler_main_thread": threads.get(process.pid, 0.0),
         "scheduler_main_thread_queued": _queued_s(process.pid),
+        "others": _others_s(),
     }
+
+
+def _others_s() -> float:
+    """With their children that have ended; those that nobody has waited for are missing."""
+    me = psutil.Process()
+    ours = {me.pid, *(child.pid for child in me.children(recursive=True))}
+    total = 0.0
+    for process in psutil.process_iter(["cpu_times"]):
+        times = process.info["cpu_times"]
+        if process.pid not in ours and times is not None:
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def _queued_s(pid: int) -> float:
@@ -158,7 +171,7 @@ def main(
     lookahead: Annotated[int, typer.Option(min=0, max=8, help="Plans that a worker holds beyond the running one.")] = 1,
     worker_processes: Annotated[int, typer.Option(min=1, help="That the workers are spread over.")] = 1,
     client_processes: Annotated[int, typer.Option(min=1, help="That the clients are spread over.")] = 2,
-    realtime: Annotated[bool, typer.Option(help="Ask for real-time priority for the simulated workers.")] = True,
+    high_priority: Annotated[bool, typer.Option(help="Ask for high priority for the simulated workers.")] = True,
     scheduler_json: Annotated[str, typer.Option(help="More fields of SchedulerConfig, as a JSON object.")] = "{}",
     sweep: Annotated[bool, typer.Option(help="1, 2, 4, 8, 16 workers, until the GPUs would wait.")] = False,
     profile: Annotated[
@@ -181,7 +194,7 @@ def main(
         lookahead=lookahead,
         worker_processes=worker_processes,
         client_processes=client_processes,
-        realtime=realtime,
+        high_priority=high_priority,
         scheduler_options=json.loads(scheduler_json),
     )
     console = Console()

@@ -13,7 +13,7 @@ One worker with room for all rows, lookahead 1, blocks of 16 tokens, prefix cach
 
     step  =  handle + encode, "plan + commit + encode"
 
-The garbage collector runs as it does in production. A calibration loop runs before and after each case: its ratio
+The garbage collector is set as in the scheduler process. A calibration loop runs before and after each case: its ratio
 says how slow the machine was at that moment. Targets are held against the median as measured, not corrected by it.
 """
 
@@ -29,6 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ...scheduler.main import calm_collector
 from ..machine import describe_machine
 from .calibration import calibrate
 from .drive import CLIENTS, Driver, Steps
@@ -129,6 +130,7 @@ def main(
     for name in load or ():
         if name not in LOADS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(LOADS)}", param_hint="--load")
+    calm_collector()
     console = Console()
     console.width = max(console.width, LEAST_WIDTH)
     console.print("µs a step, medians but where it says otherwise; step = handle + encode; cal.: calibration loop\n")

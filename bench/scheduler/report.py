@@ -33,7 +33,9 @@ def summarise(
     devices = [worker for party in of_workers for worker in party["workers"]]
     seconds = of_workers[0]["seconds"]
     steps = sum(device["steps"] for device in devices)
-    busy_s, waited_s = (sum(device[name] for device in devices) for name in ("busy_s", "waited_s"))
+    busy_s, waited_s, still_s = (
+        sum(device[name] for device in devices) for name in ("busy_s", "waited_s", "stood_still_s")
+    )
     gaps = np.zeros(GAP_BINS, np.int64)
     for party in of_clients:
         np.add.at(gaps, party["gap_bins"], party["gap_counts"])
@@ -45,6 +47,7 @@ def summarise(
         "waited_share": sum(device["waited"] for device in devices) / max(1, steps),
         "waited_share_as_seen": sum(device["waited_as_seen"] for device in devices) / max(1, steps),
         "idle_share": waited_s / max(1e-9, busy_s + waited_s),
+        "stood_still_share": still_s / (seconds * num_workers),
         "step_ms": busy_s / max(1, steps) * 1e3,
         "slack_us": _percentiles([slack for device in devices for slack in device["slack_us"]], low=True),
         "result_late_us": _percentiles([late for device in devices for late in device["late_us"]]),
@@ -55,7 +58,7 @@ def summarise(
         "requests_finished": sum(party["finished"] for party in of_clients),
         "first_token_ms": _percentiles([one for party in of_clients for one in party["first_token_ms"]]),
         "gap_ms": _histogram_percentiles(gaps),
-        "workers_realtime": all(party["realtime"] for party in of_workers),
+        "workers_nice": max(party["nice"] for party in of_workers),
         "cores": {
             **cores,
             "simulated_workers": sum(party["cpu_s"] / party["seconds"] for party in of_workers),
@@ -110,6 +113,7 @@ _LINES: tuple[tuple[str, Any], ...] = (
     ("tokens of a step", lambda run: f"{run['rows_in_use']:.1f}"),
     ("slack of plans, µs: p50 / p99 / p99.9 / worst", _worst("slack_us")),
     ("results sent late, µs: p50 / p99 / p99.9 / worst", _worst("result_late_us")),
+    ("devices stood still as the simulation slept", lambda run: f"{run['stood_still_share']:.3%}"),
     ("tokens/s sampled", lambda run: f"{run['sampled_per_s']:,.0f}"),
     ("tokens/s delivered", lambda run: f"{run['delivered_per_s']:,.0f}"),
     ("messages/s to clients", lambda run: f"{run['client_messages_per_s']:,.0f}"),
@@ -121,7 +125,8 @@ _LINES: tuple[tuple[str, Any], ...] = (
     ("  wanted a core and had none", lambda run: f"{run['cores'].get('scheduler_main_thread_queued', math.nan):.2f}"),
     ("cores: simulated workers", lambda run: f"{run['cores']['simulated_workers']:.2f}"),
     ("cores: simulated clients", lambda run: f"{run['cores']['simulated_clients']:.2f}"),
-    ("workers had real-time priority", lambda run: "yes" if run["workers_realtime"] else "no"),
+    ("cores: processes of others, at least", lambda run: f"{max(0.0, run['cores']['others']):.2f}"),
+    ("priority of the simulated workers", lambda run: f"nice {run['workers_nice']}"),
 )
 
 

@@ -33,7 +33,7 @@ class Setup:
     lookahead: int
     worker_processes: int
     client_processes: int
-    realtime: bool
+    high_priority: bool
     scheduler_options: dict[str, Any] = field(default_factory=dict)
 
     def worker_settings(self, endpoint: str, num_workers: int) -> list[WorkerSettings]:
@@ -53,7 +53,7 @@ class Setup:
                     max_model_len=MAX_MODEL_LEN,
                     lookahead=self.lookahead,
                     step_s=self.step_s,
-                    realtime=self.realtime,
+                    high_priority=self.high_priority,
                 )
             )
             first += count

@@ -1,10 +1,11 @@
 """The clock of a simulated device, which is computed and not waited for.
 
-Step k starts when its plan is there and step k - 1 has ended, and takes as long as it is said to take. The process that
-plays the device shares its processor with others and wakes up late now and then; a real device does not. So the time at
-which a result *should* have been sent is kept apart from the time at which it was. When a result goes out late, the
-plan that answers it is taken for that much earlier: what is charged to the scheduler is the time from a result's
-sending to the plan's arrival. The delay with which the process notices a plan is charged to the scheduler too.
+Step k starts when its plan is there and step k - 1 has ended, and takes as long as it is said to take. The process
+that plays the device shares its processor with others and wakes up late now and then; a real device does not. So the
+time at which a result *should* have been sent is kept apart from the time at which it was. When a result goes out a
+little late, the plan that answers it is taken for that much earlier; when it would be very late, the device's clock
+stands still meanwhile. Either way what is charged to the scheduler is the time from a result's sending to the plan's
+arrival. The delay with which the process notices a plan is charged to the scheduler too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Timeline:
         self.late_us = array("d")
         """For each result: how late it was sent."""
         self.waited_s = 0.0
+        self.stood_still_s = 0.0
         self.busy_s = 0.0
 
     def plan_arrived(self, step: int, at: float, seconds: float, after_idle: bool) -> tuple[float, float]:
@@ -56,6 +58,11 @@ class Timeline:
         self.late_us.append(late * 1e6)
         self._late[step + self._answers_after] = late
 
+    def stand_still(self, seconds: float) -> None:
+        """Whatever the device does ends so much later."""
+        self._end += seconds
+        self.stood_still_s += seconds
+
     def report(self) -> dict[str, Any]:
         """The record; times in µs, one decimal."""
         return {
@@ -63,6 +70,7 @@ class Timeline:
             "waited": sum(slack < 0.0 for slack in self.slack_us),
             "waited_as_seen": sum(slack < 0.0 for slack in self.slack_as_seen_us),
             "waited_s": self.waited_s,
+            "stood_still_s": self.stood_still_s,
             "busy_s": self.busy_s,
             "slack_us": [round(slack, 1) for slack in self.slack_us],
             "late_us": [round(late, 1) for late in self.late_us],

@@ -188,6 +188,16 @@ def test_a_result_that_went_out_late_is_not_charged_to_the_scheduler() -> None:
     assert report["late_us"] == [750_000.0]
 
 
+def test_a_device_stands_still_while_its_process_sleeps() -> None:
+    timeline = Timeline(lookahead=1)
+    timeline.plan_arrived(0, at=10.0, seconds=1.0, after_idle=True)
+    timeline.plan_arrived(1, at=10.0, seconds=1.0, after_idle=False)
+    timeline.stand_still(5.0)
+    timeline.result_sent(0, due=16.0, at=16.0)
+    assert timeline.plan_arrived(2, at=16.5, seconds=1.0, after_idle=False) == (18.0, 0.0)
+    assert timeline.report()["stood_still_s"] == 5.0
+
+
 def test_a_device_that_was_idle_did_not_wait() -> None:
     timeline = Timeline(lookahead=1)
     timeline.plan_arrived(0, at=10.0, seconds=1.0, after_idle=True)
@@ -286,7 +296,7 @@ def test_requests_and_workers_are_spread_over_processes() -> None:
         lookahead=1,
         worker_processes=2,
         client_processes=3,
-        realtime=False,
+        high_priority=False,
     )
     workers = setup.worker_settings("", 3)
     assert [(one.first, one.workers) for one in workers] == [(0, 2), (2, 1)]
