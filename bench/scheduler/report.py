@@ -19,6 +19,7 @@ MOST_WAITED = 0.001
 """Share of steps that may have made a GPU wait."""
 LEAST_WIDTH = 140
 """Columns of a table where the output is no terminal."""
+RUNS_BESIDE = 2
 PROFILE_LINES = 25
 
 
@@ -86,14 +87,16 @@ def _histogram_percentiles(bins: Any) -> dict[str, float]:
 
 
 def show_runs(console: Console, runs: Sequence[dict[str, Any]]) -> None:
-    """One column a run."""
+    """One column a run, workers × rows at its head."""
     console.width = max(console.width, LEAST_WIDTH)
-    table = Table("", *(f"{run['workers']} × {run['rows']}" for run in runs), box=box.SIMPLE_HEAD)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for heading, cell in _LINES:
-        table.add_row(heading, *(cell(run) for run in runs))
-    console.print(table)
+    for first in range(0, len(runs), RUNS_BESIDE):
+        some = runs[first : first + RUNS_BESIDE]
+        table = Table("", *(f"{run['workers']} × {run['rows']}" for run in some), box=box.SIMPLE_HEAD)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for heading, cell in _LINES:
+            table.add_row(heading, *(cell(run) for run in some))
+        console.print(table)
 
 
 def _worst(name: str, digits: int = 0) -> Any:
@@ -126,22 +129,32 @@ _LINES: tuple[tuple[str, Any], ...] = (
     ("cores: simulated workers", lambda run: f"{run['cores']['simulated_workers']:.2f}"),
     ("cores: simulated clients", lambda run: f"{run['cores']['simulated_clients']:.2f}"),
     ("cores: processes of others, at least", lambda run: f"{max(0.0, run['cores']['others']):.2f}"),
+    ("calibration loop before the run", lambda run: f"× {run['calibration_ratio']:.2f}"),
     ("priority of the simulated workers", lambda run: f"nice {run['workers_nice']}"),
 )
 
 
+def holds(runs: Sequence[dict[str, Any]]) -> bool | None:
+    """Whether few enough steps would have waited: as the first run says if it is a good one, else as two of three do.
+    None: more runs are needed."""
+    good = sum(run["waited_share"] <= MOST_WAITED for run in runs)
+    if good == 2 or (good == 1 and len(runs) == 1):
+        return True
+    return False if len(runs) - good == 2 else None
+
+
 def show_knee(console: Console, runs: Sequence[dict[str, Any]]) -> None:
-    held = [run for run in runs if run["waited_share"] <= MOST_WAITED]
-    if held:
-        best = held[-1]
-        streams = best["workers"] * best["rows"]
+    """What the sweep says in the end."""
+    for num_workers in dict.fromkeys(run["workers"] for run in runs):
+        here = [run for run in runs if run["workers"] == num_workers]
+        shares = ", ".join(f"{run['waited_share']:.3%}" for run in here)
+        verdict = "held" if holds(here) else "too many"
         console.print(
-            f"{best['workers']} workers with {streams:,} streams, {best['delivered_per_s']:,.0f} tokens/s: under "
-            f"{MOST_WAITED:.1%} of the steps would have waited."
+            f"{num_workers} workers, {num_workers * here[0]['rows']:,} streams, "
+            f"{max(run['delivered_per_s'] for run in here):,.0f} tokens/s: {shares} of the steps would have waited; "
+            f"at most {MOST_WAITED:.1%}: {verdict}",
+            highlight=False,
         )
-    for run in runs:
-        if run["waited_share"] > MOST_WAITED:
-            console.print(f"{run['workers']} workers: {run['waited_share']:.2%} would have, which is too many.")
 
 
 def show_profile(console: Console, stats: pstats.Stats) -> list[dict[str, Any]]:

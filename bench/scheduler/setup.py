@@ -8,6 +8,7 @@ from typing import Any
 
 from .clients import Settings as ClientSettings
 from .loads import BLOCK_SIZE
+from .step_time import StepTime
 from .workers import Settings as WorkerSettings
 
 MAX_MODEL_LEN = 8_192
@@ -36,6 +37,10 @@ class Setup:
     high_priority: bool
     scheduler_options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def step_time(self) -> StepTime:
+        return StepTime() if self.step_s is None else StepTime.constant(self.step_s)
+
     def worker_settings(self, endpoint: str, num_workers: int) -> list[WorkerSettings]:
         """One for each process that has a worker."""
         longest = -(-(self.prompt_tokens + self.most_output) // BLOCK_SIZE)
@@ -52,7 +57,7 @@ class Setup:
                     max_num_batched_tokens=self.rows + PROMPTS_PER_STEP * self.prompt_tokens,
                     max_model_len=MAX_MODEL_LEN,
                     lookahead=self.lookahead,
-                    step_s=self.step_s,
+                    step_time=self.step_time,
                     high_priority=self.high_priority,
                 )
             )

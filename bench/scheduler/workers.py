@@ -61,8 +61,7 @@ class Settings:
     max_num_batched_tokens: int
     max_model_len: int
     lookahead: int
-    step_s: float | None
-    """Every step takes so long; None for the times of step_time.py."""
+    step_time: StepTime
     high_priority: bool
 
 
@@ -83,7 +82,7 @@ class Worker:
     def __init__(self, settings: Settings, number: int, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._settings = settings
         self._name = f"simulated-{number}"
-        self._step_time = StepTime() if settings.step_s is None else StepTime.constant(settings.step_s)
+        self._step_time = settings.step_time
         self._device = SimulatedDevice(settings.rows)
         self._pending: deque[Pending] = deque()
         rng = np.random.default_rng(number)

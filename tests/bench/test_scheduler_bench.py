@@ -17,7 +17,7 @@ from tandem.bench.scheduler.clients import Requests, Settings, read_tokens
 from tandem.bench.scheduler.core import judge
 from tandem.bench.scheduler.device import SimulatedDevice
 from tandem.bench.scheduler.harness import VirtualClock, build_core, describe_model
-from tandem.bench.scheduler.report import show_knee
+from tandem.bench.scheduler.report import holds, show_knee
 from tandem.bench.scheduler.setup import Setup, spread
 from tandem.bench.scheduler.step_time import StepTime
 from tandem.bench.scheduler.timeline import Timeline
@@ -376,22 +376,32 @@ def test_cluster_shows_a_profile_of_the_scheduler(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shares", "told"),
+    ("shares", "verdict"),
     [
-        ([0.0, 0.001, 0.2], ["2 workers with 512 streams", "4 workers: 20.00% would have"]),
-        ([0.5], ["1 workers: 50.00% would have"]),
+        ([], None),
+        ([0.001], True),
+        ([0.0011], None),
+        ([0.5, 0.5], False),
+        ([0.5, 0.0], None),
+        ([0.5, 0.0, 0.0], True),
+        ([0.5, 0.0, 0.5], False),
     ],
 )
-def test_cluster_finds_the_knee(shares: list[float], told: list[str]) -> None:
+def test_two_runs_of_three_decide_where_the_first_is_bad(shares: list[float], verdict: bool | None) -> None:
+    assert holds([{"waited_share": share} for share in shares]) is verdict
+
+
+def test_sweep_tells_of_every_point() -> None:
     console = Console(record=True, width=200)
     runs = [
-        {"workers": 2**index, "rows": 256, "waited_share": share, "delivered_per_s": 1.0}
-        for index, share in enumerate(shares)
+        {"workers": workers, "rows": 256, "waited_share": share, "delivered_per_s": 1.0}
+        for workers, share in ((1, 0.0), (2, 0.2), (2, 0.0), (2, 0.0), (4, 0.5), (4, 0.25))
     ]
     show_knee(console, runs)
     lines = console.export_text().splitlines()
-    assert len(lines) == len(told)
-    assert all(line.startswith(words) for line, words in zip(lines, told, strict=True))
+    assert [line.rpartition(": ")[2] for line in lines] == ["held", "held", "too many"]
+    assert lines[2].startswith("4 workers, 1,024 streams")
+    assert "50.000%, 25.000% of the steps" in lines[2]
 
 
 def test_cluster_refuses_outputs_that_do_not_fit() -> None:
