@@ -21,6 +21,7 @@ LEAST_WIDTH = 140
 """Columns of a table where the output is no terminal."""
 RUNS_BESIDE = 2
 PROFILE_LINES = 25
+OURS = ("scheduler/", "protocol/")
 
 
 def summarise(
@@ -157,8 +158,9 @@ def show_knee(console: Console, runs: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def show_profile(console: Console, stats: pstats.Stats) -> list[dict[str, Any]]:
-    """The functions that took most of the scheduler's main thread, by their own time; returns them."""
+def show_profile(console: Console, stats: pstats.Stats) -> dict[str, list[dict[str, Any]]]:
+    """Which functions took most of the scheduler's main thread, by their own time, and which of our own by their time
+    with what they called; returns both lists."""
     found = [
         {
             "function": f"{_short(file)}:{line} {name}" if line else name,
@@ -168,15 +170,18 @@ def show_profile(console: Console, stats: pstats.Stats) -> list[dict[str, Any]]:
         }
         for (file, line, name), (_, calls, own, cumulative, _) in stats.stats.items()  # type: ignore[attr-defined]
     ]
-    found.sort(key=lambda one: -one["own_s"])
     total = sum(one["own_s"] for one in found)
-    table = Table("of the time", "with callees", "calls", "function", box=box.SIMPLE_HEAD)
-    for one in found[:PROFILE_LINES]:
-        shares = (f"{one['own_s'] / total:.1%}", f"{one['with_callees_s'] / total:.1%}")
-        table.add_row(*shares, f"{one['calls']:,}", one["function"])
+    of_ours = [one for one in found if one["function"].startswith(OURS)]
+    by_own = sorted(found, key=lambda one: -one["own_s"])[:PROFILE_LINES]
+    by_all = sorted(of_ours, key=lambda one: -one["with_callees_s"])[:PROFILE_LINES]
     console.print("profile of the scheduler's main thread, from its start to its end; waiting for sockets included")
-    console.print(table)
-    return found[:PROFILE_LINES]
+    for title, lines in (("by own time", by_own), ("ours, with what they call", by_all)):
+        table = Table("own time", "with callees", "calls", "function", box=box.SIMPLE_HEAD, title=title)
+        for one in lines:
+            shares = (f"{one['own_s'] / total:.1%}", f"{one['with_callees_s'] / total:.1%}")
+            table.add_row(*shares, f"{one['calls']:,}", one["function"])
+        console.print(table)
+    return {"by_own_time": by_own, "ours_with_callees": by_all}
 
 
 def _short(file: str) -> str:
