@@ -50,6 +50,17 @@ def encode(message: object) -> bytes:
     return data
 
 
+_pack_tokens = msgpack.Packer(use_bin_type=True).pack
+
+
+def encode_tokens(epoch: int, ticket: bytes, offset: bytes, count: bytes, token: bytes) -> bytes:
+    """What `encode` makes of a Tokens message without endings, from its columns as they travel. A scheduler sends
+    thousands of these a second, and this takes a quarter of the time."""
+    columns = {"epoch": epoch, "ticket": ticket, "offset": offset, "count": count, "token": token}
+    data: bytes = _pack_tokens(("Tokens", columns))
+    return data
+
+
 def decode(data: bytes, *expected: type) -> Any:
     """The message that `data` holds, one of the `expected` classes.
 

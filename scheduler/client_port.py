@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError, VersionMismatch
 from ..protocol.messages import (
@@ -16,7 +14,6 @@ from ..protocol.messages import (
     AskStats,
     Cancel,
     ClientHello,
-    Ended,
     FetchFile,
     Goodbye,
     ModelDescription,
@@ -24,7 +21,6 @@ from ..protocol.messages import (
     Refused,
     Stats,
     Submit,
-    Tokens,
     UnknownPeer,
     VersionRefused,
     Welcome,
@@ -32,6 +28,7 @@ from ..protocol.messages import (
 )
 from ..protocol.transport import LoopSocket, Sent
 from .core import Core
+from .delivery import Delivery
 from .events import Accept, Cancelled, ClientLost, Deliver, Event, Reject, Submitted
 from .files import FileStore
 from .peers import MAX_BACKLOG_BYTES, ClientPeer
@@ -55,6 +52,7 @@ class ClientPort:
         clock: Callable[[], float],
         core: Core,
         call_later: Callable[[float, Callable[[], None]], object],
+        delivery_interval_s: float = 0.02,
     ) -> None:
         self._epoch = epoch
         self._lease_s = lease_s
@@ -63,6 +61,8 @@ class ClientPort:
         self._core = core
         self._call_later = call_later
         self._retrying = False
+        self._delivery = Delivery(epoch, delivery_interval_s)
+        self._flushing = False
         self._complained_at = float("-inf")
         self._socket: LoopSocket | None = None
         self._by_route: dict[bytes, ClientPeer] = {}
@@ -82,6 +82,7 @@ class ClientPort:
             self._send(peer, self._welcome())
 
     def close(self, reason: str) -> None:
+        self._send_tokens(self._delivery.flush())
         for peer in list(self._by_client.values()):
             self._send(peer, Goodbye(reason=reason))
         if self._socket is not None:
@@ -213,35 +214,29 @@ class ClientPort:
             self._send(peer, refused)
 
     def deliver(self, deliver: Deliver) -> None:
-        """One message for each client that has a row or an ending in the delivery."""
-        ended: dict[int, list[Ended]] = {}
-        for client, end in deliver.ended:
-            ended.setdefault(client, []).append(end)
-        order = np.argsort(deliver.client, kind="stable")
-        clients = deliver.client[order]
-        borders = np.flatnonzero(np.diff(clients)) + 1
-        for rows in np.split(order, borders) if len(order) else ():
-            client = int(deliver.client[rows[0]])
+        """Tokens go out at once or, where that saves messages, a little later; endings at once."""
+        self._send_tokens(self._delivery.add(deliver, self._clock()))
+        due = self._delivery.due
+        if due is not None and not self._flushing:
+            self._flushing = True
+            self._call_later(max(0.0, due - self._clock()), self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._send_tokens(self._delivery.flush())
+
+    def _send_tokens(self, messages: list[tuple[int, bytes]]) -> None:
+        for client, data in messages:
             peer = self._by_client.get(client)
             if peer is not None:
-                tokens = Tokens(
-                    epoch=self._epoch,
-                    ticket=deliver.ticket[rows],
-                    offset=deliver.offset[rows],
-                    count=np.ones(len(rows), np.int32),
-                    token=deliver.token[rows],
-                    ended=tuple(ended.pop(client, ())),
-                )
-                self._send(peer, tokens)
-        for client, ends in ended.items():
-            peer = self._by_client.get(client)
-            if peer is not None:
-                self._send(peer, Tokens(epoch=self._epoch, ended=tuple(ends)))
+                self._send_bytes(peer, data)
 
     def _send(self, peer: ClientPeer, message: Any) -> None:
+        self._send_bytes(peer, encode(message))
+
+    def _send_bytes(self, peer: ClientPeer, data: bytes) -> None:
         if self._socket is None:
             return
-        data = encode(message)
         sent = Sent.FULL if peer.backlog else self._socket.send([peer.routing_id, data])
         if sent is Sent.GONE:
             log.info("client %d (%s) disconnected", peer.client, peer.name)

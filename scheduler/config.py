@@ -73,6 +73,15 @@ class SchedulerConfig(BaseModel):
             "cut into chunks small enough, going by the steps before. 0 for no limit.",
         ),
     ] = 0.1
+    delivery_interval_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Seconds that tokens may be held, under load, so that a client gets more of them in one "
+            "message. 0 sends each step's at once.",
+        ),
+    ] = 0.02
     watermark: Annotated[
         float,
         Field(

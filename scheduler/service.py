@@ -46,7 +46,13 @@ class Service:
         self._flushing: asyncio.Handle | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self.clients = ClientPort(
-            self.epoch, config.client_lease, self._post, self._loop.time, self._core, self._loop.call_later
+            self.epoch,
+            config.client_lease,
+            self._post,
+            self._loop.time,
+            self._core,
+            self._loop.call_later,
+            config.delivery_interval_s,
         )
         self.workers = WorkerPort(
             self.epoch, config.worker_lease, self._post, self._loop.time, self._core, self.clients.serve_model
