@@ -1,5 +1,5 @@
-"""The command line: `tandem serve | generate | chat | demo | scheduler | worker`. Each command's work is elsewhere;
-here are its flags, its help and its exit code.
+"""The command line: `tandem serve | generate | chat | demo | bench | scheduler | worker`. Each command's work is
+elsewhere; here are its flags, its help and its exit code (those of `bench` are in bench/cli.py).
 
 Exit codes: 0 done, or ended as asked; 1 something failed; 2 the options cannot work; 130 `generate` was interrupted.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..protocol.errors import ConfigurationError, TandemError
 from ..scheduler.config import SchedulerConfig
@@ -173,6 +174,26 @@ def demo(config: ConfigFile = None, **options: Any) -> None:
     from .demo import demo as run
 
     sys.exit(run(_split(options, config)[1]))
+
+
+class _Bench(TyperGroup):
+    """`tandem bench …`, whose commands are imported when one is asked for: the others need not wait for them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_bench_commands())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _bench_commands().get(cmd_name)
+
+
+def _bench_commands() -> dict[str, Any]:
+    from ..bench.cli import app as bench
+
+    return dict(typer.main.get_group(bench).commands)
+
+
+BENCH_HELP = "Measure throughput and latencies: all requests at once, arriving over time, or at several loads."
+app.add_typer(typer.Typer(cls=_Bench, no_args_is_help=True), name="bench", help=BENCH_HELP)
 
 
 def _split(options: dict[str, Any], config: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:

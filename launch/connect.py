@@ -40,9 +40,17 @@ class Service:
 
 
 @contextmanager
-def service(connect: str | None, worker_options: Options, *, embed: bool = False) -> Iterator[Service]:
+def service(
+    connect: str | None,
+    worker_options: Options,
+    *,
+    embed: bool = False,
+    scheduler_options: Options = {},  # noqa: B006  (a Mapping: nobody changes it)
+    data_parallel_size: int = 1,
+) -> Iterator[Service]:
     """The service that `connect` names; else, without options for a worker and unless `embed`, the one at
-    $TANDEM_ADDRESS or this user's running one; else an embedded system that lives as long as the block.
+    $TANDEM_ADDRESS or this user's running one; else an embedded system that lives as long as the block, with these
+    options for its scheduler and so many workers.
 
     Call it in the main thread, within ending_interrupts(): if a process of the embedded system dies, the block is
     interrupted and ChildDied raised. Raises ConfigurationError if the options contradict each other.
@@ -63,7 +71,7 @@ def service(connect: str | None, worker_options: Options, *, embed: bool = False
             note(f"Using the service at {address.url}.")
             yield _running(address.url, insecure)
             return
-    yield from _embedded(worker_options)
+    yield from _embedded(worker_options, scheduler_options, data_parallel_size)
 
 
 def _running(url: str, insecure: bool) -> Service:
@@ -78,7 +86,7 @@ def _running(url: str, insecure: bool) -> Service:
     return Service(url, insecure, None)
 
 
-def _embedded(worker_options: Options) -> Iterator[Service]:
+def _embedded(worker_options: Options, scheduler_options: Options, data_parallel_size: int) -> Iterator[Service]:
     armed = False
 
     def on_death(_death: ChildDied) -> None:
@@ -86,8 +94,15 @@ def _embedded(worker_options: Options) -> Iterator[Service]:
             interrupt_main_thread()
 
     display = StartDisplay()
-    scheduler_options = {"log_level": worker_options["log_level"]} if "log_level" in worker_options else {}
-    system = EmbeddedSystem(worker_options, scheduler_options, listener=display, on_death=on_death)
+    if "log_level" in worker_options:
+        scheduler_options = {**scheduler_options, "log_level": worker_options["log_level"]}
+    system = EmbeddedSystem(
+        worker_options,
+        scheduler_options,
+        data_parallel_size=data_parallel_size,
+        listener=display,
+        on_death=on_death,
+    )
     try:
         with display:
             system.start()
