@@ -162,7 +162,9 @@ async def _serve(first: dict[str, Any]) -> None:
                 jobs = await asyncio.to_thread(process.prepare_warm_up, warm_up)
             due = order.get("due", [0.0] * len(jobs))
             say("prepared")
-            start = (await _hear())["start"]
+            start = (await _hear()).get("start")
+            if start is None:
+                return
             cpu = time.process_time()
             outcomes = await process.run(jobs, due, order.get("concurrency"), start)
             seconds = time.monotonic() - start

@@ -151,6 +151,8 @@ class Clients:
 
     def _end(self, grace_s: float) -> None:
         for process in self._processes:
+            if grace_s == 0:
+                process.kill()
             if process.stdin is not None:
                 try:
                     process.stdin.close()
