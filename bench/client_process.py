@@ -1,7 +1,7 @@
 """One process that sends its part of a load and takes every token: `python -m tandem.bench.client_process`.
 
-A Python client streams some ten thousand deliveries a second, which can be less than what it measures, so load.py
-starts as many of these as it is told. JSON lines come on stdin and go to stdout:
+A Python client streams some tens of thousands of deliveries a second, which can be less than what it measures, so
+load.py starts as many of these as it is told. JSON lines come on stdin and go to stdout:
 
     {"address", "insecure", "part", "parts", "load"}  →  {"event": "ready", …what is served}
     {"run", "concurrency", "due"}, or {"warm_up"}     →  {"event": "prepared"}
@@ -89,12 +89,14 @@ class ClientProcess:
     ) -> list[Outcome]:
         """Sends each job when it is due, with at most `concurrency` in flight; returns what became of them."""
         gate = nullcontext() if concurrency is None else asyncio.Semaphore(concurrency)
-        outcomes = [Outcome(when) for when in due]
+        outcomes = [Outcome() for _ in due]
         ended = 0
 
-        async def one(job: Job, outcome: Outcome) -> None:
+        async def one(job: Job, outcome: Outcome, when: float) -> None:
             nonlocal ended
-            await asyncio.sleep(start + outcome.due - time.monotonic())
+            while (left := start + when - time.monotonic()) > 0:
+                await asyncio.sleep(left)  # uvloop's, rounded to milliseconds, may end too early
+            outcome.late = time.monotonic() - start - when
             async with gate:
                 await self._stream(job, outcome, start)
             ended += 1
@@ -110,8 +112,8 @@ class ClientProcess:
         teller = asyncio.create_task(tell())
         try:
             async with asyncio.TaskGroup() as tasks:
-                for job, outcome in zip(jobs, outcomes, strict=True):
-                    tasks.create_task(one(job, outcome))
+                for job, outcome, when in zip(jobs, outcomes, due, strict=True):
+                    tasks.create_task(one(job, outcome, when))
         finally:
             teller.cancel()
         return outcomes

@@ -28,8 +28,8 @@ LIMITED = ("ttft", "tpot", "e2el")
 class Outcome:
     """What became of one request. Times are seconds from the start of the run."""
 
-    due: float
-    """When it should have been sent, if nothing had to be waited for."""
+    late: float = 0.0
+    """How long after its time of arrival the client came to it; waiting for others to end does not count."""
     sent: float = 0.0
     times: list[float] = field(default_factory=list)
     """When tokens were delivered."""
@@ -82,7 +82,7 @@ def figures(outcomes: Sequence[Outcome], limits: Mapping[str, float]) -> Figures
         "output_throughput": _per(output, seconds),
         "total_token_throughput": _per(prompt + output, seconds),
         "tokens_per_delivery": _per(output, deliveries),
-        "p99_sent_late_ms": _percentile([1e3 * (one.sent - one.due) for one in outcomes if one.sent], 99),
+        "p99_client_late_ms": _percentile([1e3 * one.late for one in outcomes], 99),
     }
     if limits:
         found["request_goodput"] = _per(sum(_is_good(outcome, limits) for outcome in done), seconds)

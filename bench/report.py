@@ -118,11 +118,11 @@ def show_trouble(out: Console, results: Sequence[Result]) -> None:
             text = f"run {number} of {len(runs)}: {failed['count']} failed with {kind}, the first: "
             out.print(text + failed["first_message"], markup=False)
     shares = [share for run in runs for share in run["client_cpu_share"]]
-    late = max(run["figures"]["p99_sent_late_ms"] or 0.0 for run in runs)
+    late = max(run["figures"]["p99_client_late_ms"] or 0.0 for run in runs)
     processes = len(runs[0]["client_cpu_share"])
     out.print(
         f"client: {processes} {'process' if processes == 1 else 'processes'}, the busiest used {max(shares):.0%} of a "
-        f"core; requests were sent {late:.1f} ms late (p99), waiting for --max-concurrency included"
+        f"core and came to its requests {late:.1f} ms late (p99)"
     )
     if max(shares) > BUSY_CLIENT:
         out.print("The client may have been the bottleneck: try a larger --client-processes.")

@@ -9,11 +9,11 @@ from tandem.protocol.messages import Stats, WorkerStats
 
 # Sent at 1 s: first token after 0.2 s, then 2 tokens 0.1 s later, then 1 after another 0.3 s. 4 tokens in 0.6 s.
 FIRST = Outcome(
-    due=0.9, sent=1.0, times=[1.2, 1.3, 1.6], counts=[1, 2, 1], ended=1.7, prompt_tokens=10, cached_tokens=4
+    late=0.1, sent=1.0, times=[1.2, 1.3, 1.6], counts=[1, 2, 1], ended=1.7, prompt_tokens=10, cached_tokens=4
 )
-SINGLE = Outcome(due=2.0, sent=2.0, times=[2.4], counts=[1], ended=4.0, prompt_tokens=6)
-FAILED = Outcome(due=2.0, sent=2.0, times=[2.1], counts=[1], ended=3.0, failure="RequestFailed", message="broken")
-UNSENT = Outcome(due=2.5, sent=2.5, ended=2.5, failure="Overloaded", message="full")
+SINGLE = Outcome(sent=2.0, times=[2.4], counts=[1], ended=4.0, prompt_tokens=6)
+FAILED = Outcome(sent=2.0, times=[2.1], counts=[1], ended=3.0, failure="RequestFailed", message="broken")
+UNSENT = Outcome(sent=2.5, ended=2.5, failure="Overloaded", message="full")
 
 
 def test_one_request() -> None:
@@ -25,7 +25,7 @@ def test_one_request() -> None:
     assert found["p50_itl_ms"] == pytest.approx(200)
     assert found["p90_itl_ms"] == pytest.approx(280)  # between 100 and 300, linearly
     assert found["tokens_per_delivery"] == pytest.approx(4 / 3)
-    assert found["p99_sent_late_ms"] == pytest.approx(100)
+    assert found["p99_client_late_ms"] == pytest.approx(100)
     assert found["duration_s"] == 1.7
     assert found["output_throughput"] == pytest.approx(4 / 1.7)
     assert found["total_token_throughput"] == pytest.approx(14 / 1.7)
@@ -47,7 +47,7 @@ def test_failures_count_as_failures_and_as_nothing_else() -> None:
 
 
 def test_the_first_message_of_a_kind_is_the_one_that_is_told() -> None:
-    outcomes = [Outcome(0.0, failure="X", message=message) for message in ("one", "two")]
+    outcomes = [Outcome(failure="X", message=message) for message in ("one", "two")]
     assert failures(outcomes) == {"X": {"count": 2, "first_message": "one"}}
 
 
