@@ -94,8 +94,9 @@ class ClientProcess:
 
         async def one(job: Job, outcome: Outcome, when: float) -> None:
             nonlocal ended
-            while (left := start + when - time.monotonic()) > 0:
-                await asyncio.sleep(left)  # uvloop's, rounded to milliseconds, may end too early
+            # uvloop rounds to milliseconds, and so may wake up too early.
+            while (left := start + when - time.monotonic()) > 0:  # noqa: ASYNC110  (time is all that is waited for)
+                await asyncio.sleep(left)
             outcome.late = time.monotonic() - start - when
             async with gate:
                 await self._stream(job, outcome, start)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..launch.connect import Service
-from ..launch.progress import prompt_bar
+from ..launch.progress import note, prompt_bar
 from ..launch.tether import command
 from ..protocol.errors import ConfigurationError, TandemError
 from ..protocol.messages import Stats
@@ -219,6 +219,8 @@ class Benchmark:
                 runs = []
                 for _ in range(self.measuring.repeats):
                     runs.append(self._run(clients, observer, pace, number))
+                    if (total := len(self.paces) * self.measuring.repeats) > 1:
+                        note(f"run {number} of {total}: {_in_short(runs[-1]['figures'])}")
                     number += 1
                 found.append({**_as_json(pace), "median": medians([run["figures"] for run in runs]), "runs": runs})
             return served, found
@@ -287,6 +289,10 @@ def device_figures(before: Stats, after: Stats) -> Figures:
         "preemptions": after.preemptions - before.preemptions,
         "prefix_cache_hit_rate": (after.cached_tokens - before.cached_tokens) / looked_up if looked_up else None,
     }
+
+
+def _in_short(found: Figures) -> str:
+    return f"{found['completed']} completed, {found['failed']} failed, {found['output_throughput'] or 0:,.0f} tokens/s"
 
 
 def _as_json(pace: Pace) -> dict[str, Any]:
