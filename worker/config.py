@@ -65,6 +65,13 @@ class WorkerConfig(BaseModel):
     num_gpu_blocks_override: Annotated[
         int | None, Field(ge=1, le=2**31 - 2, description="Number of KV cache blocks, whatever memory there is.")
     ] = None
+    enforce_eager: Annotated[
+        bool, Field(description="Run the model's operations one by one: no compiled code and no CUDA graphs.")
+    ] = False
+    max_cudagraph_capture_size: Annotated[
+        int | None,
+        Field(ge=1, le=65_536, description="Most rows of a decode step that runs as a CUDA graph; default: all."),
+    ] = None
     lookahead: Annotated[
         int, Field(ge=0, le=8, description="Steps queued ahead of the running one; 0 is synchronous.")
     ] = 1
@@ -91,6 +98,20 @@ class WorkerConfig(BaseModel):
         ]
         if len(sizes) > 1:
             raise ValueError(f"{' and '.join(sizes)} each say how large the KV cache is; give one of them")
+        if self.max_cudagraph_capture_size is not None and self.enforce_eager:
+            raise ValueError(
+                f"max_cudagraph_capture_size ({self.max_cudagraph_capture_size}) is given, but enforce_eager leaves "
+                "CUDA graphs out; give one of them"
+            )
+        if self.max_cudagraph_capture_size is not None and self.max_cudagraph_capture_size > self.max_num_seqs:
+            raise ValueError(
+                f"max_cudagraph_capture_size ({self.max_cudagraph_capture_size}) must be at most max_num_seqs "
+                f"({self.max_num_seqs}): no step decodes for more requests than run at once"
+            )
+        if self.max_cudagraph_capture_size is not None and self.device == "cpu":
+            raise ValueError(
+                f"max_cudagraph_capture_size ({self.max_cudagraph_capture_size}) needs a GPU, but device is 'cpu'"
+            )
         if self.gpu_memory_utilization is not None and self.device == "cpu":
             raise ValueError(
                 f"gpu_memory_utilization ({self.gpu_memory_utilization:g}) needs a GPU, but device is 'cpu'; "

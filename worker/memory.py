@@ -10,10 +10,12 @@ import torch
 from .config import WorkerConfig
 from .loading import LoadError
 from .model import PagedModel
-from .warmup import run_largest_step
+from .warmup import run_largest_decode, run_largest_step
 
 CPU_CACHE_BYTES = 1024**3
 """KV cache of a CPU worker, unless a size is given."""
+GRAPH_BYTES: Final = 512 << 20
+"""What CUDA itself takes for the graphs, by a generous estimate."""
 GPU_MEMORY_UTILIZATION: Final = 0.9
 """Share of the GPU's memory that the worker uses in all, unless another is given."""
 
@@ -49,6 +51,18 @@ def count_blocks(
     return int(min(blocks, least * config.max_num_seqs)) if config.num_gpu_blocks_override is None else blocks
 
 
+def _peak_bytes(model: PagedModel, run: Callable[[], None]) -> int:
+    """Most bytes that `run` has on the device at once, beside what was there. Gives the KV cache up."""
+    resident = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    run()
+    torch.cuda.synchronize(model.device)
+    peak = torch.cuda.max_memory_allocated(model.device) - resident
+    model.release_kv_cache()
+    torch.cuda.empty_cache()
+    return peak
+
+
 def _free_cuda_bytes(
     config: WorkerConfig, model: PagedModel, max_model_len: int, progress: Callable[[str, float], None]
 ) -> tuple[int, str]:
@@ -56,14 +70,10 @@ def _free_cuda_bytes(
     progress("measuring memory", 0.0)
     torch.cuda.synchronize(model.device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(model.device)
     before, total = torch.cuda.mem_get_info(model.device)
-    resident = torch.cuda.memory_allocated(model.device)
-    run_largest_step(config, model, max_model_len)
-    torch.cuda.synchronize(model.device)
-    peak = torch.cuda.max_memory_allocated(model.device) - resident
-    model.release_kv_cache()
-    torch.cuda.empty_cache()
+    peak = _peak_bytes(model, lambda: run_largest_step(config, model, max_model_len))
+    if model.compiled:  # CUDA graphs keep the memory of the largest decode step to themselves
+        peak += _peak_bytes(model, lambda: run_largest_decode(config, model)) + GRAPH_BYTES
     used = total - before
     share = GPU_MEMORY_UTILIZATION if config.gpu_memory_utilization is None else config.gpu_memory_utilization
     allowed = int(total * share)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,12 +14,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from . import inspection, invariance
 from .attention import flashinfer, registry
-from .attention.base import AttentionBackend
+from .attention.base import AttentionBackend, AttentionStep, DecodeAttention
+from .attention.ops import OperatorRouter
 from .attention.reference import ReferenceAttention
 from .batch import Batch
+from .compiling import Compiled, compile_rows
 from .kv_cache import KVCache, LayerKV, kv_bytes_per_block
 from .loading import LoadError, ModelSource, Progress, local_folder, read_config, resolve_dtype, weight_files
+from .sampler import greedy
 from .weights import dummy_module, safetensors_module
+
+log = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "flashinfer", "reference"]
 
@@ -52,8 +59,53 @@ class PagedModel:
         self._layer_of = {layer.layer_idx: index for index, layer in enumerate(self.kv_spec)}
         self._cache: KVCache | None = None
         self._backend: AttentionBackend | None = None
+        self._router = OperatorRouter(self._layer_of)
+        self._compiled: _CompiledModel | None = None
         with inspection.named_failures(module):
             self.vocab_size = self._check()
+
+    @property
+    def compiled(self) -> bool:
+        """Forward passes and greedy sampling run compiled code."""
+        return self._compiled is not None
+
+    def compile(self) -> None:
+        """Compiles the trunk, and the head with greedy sampling, for any number of tokens.
+
+        A model that cannot be compiled, or that computes something else when it is, goes on as it was; a warning says
+        so. Not for batch-invariant mode.
+        """
+        tokens = torch.zeros(2, dtype=torch.int64, device=self.device)
+        rows = torch.zeros(2, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        try:
+            self._compiled = _CompiledModel(
+                trunk=compile_rows(
+                    self._trunk,
+                    lambda ids, positions: inspection.run_trunk(self._trunk, ids, positions, self._router),
+                    [tokens, tokens],
+                ),
+                choose=compile_rows(self._head, lambda hidden: greedy(self.logits(hidden)), [rows]),
+            )
+            self._check()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of many kinds (no C compiler, …), and the model runs without
+            self._compiled = None
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("%s runs uncompiled, and so without CUDA graphs: %s", type(self.module).__name__, first_line)
+
+    def open_decode(
+        self, rows: int, page_starts: Tensor, last_page_lens: Tensor, page_indices: Tensor
+    ) -> DecodeAttention:
+        """See AttentionBackend.open_decode. The KV cache must be allocated; a new one needs new attention."""
+        if self._backend is None:
+            raise RuntimeError("the KV cache is not allocated yet")
+        return self._backend.open_decode(rows, page_starts, last_page_lens, page_indices)
+
+    @torch.no_grad()
+    def decode_hidden(self, attention: DecodeAttention, batch: Batch) -> Tensor:
+        """`hidden` for a step that is captured. The model must be compiled."""
+        return self._run_compiled(attention.open(batch), batch)
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of KV cache that one block of `block_size` tokens takes."""
@@ -95,8 +147,23 @@ class PagedModel:
             return logits[0, :count].float()
 
     @torch.no_grad()
+    def greedy(self, hidden_rows: Tensor) -> Tensor:
+        """The likeliest token after each of rows [N, hidden]: [N] int64."""
+        if self._compiled is not None:
+            return self._compiled.choose(hidden_rows)
+        return greedy(self.logits(hidden_rows))
+
+    def _run_compiled(self, step: AttentionStep, batch: Batch) -> Tensor:
+        if self._compiled is None:
+            raise RuntimeError("the model is not compiled")
+        self._router.enter(step)
+        return self._compiled.trunk(batch.token_ids, batch.positions)
+
+    @torch.no_grad()
     def _run(self, backend: AttentionBackend, cache: KVCache, batch: Batch) -> Tensor:
         count = batch.num_tokens
+        if self._compiled is not None:
+            return self._run_compiled(backend.begin(batch), batch)
         if not self.batch_invariant:
             router = registry.LayerRouter(backend.begin(batch), self._layer_of)
             return inspection.run_trunk(self._trunk, batch.token_ids, batch.positions, router)
@@ -132,6 +199,14 @@ class PagedModel:
             for sequence, part in zip(step.sequences, torch.split(rows, step.lengths), strict=True):
                 found[sequence].append(part)
         return [torch.cat(parts) for parts in found]
+
+
+@dataclass(frozen=True, slots=True)
+class _CompiledModel:
+    trunk: Compiled
+    """token ids [T], positions [T] -> hidden [T, hidden]"""
+    choose: Compiled
+    """hidden rows [N, hidden] -> the likeliest tokens [N]"""
 
 
 class _GivenRows(nn.Module):

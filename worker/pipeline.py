@@ -14,7 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ import torch
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan, StepResult
 from .executor import StepEvent, open_executor
+from .graphs import DecodeGraphs
 from .model import PagedModel
-from .rows import HostRows
+from .rows import HostRows, Step
 from .staging import Lane, input_capacity
 from .state import DeviceState, stage
 
@@ -67,6 +68,8 @@ class Pipeline:
         self._finished_steps = 0
         self._failure: BaseException | None = None
         self._progress = threading.Condition()
+        self._state = DeviceState(model, slots=slots, width=self._width, block_size=block_size)
+        self._graphs: DecodeGraphs | None = None
         self.reset()
         self._thread = threading.Thread(target=self._return_results, name="results", daemon=True)
         self._thread.start()
@@ -74,7 +77,7 @@ class Pipeline:
     def reset(self) -> None:
         """Forgets all rows, for a new registration. Nothing may be in flight (see `drain`)."""
         self._rows = HostRows(self._slots, self._width, self._num_blocks, self._max_tokens)
-        self._state = DeviceState(self._model, slots=self._slots, width=self._width, block_size=self._block_size)
+        self._state.clear()
         if self._model.device.type == "cuda":
             # The cache and the state were filled on the default stream, which the compute stream does not wait for.
             torch.cuda.synchronize(self._model.device)
@@ -108,12 +111,24 @@ class Pipeline:
             )
         step = self._rows.apply(plan, self._block_size)
         lane.acquire()
-        staged = stage(step, lane)
         sampled = len(step.sampled_rows)
-        state = self._state
-        event = self._executor.launch(lane, lambda: state.run(staged), sampled)
+        event = self._executor.launch(lane, self._staged(step, lane), sampled)
         self._next_step += 1
         self._launched.put((plan, lane, sampled, event))
+
+    def capture(self, sizes: Sequence[int], progress: Callable[[str, float], None]) -> None:
+        """Captures CUDA graphs of decode steps of these numbers of rows. Nothing may be in flight."""
+        self._graphs = DecodeGraphs(self._state, sizes, progress)
+        self.reset()
+
+    def _staged(self, step: Step, lane: Lane) -> Callable[[], None]:
+        """Writes the step into its lane; returns what launches it."""
+        graphs, state = self._graphs, self._state
+        if graphs is not None and graphs.take(step):
+            decode = graphs.stage(step, lane)
+            return lambda: graphs.run(decode)
+        staged = stage(step, lane)
+        return lambda: state.run(staged)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Waits until everything launched has come to its end and its results are handed on; False if that took longer

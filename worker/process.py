@@ -15,8 +15,10 @@ from ..protocol.errors import ConfigurationError, TandemError
 from ..protocol.messages import PROTOCOL_VERSION, WorkerHello
 from ..protocol.status import StatusPipe
 from . import invariance
+from .compiling import keep_compiled_code
 from .config import WorkerConfig
 from .describe import choose_max_model_len, describe, file_infos
+from .graphs import graph_sizes
 from .link import Failure, Link
 from .loading import ModelSource, tokenizer_files
 from .memory import count_blocks
@@ -48,6 +50,9 @@ def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSi
             on_failure=lambda error: link.inbox.put(Failure(error)),
         )
         try:
+            if model.compiled:
+                largest = config.max_cudagraph_capture_size or config.max_num_seqs
+                pipeline.capture(graph_sizes(largest), status.progress)
             status.ready(name=hello.name, num_blocks=hello.num_blocks)
             Session(link, pipeline, hello, files).run()
         finally:
@@ -84,6 +89,10 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         lanes=config.lookahead + 1,
         progress=status.progress,
     )
+    if device.type == "cuda" and not config.enforce_eager:
+        status.progress("compiling the model", 0.0)
+        keep_compiled_code()
+        model.compile()
     max_model_len = choose_max_model_len(config, model)
     num_blocks = count_blocks(config, model, max_model_len, status.progress)
     model.allocate_kv_cache(num_blocks, config.block_size)
@@ -135,5 +144,10 @@ def _named_device(config: WorkerConfig) -> torch.device:
         raise ConfigurationError(
             f"--gpu-memory-utilization {config.gpu_memory_utilization:g} is given, but this machine has no usable CUDA "
             "GPU; --kv-cache-memory-bytes sizes the cache of a CPU worker"
+        )
+    if name == "cpu" and config.max_cudagraph_capture_size is not None:
+        raise ConfigurationError(
+            f"--max-cudagraph-capture-size {config.max_cudagraph_capture_size} is given, but this machine has no "
+            "usable CUDA GPU"
         )
     return torch.device(name, 0) if name == "cuda" else torch.device(name)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .batch import Batch
 from .model import PagedModel
 from .rows import Step
-from .sampler import SamplingColumns, greedy, sample
+from .sampler import SamplingColumns, sample
 from .staging import Lane
 
 
@@ -73,11 +73,14 @@ class DeviceState:
         device = model.device
 
         def column(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(slots, dtype=dtype, device=device)
+            return torch.zeros(slots + 1, dtype=dtype, device=device)
 
-        self._model = model
-        self._block_size = block_size
-        self.block_table = torch.full((slots, width), model.scratch_block, dtype=torch.int32, device=device)
+        self.model = model
+        self.slots = slots
+        """The slot of this number is none of the scheduler's: rows that only fill a batch up use it."""
+        self.width = width
+        self.block_size = block_size
+        self.block_table = torch.full((slots + 1, width), model.scratch_block, dtype=torch.int32, device=device)
         self.length = column(torch.int32)
         """Tokens whose keys and values are computed: the position of the next."""
         self.last_token = column(torch.int64)
@@ -88,18 +91,33 @@ class DeviceState:
         self.top_p = column(torch.float32)
         self.seed = column(torch.int64)
 
+    def clear(self) -> None:
+        """As new, in the same memory, which captured graphs know."""
+        self.block_table.fill_(self.model.scratch_block)
+        columns = (
+            self.length,
+            self.last_token,
+            self.prompt_length,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.seed,
+        )
+        for column in columns:
+            column.zero_()
+
     @torch.no_grad()
     def run(self, staged: StagedStep) -> None:
         """One whole step on the current stream: deltas, forward pass, sampling; its tokens end in the lane. Waits for
         nothing."""
         self._apply(staged)
         batch, slots = self._prepare(staged)
-        hidden = self._model.hidden(batch)
+        hidden = self.model.hidden(batch)
         count = len(staged.step.sampled_rows)
         if count:
             rows = staged.sampled_rows
             last = (staged.query_ends[rows] - 1).to(torch.int64)
-            tokens = self._sample(staged.step, self._model.logits(hidden[last]), slots[rows], batch.kv_lens[rows])
+            tokens = self.sample(staged.step, hidden[last], slots[rows], batch.kv_lens[rows])
             self.last_token[slots[rows]] = tokens
             staged.lane.sampled_device[:count] = tokens
 
@@ -125,27 +143,28 @@ class DeviceState:
         query_lens = torch.diff(query_ends, prepend=query_ends.new_zeros(1))
         kv_lens = self.length[slots] + query_lens
         self.length[slots] = kv_lens
-        width = -(-int(step.kv_lens.max()) // self._block_size)
+        width = -(-int(step.kv_lens.max()) // self.block_size)
         tables = self.block_table[slots, :width]
-        blocks = tables[row_of_token, positions // self._block_size].to(torch.int64)
+        blocks = tables[row_of_token, positions // self.block_size].to(torch.int64)
         batch = Batch(
             lane=staged.lane.index,
             token_ids=torch.cat([self.last_token[slots[: step.decode_rows]], staged.chunk_tokens.to(torch.int64)]),
             positions=positions,
-            kv_slots=blocks * self._block_size + positions % self._block_size,
+            kv_slots=blocks * self.block_size + positions % self.block_size,
             row_of_token=row_of_token,
             block_tables=tables,
             kv_lens=kv_lens,
             query_starts=step.query_starts,
             kv_lens_host=step.kv_lens,
             decode_rows=step.decode_rows,
-            block_size=self._block_size,
+            block_size=self.block_size,
         )
         return batch, slots
 
-    def _sample(self, step: Step, logits: Tensor, slots: Tensor, kv_lens: Tensor) -> Tensor:
+    def sample(self, step: Step, hidden: Tensor, slots: Tensor, kv_lens: Tensor) -> Tensor:
+        """A token for each of N rows: hidden [N, hidden], slots [N] int64, kv_lens [N]. Returns [N] int64."""
         if step.greedy:
-            return greedy(logits)
+            return self.model.greedy(hidden)
         columns = SamplingColumns(
             temperature=self.temperature[slots],
             top_k=self.top_k[slots],
@@ -156,7 +175,7 @@ class DeviceState:
             any_top_k=step.any_top_k,
             any_top_p=step.any_top_p,
         )
-        return sample(logits, columns)
+        return sample(self.model.logits(hidden), columns)
 
 
 def _int64(halves: Tensor) -> Tensor:

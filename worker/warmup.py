@@ -15,7 +15,7 @@ from .batch import Batch
 from .config import WorkerConfig
 from .loading import LoadError
 from .model import PagedModel
-from .sampler import SamplingColumns, greedy, sample
+from .sampler import SamplingColumns, sample
 
 CPU_TRIAL_S: Final = 0.4
 """A step that should take longer on a CPU is not tried."""
@@ -101,6 +101,14 @@ def run_largest_step(config: WorkerConfig, model: PagedModel, max_model_len: int
     _try_largest(config, model, max_model_len, config.max_num_batched_tokens)
 
 
+def run_largest_decode(config: WorkerConfig, model: PagedModel) -> None:
+    """Runs a greedy step of as many decoding rows as there may be, over a cache of one block, which is left
+    allocated."""
+    model.allocate_kv_cache(1, config.block_size)
+    rows = np.ones(config.max_num_seqs, np.int32)
+    model.greedy(model.hidden(scratch_batch(model, rows, config.block_size, len(rows), 0)))
+
+
 def largest_steps(config: WorkerConfig, model: PagedModel, max_model_len: int, tokens: int) -> Iterator[Batch]:
     """The two steps of `tokens` tokens that take the most memory beside the cache, or the most time: one that samples
     for as many requests as may run, and one that ends a sequence of full length. Made one by one."""
@@ -156,8 +164,9 @@ def run_step(model: PagedModel, batch: Batch) -> None:
     """A whole step with both kinds of sampling."""
     device, rows = model.device, batch.num_rows
     last = torch.as_tensor(batch.query_starts[1:] - 1, dtype=torch.int64, device=device)
-    logits = model.logits(model.hidden(batch)[last])
-    greedy(logits)
+    hidden_rows = model.hidden(batch)[last]
+    logits = model.logits(hidden_rows)
+    model.greedy(hidden_rows)
     sample(
         logits,
         SamplingColumns(

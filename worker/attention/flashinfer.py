@@ -28,6 +28,8 @@ _KERNELS: Final = "fa2"
 _MIN_WORKSPACE: Final = 128 << 20
 _QUERY_TILE: Final = 128
 _CTAS_PER_SM: Final = 2
+_PLAN_BYTES: Final = 8 << 20
+"""FlashInfer's own size of the buffers that hold a plan."""
 
 
 def problem(spec: tuple[LayerKV, ...], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -63,6 +65,11 @@ def variant_of(layer: LayerKV) -> Variant:
     )
 
 
+def _window_left(group: Variant) -> int:
+    """FlashInfer's window does not count the token itself; -1: none."""
+    return -1 if group.window is None else group.window - 1
+
+
 class FlashInferAttention(AttentionBackend):
     """See the module. `problem` must have been None."""
 
@@ -77,6 +84,12 @@ class FlashInferAttention(AttentionBackend):
         self.variants = [variant_of(layer) for layer in cache.spec]
         groups = list(dict.fromkeys(self.variants))
         workspace = torch.zeros(_workspace_bytes(groups, device), dtype=torch.uint8, device=device)
+        self.workspace = workspace
+        self.decode_buffers = [
+            {group: torch.empty(_PLAN_BYTES, dtype=torch.uint8, pin_memory=True) for group in groups}
+            for _ in range(lanes)
+        ]
+        self.decode_plans = {group: torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device) for group in groups}
         self._lanes: list[dict[Variant, tuple[Any, Any]]] = [
             {
                 group: (
@@ -100,14 +113,7 @@ class FlashInferAttention(AttentionBackend):
         planned: dict[Variant, Any] = {}
         for group, (prefill, decode) in self._lanes[batch.lane].items():
             shape = (group.query_heads, group.kv_heads, group.head_dim, batch.block_size)
-            options: dict[str, Any] = {
-                "sm_scale": group.scale,
-                # FlashInfer's window does not count the token itself.
-                "window_left": -1 if group.window is None else group.window - 1,
-                "logits_soft_cap": group.softcap,
-                "q_data_type": self.dtype,
-                "kv_data_type": self.dtype,
-            }
+            options = self.options(group)
             if batch.decode_rows == batch.num_rows:
                 decode.plan(kv_starts, indices, last_page_lens, *shape, **options)
                 planned[group] = decode
@@ -117,16 +123,109 @@ class FlashInferAttention(AttentionBackend):
                 planned[group] = prefill
         return FlashInferStep(self.cache, batch.kv_slots, [planned[variant] for variant in self.variants])
 
+    def options(self, group: Variant) -> dict[str, Any]:
+        """What FlashInfer's plans of a group of layers are told beside the batch."""
+        return {
+            "sm_scale": group.scale,
+            "window_left": _window_left(group),
+            "logits_soft_cap": group.softcap,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.dtype,
+        }
+
+    def open_decode(
+        self, rows: int, page_starts: Tensor, last_page_lens: Tensor, page_indices: Tensor
+    ) -> FlashInferDecode:
+        return FlashInferDecode(self, rows, page_starts, last_page_lens, page_indices)
+
+
+class FlashInferDecode:
+    """Captured decode steps of one size.
+
+    A captured kernel reads its plan from one place, so the device's copy of a plan exists once per group of layers,
+    shared by all sizes: FlashInfer copies it there on the compute stream, behind the step that last used it. The host's
+    copy, which that copy reads later, exists once per lane.
+    """
+
+    reads_block_tables = False
+
+    def __init__(
+        self,
+        backend: FlashInferAttention,
+        rows: int,
+        page_starts: Tensor,
+        last_page_lens: Tensor,
+        page_indices: Tensor,
+    ) -> None:
+        import flashinfer
+
+        self._backend = backend
+        self._rows = rows
+        self._query_starts = torch.arange(rows + 1, dtype=torch.int32)
+        self._wrappers: dict[Variant, Any] = {}
+        one_page_each = torch.arange(rows + 1, dtype=torch.int32)
+        one_token_each = torch.ones(rows, dtype=torch.int32)
+        for group in dict.fromkeys(backend.variants):
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                backend.workspace,
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                backend=_KERNELS,
+                paged_kv_indptr_buffer=page_starts,
+                paged_kv_indices_buffer=page_indices,
+                paged_kv_last_page_len_buffer=last_page_lens,
+            )
+            wrapper._int_workspace_buffer = backend.decode_plans[group]
+            wrapper._pin_memory_int_workspace_buffer = backend.decode_buffers[0][group]
+            shape = (group.query_heads, group.kv_heads, group.head_dim, backend.cache.block_size)
+            wrapper.plan(one_page_each, page_indices[:rows], one_token_each, *shape, **backend.options(group))
+            self._wrappers[group] = wrapper
+
+    def open(self, batch: Batch) -> FlashInferStep:
+        wrappers = [self._wrappers[variant] for variant in self._backend.variants]
+        return FlashInferStep(self._backend.cache, batch.kv_slots, wrappers)
+
+    def plan(self, lane: int, page_starts: NDArray[np.int32], kv_lens: NDArray[np.int32]) -> None:
+        backend, rows = self._backend, self._rows
+        starts, lens = torch.from_numpy(page_starts), torch.from_numpy(kv_lens)
+        for group, wrapper in self._wrappers.items():
+            # What the wrapper's own plan() does after it has copied the batch's indices, which are in place already.
+            wrapper._cached_module.plan(
+                backend.workspace,
+                backend.decode_plans[group],
+                backend.decode_buffers[lane][group],
+                self._query_starts,
+                starts,
+                lens,
+                rows,
+                rows,
+                group.query_heads,
+                group.kv_heads,
+                backend.cache.block_size,
+                True,  # for a captured graph
+                group.head_dim,
+                group.head_dim,
+                False,  # causal: a row's one query sees all of its keys
+                _window_left(group),
+                -1,  # no fixed split of the context
+                False,  # the context may be split
+                0,  # no other kernel shares the multiprocessors
+            )
+
 
 class FlashInferStep:
     def __init__(self, cache: KVCache, kv_slots: Tensor, wrappers: list[Any]) -> None:
-        self._cache = cache
-        self._kv_slots = kv_slots
+        self.cache = cache
+        self.kv_slots = kv_slots
         self._wrappers = wrappers
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        cache = self._cache
-        cache.append(layer, self._kv_slots, key, value)
+        self.cache.append(layer, self.kv_slots, key, value)
+        return self.attend_cached(layer, query)
+
+    def attend_cached(self, layer: int, query: Tensor) -> Tensor:
+        cache = self.cache
         out: Tensor = self._wrappers[layer].run(query.contiguous(), (cache.keys[layer], cache.values[layer]))
         return out
 

@@ -44,11 +44,32 @@ class ReferenceAttention(AttentionBackend):
     def begin(self, batch: Batch) -> ReferenceStep:
         return ReferenceStep(self.cache, batch, per_query=self.per_query)
 
+    def open_decode(
+        self, rows: int, page_starts: Tensor, last_page_lens: Tensor, page_indices: Tensor
+    ) -> ReferenceDecode:
+        return ReferenceDecode(self)
+
+
+class ReferenceDecode:
+    """A captured step needs no plan: on CUDA nothing here goes by what the host knows of the lengths."""
+
+    reads_block_tables = True
+
+    def __init__(self, backend: ReferenceAttention) -> None:
+        self._backend = backend
+
+    def open(self, batch: Batch) -> ReferenceStep:
+        return self._backend.begin(batch)
+
+    def plan(self, lane: int, page_starts: NDArray[np.int32], kv_lens: NDArray[np.int32]) -> None:
+        pass
+
 
 class ReferenceStep:
     def __init__(self, cache: KVCache, batch: Batch, *, per_query: bool) -> None:
         self.cache = cache
         self.batch = batch
+        self.kv_slots = batch.kv_slots
         self.per_query = per_query
         self.tables = _whole_tiles(batch.block_tables, batch.block_size, cache.scratch_block)
         # A captured graph replays with other lengths, so only a CPU may go by what the host knows of them.
@@ -59,8 +80,11 @@ class ReferenceStep:
         self.scattered = starts[tiled]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.cache.append(layer, self.kv_slots, key, value)
+        return self.attend_cached(layer, query)
+
+    def attend_cached(self, layer: int, query: Tensor) -> Tensor:
         spec = self.cache.spec[layer]
-        self.cache.append(layer, self.batch.kv_slots, key, value)
         out = torch.empty(query.shape[0], spec.query_heads, spec.value_dim, dtype=query.dtype, device=query.device)
         chunk = max(1, _GATHER_BUDGET // (TILE * spec.kv_heads * max(spec.head_dim, spec.value_dim) * 4))
         for start, end in _chunks(0, self.scattered, chunk):

@@ -1,0 +1,140 @@
+"""An unchanged module, traced once for any number of rows, rewritten (see fusion) and compiled.
+
+The trace is made with make_fx over fake tensors: the module's Python runs once, and what it asks of torch is written
+down with the number of rows as a symbol. Whatever Python decides is thereby fixed, which is right for a model that is
+always called in the same way; a module that looks at values in tensors cannot be traced.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from .fusion import absorb_rotary, merge_products
+
+log = logging.getLogger(__name__)
+
+_ROWS: Final = 37
+"""Rows of the example that a module is traced with: no dimension of a model, which the trace would take it for.
+Compilers take it as a hint."""
+
+
+def keep_compiled_code() -> None:
+    """Lets compiled kernels survive the process, in the user's cache directory, unless the environment names others."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(base / "triton"))
+
+
+class Compiled:
+    """A compiled function of tensors whose first dimension, of any length, is the rows'. Called under no_grad."""
+
+    def __init__(self, function: Callable[..., Any], parameters: list[Tensor]) -> None:
+        self._function = function
+        self._parameters = parameters
+
+    def __call__(self, *rows: Tensor) -> Tensor:
+        out = self._function(*rows, *self._parameters)
+        result: Tensor = out[0] if isinstance(out, (list, tuple)) else out
+        return result
+
+
+def compile_rows(
+    module: nn.Module,
+    function: Callable[..., Tensor],
+    examples: Sequence[Tensor],
+    *,
+    backend: Callable[[GraphModule, list[Any]], Callable[..., Any]] | None = None,
+) -> Compiled:
+    """Compiles `function`, which calls `module` and returns one tensor.
+
+    `examples` are tensors like its arguments; the length of their first dimension is taken to vary, and to be the same
+    for all. `backend` turns the rewritten graph and fake inputs into a callable; without it, inductor does. Parameters
+    of `module` may become views of larger ones. Raises whatever a tracer or compiler raises over code it cannot take.
+    """
+    start = time.perf_counter()
+    traced, parameters, fakes, mode = _trace(module, function, examples)
+    with tracing(TracingContext(mode)), torch.no_grad():
+        compiled = (backend or _inductor)(traced, fakes)
+    log.info("compiled %s in %.1f s", type(module).__name__, time.perf_counter() - start)
+    return Compiled(compiled, parameters)
+
+
+class _Call(nn.Module):
+    """A function as the forward pass of a module that owns what the function uses."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._function = function
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        return self._function(*rows)
+
+
+def _trace(
+    module: nn.Module, function: Callable[..., Tensor], examples: Sequence[Tensor]
+) -> tuple[GraphModule, list[Tensor], list[Any], FakeTensorMode]:
+    """The rewritten graph, the parameters that it takes after the rows, fake inputs, and their mode."""
+    call = _Call(module, function)
+    named = {**dict(call.named_parameters()), **dict(call.named_buffers())}
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fake_rows = _fake_rows(mode, examples)
+    fake_parameters = [mode.from_tensor(value, static_shapes=True) for value in named.values()]
+
+    def flat(*arguments: Tensor) -> Tensor:
+        rows, parameters = arguments[: len(examples)], arguments[len(examples) :]
+        result: Tensor = torch.func.functional_call(call, dict(zip(named, parameters, strict=True)), rows)
+        return result
+
+    with torch.no_grad():
+        traced: GraphModule = make_fx(flat, tracing_mode="symbolic")(*fake_rows, *fake_parameters)
+    graph = traced.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = dict(zip(placeholders[len(examples) :], named.values(), strict=True))
+    absorbed, merged = absorb_rotary(graph), merge_products(graph, inputs)
+    log.info("%s: %d rotary embeddings moved, %d products merged", type(module).__name__, absorbed, merged)
+    _drop_unused(traced, keep=placeholders[: len(examples)])
+    parameters = [inputs[node] for node in graph.nodes if node.op == "placeholder" and node in inputs]
+    fakes = [*fake_rows, *(mode.from_tensor(value, static_shapes=True) for value in parameters)]
+    return traced, parameters, fakes, mode
+
+
+def _fake_rows(mode: FakeTensorMode, examples: Sequence[Tensor]) -> list[Any]:
+    """Fake tensors like the examples, all with one symbol for their first dimension."""
+    example = torch.empty(_ROWS, dtype=torch.int64, device=examples[0].device)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    source = torch._dynamo.source.ConstantSource("rows")
+    rows = mode.from_tensor(example, symbolic_context=context, source=source).shape[0]
+    with mode:
+        return [torch.empty((rows, *e.shape[1:]), dtype=e.dtype, device=e.device) for e in examples]
+
+
+def _drop_unused(traced: GraphModule, keep: list[torch.fx.Node]) -> None:
+    graph = traced.graph
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users and node not in keep:
+            graph.erase_node(node)
+    graph.lint()
+    traced.recompile()
+
+
+def _inductor(traced: GraphModule, fakes: list[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    # Few kernels differ, so processes that compile them side by side would cost more than they save.
+    compiled: Any = compile_fx(traced, fakes, config_patches={"compile_threads": 1})
+    return compiled  # type: ignore[no-any-return]

@@ -1,0 +1,198 @@
+"""Rewrites of a traced model that a compiler would not find: products of the same rows by several weights become one,
+and the rotary embedding moves into the attention operator, where it shares a kernel with the writes to the KV cache.
+
+Both look for the operations themselves, not for a model's name, and leave what they do not recognise as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+_VIEWS: Final = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """rows @ weight.T (+ bias), where weight and bias are the graph's inputs."""
+
+    node: Node
+    weight: Node
+    bias: Node | None
+
+
+def merge_products(graph: Graph, inputs: dict[Node, Tensor]) -> int:
+    """Products of the same rows become one with the weights one below the other, whose columns are then dealt out.
+
+    `inputs` gives the value of each parameter's placeholder and is brought up to date; the parameters that were
+    merged become views of the merged tensor, so that nothing is kept twice. Returns how many products went.
+    """
+    groups: dict[tuple[Node, int, bool], list[Product]] = {}
+    for node in graph.nodes:
+        product = _product(node, inputs)
+        if product is not None:
+            width = inputs[product.weight].shape[1]
+            groups.setdefault((_rows_source(node), width, product.bias is not None), []).append(product)
+    merged = 0
+    for (_, _, biased), products in groups.items():
+        weights = [inputs[product.weight] for product in products]
+        if len(products) < 2 or len({(weight.dtype, weight.device) for weight in weights}) > 1:
+            continue
+        weight = _merged_input(graph, inputs, [product.weight for product in products])
+        bias = _merged_input(graph, inputs, [product.bias for product in products if product.bias]) if biased else None
+        _replace_products(graph, products, [weight.shape[0] for weight in weights], weight, bias)
+        merged += len(products) - 1
+    return merged
+
+
+def _product(node: Node, inputs: dict[Node, Tensor]) -> Product | None:
+    if node.target is aten.mm.default:
+        bias, transposed = None, node.args[1]
+    elif node.target is aten.addmm.default and not node.kwargs:
+        bias, transposed = node.args[0], node.args[2]
+        if not _own(bias, inputs, dims=1):
+            return None
+    else:
+        return None
+    if not isinstance(transposed, Node) or transposed.target is not aten.t.default or len(transposed.users) > 1:
+        return None
+    weight = transposed.args[0]
+    if not isinstance(weight, Node) or not _own(weight, inputs, dims=2):
+        return None
+    return Product(node, weight, bias if isinstance(bias, Node) else None)
+
+
+def _own(node: Any, inputs: dict[Node, Tensor], dims: int) -> bool:
+    """A parameter that is used once, and is laid out row by row."""
+    if not isinstance(node, Node) or node not in inputs or len(node.users) > 1:
+        return False
+    value = inputs[node]
+    return value.dim() == dims and value.is_contiguous() and value.storage_offset() == 0
+
+
+def _rows_source(product: Node) -> Node:
+    """What the product's rows are a two-dimensional view of. Flattened, one tensor gives the same rows every time."""
+    rows: Any = product.args[0] if product.target is aten.mm.default else product.args[1]
+    while rows.target in _VIEWS:
+        rows = rows.args[0]
+    source: Node = rows
+    return source
+
+
+def _merged_input(graph: Graph, inputs: dict[Node, Tensor], nodes: list[Node]) -> Node:
+    values = [inputs[node] for node in nodes]
+    value = torch.cat(values)
+    start = 0
+    for part in values:
+        part.data = value[start : start + part.shape[0]]
+        start += part.shape[0]
+    last: Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        merged: Node = graph.placeholder(f"merged_{nodes[0].name}")
+    inputs[merged] = value
+    return merged
+
+
+def _replace_products(
+    graph: Graph, products: list[Product], widths: list[int], weight: Node, bias: Node | None
+) -> None:
+    first = products[0].node
+    rows: Any = first.args[0] if bias is None else first.args[1]
+    with graph.inserting_before(first):
+        transposed = graph.call_function(aten.t.default, (weight,))
+        if bias is None:
+            whole = graph.call_function(aten.mm.default, (rows, transposed))
+        else:
+            whole = graph.call_function(aten.addmm.default, (bias, rows, transposed))
+        parts = graph.call_function(aten.split_with_sizes.default, (whole, widths, 1))
+        columns = [graph.call_function(operator.getitem, (parts, index)) for index in range(len(products))]
+    for product, part in zip(products, columns, strict=True):
+        product.node.replace_all_uses_with(part)
+        graph.erase_node(product.node)
+
+
+def absorb_rotary(graph: Graph) -> int:
+    """`attend` of a rotated query and key becomes `rotate_attend` of them as they were. Returns how many did."""
+    absorbed = 0
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.tandem.attend.default:
+            continue
+        query, key, value, layer, caller = node.args
+        of_query, of_key = _rotated(query), _rotated(key)
+        if of_query is None or of_key is None or of_query[1:] != of_key[1:]:
+            continue
+        with graph.inserting_before(node):
+            vectors = [_heads_first(graph, plain) for plain in (of_query[0], of_key[0])]
+            cos, sin = (graph.call_function(aten.squeeze.dim, (angle, 0)) for angle in of_query[1:])
+            fused = graph.call_function(
+                torch.ops.tandem.rotate_attend.default, (*vectors, value, cos, sin, layer, caller)
+            )
+        node.replace_all_uses_with(fused)
+        graph.erase_node(node)
+        absorbed += 1
+    return absorbed
+
+
+def _heads_first(graph: Graph, vectors: Node) -> Node:
+    """[1, heads, T, D] as [T, heads, D]."""
+    one = graph.call_function(aten.squeeze.dim, (vectors, 0))
+    return graph.call_function(aten.transpose.int, (one, 0, 1))
+
+
+def _rotated(node: Any) -> tuple[Node, Node, Node] | None:
+    """(x, cos, sin) if `node` is [T, heads, D] of x [1, heads, T, D] rotated in the halves layout:
+    x * cos + cat(-x_high, x_low) * sin, with cos and sin [1, T, D] given a dimension for the heads."""
+    total = _through(_through(node, aten.transpose.int, 0, 1), aten.squeeze.dim, 0)
+    straight, turned = _pair(total, aten.add.Tensor)
+    x, cos = _pair(straight, aten.mul.Tensor)
+    halves, sin = _pair(turned, aten.mul.Tensor)
+    cos, sin = (_through(angle, aten.unsqueeze.default, 1) for angle in (cos, sin))
+    if x is None or halves is None or cos is None or sin is None or halves.target is not aten.cat.default:
+        return None
+    dim = x.meta["val"].shape[-1]
+    half = dim // 2
+    if dim % 2 or cos.meta["val"].shape[-1] != dim or halves.args[1:] not in ((-1,), (3,)):
+        return None
+    parts: Any = halves.args[0]
+    negated, low = parts
+    high = negated.args[0] if negated.target is aten.neg.default else None
+    if _slice(low) != (x, 0, half) or _slice(high) != (x, half, dim):
+        return None
+    return x, cos, sin
+
+
+def _through(node: Any, target: Any, *arguments: int) -> Node | None:
+    """What `target` was called on, if `node` is its call with these arguments."""
+    if not isinstance(node, Node) or node.target is not target or node.args[1:] != arguments:
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) else None
+
+
+def _pair(node: Any, target: Any) -> tuple[Node | None, Node | None]:
+    if not isinstance(node, Node) or node.target is not target or node.kwargs:
+        return None, None
+    left, right = node.args
+    return (left, right) if isinstance(left, Node) and isinstance(right, Node) else (None, None)
+
+
+def _slice(node: Any) -> tuple[Any, int, int] | None:
+    """(x, first, end) of a slice of x's last dimension."""
+    if not isinstance(node, Node) or node.target is not aten.slice.Tensor or len(node.args) != 4:
+        return None
+    source: Any
+    dim: Any
+    first: Any
+    end: Any
+    source, dim, first, end = node.args
+    shape = source.meta["val"].shape
+    if dim not in (-1, len(shape) - 1):
+        return None
+    return source, first, min(end, shape[-1])
