@@ -7,7 +7,7 @@ from collections.abc import Callable
 import zmq
 
 from ..protocol.codec import decode, encode
-from ..protocol.messages import PROTOCOL_VERSION, AskStats, ClientHello, Goodbye, Stats, Welcome
+from ..protocol.messages import PROTOCOL_VERSION, AskStats, ClientHello, Goodbye, Stats, UnknownPeer, Welcome
 from ..protocol.transport import Address, open_dealer
 
 DEADLINE_MS = 60_000
@@ -19,6 +19,9 @@ class Observer:
     def __init__(self, address: str) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = open_dealer(self._context, Address(address).endpoint("clients"))
+        self._greet()
+
+    def _greet(self) -> None:
         self._socket.send(encode(ClientHello(version=PROTOCOL_VERSION, name="observer")))
 
     def stats(self) -> Stats:
@@ -26,9 +29,12 @@ class Observer:
         while True:
             if not self._socket.poll(DEADLINE_MS):
                 raise TimeoutError("the scheduler does not answer")
-            message = decode(self._socket.recv(), Welcome, Stats, Goodbye)
+            message = decode(self._socket.recv(), Welcome, Stats, Goodbye, UnknownPeer)
             if isinstance(message, Stats):
                 return message
+            if isinstance(message, UnknownPeer):  # it was silent for longer than a client's lease
+                self._greet()
+                self._socket.send(encode(AskStats()))
 
     def wait_until(self, condition: Callable[[Stats], bool], rounds: int = 20_000) -> Stats:
         """Asks again until it holds. Every answer takes a turn of the scheduler's loop, so this paces itself."""

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from .fusion import absorb_rotary, merge_products
+from .fusion import absorb_rotary, fuse_likeliest, fuse_sums_with_norms, merge_products, use_own_products
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,16 @@ def _trace(
     graph = traced.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders[len(examples) :], named.values(), strict=True))
-    absorbed, merged = absorb_rotary(graph), merge_products(graph, inputs)
-    log.info("%s: %d rotary embeddings moved, %d products merged", type(module).__name__, absorbed, merged)
+    rewritten = {
+        "rotary embeddings": absorb_rotary(graph),
+        "merged products": merge_products(graph, inputs),
+        "sums with a norm": fuse_sums_with_norms(graph),
+        "own products": use_own_products(graph, inputs),
+        "searches": fuse_likeliest(graph),
+    }
+    log.info("%s: rewrote %s", type(module).__name__, ", ".join(f"{many} {what}" for what, many in rewritten.items()))
     _drop_unused(traced, keep=placeholders[: len(examples)])
+    del traced.shape_env  # which no cache of compiled code can take into its key
     parameters = [inputs[node] for node in graph.nodes if node.op == "placeholder" and node in inputs]
     fakes = [*fake_rows, *(mode.from_tensor(value, static_shapes=True) for value in parameters)]
     return traced, parameters, fakes, mode

@@ -1,7 +1,10 @@
-"""Rewrites of a traced model that a compiler would not find: products of the same rows by several weights become one,
-and the rotary embedding moves into the attention operator, where it shares a kernel with the writes to the KV cache.
+"""Rewrites of a traced model that a compiler would not find.
 
-Both look for the operations themselves, not for a model's name, and leave what they do not recognise as it is.
+Products of the same rows by several weights become one. The rotary embedding moves into the attention operator, where
+it shares a kernel with the writes to the KV cache. Products, products under a SiLU gate, and sums that are normalised
+become operators of ours (see operators), in 16 bits.
+
+All look for the operations themselves, not for a model's name, and leave what they do not recognise as it is.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from . import operators  # noqa: F401 - defines what the rewrites call
+
 aten = torch.ops.aten
 
+_16_BITS: Final = (torch.bfloat16, torch.float16)
 _VIEWS: Final = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
@@ -121,6 +127,7 @@ def _replace_products(
 def absorb_rotary(graph: Graph) -> int:
     """`attend` of a rotated query and key becomes `rotate_attend` of them as they were. Returns how many did."""
     absorbed = 0
+    angles: dict[Node, Node] = {}
     for node in list(graph.nodes):
         if node.target is not torch.ops.tandem.attend.default:
             continue
@@ -128,9 +135,15 @@ def absorb_rotary(graph: Graph) -> int:
         of_query, of_key = _rotated(query), _rotated(key)
         if of_query is None or of_key is None or of_query[1:] != of_key[1:]:
             continue
+        for angle in of_query[1:]:
+            if angle not in angles:  # inductor would compute them for each layer
+                with graph.inserting_after(angle):
+                    squeezed = graph.call_function(aten.squeeze.dim, (angle, 0))
+                with graph.inserting_after(squeezed):
+                    angles[angle] = graph.call_function(torch.ops.tandem.settled.default, (squeezed,))
+        cos, sin = (angles[angle] for angle in of_query[1:])
         with graph.inserting_before(node):
             vectors = [_heads_first(graph, plain) for plain in (of_query[0], of_key[0])]
-            cos, sin = (graph.call_function(aten.squeeze.dim, (angle, 0)) for angle in of_query[1:])
             fused = graph.call_function(
                 torch.ops.tandem.rotate_attend.default, (*vectors, value, cos, sin, layer, caller)
             )
@@ -196,3 +209,154 @@ def _slice(node: Any) -> tuple[Any, int, int] | None:
     if dim not in (-1, len(shape) - 1):
         return None
     return source, first, min(end, shape[-1])
+
+
+def fuse_sums_with_norms(graph: Graph) -> int:
+    """weight * RMSNorm(left + right), in transformers' usual form, becomes `add_norm`. Returns how many did."""
+    fused = 0
+    for node in list(graph.nodes):
+        found = _normed_sum(node)
+        if found is None:
+            continue
+        total, weight, eps = found
+        with graph.inserting_before(total):
+            left, right = (graph.call_function(aten.squeeze.dim, (term, 0)) for term in total.args)
+            pair = graph.call_function(torch.ops.tandem.add_norm.default, (left, right, weight, eps))
+            summed, normed = (
+                graph.call_function(aten.unsqueeze.default, (graph.call_function(operator.getitem, (pair, index)), 0))
+                for index in range(2)
+            )
+        summed.meta, normed.meta = dict(total.meta), dict(node.meta)
+        node.replace_all_uses_with(normed)
+        total.replace_all_uses_with(summed)
+        fused += 1
+    graph.eliminate_dead_code()
+    return fused
+
+
+def _normed_sum(node: Node) -> tuple[Node, Node, float] | None:
+    """(left + right, weight, eps) if `node` is weight * round(x * rsqrt(mean(x ** 2) + eps)), x = float(left + right),
+    where the sum is [1, T, H] in 16 bits and weight is an input."""
+    first, second = _pair(node, aten.mul.Tensor)
+    for weight, rounded in ((first, second), (second, first)):
+        if weight is None or rounded is None or weight.op != "placeholder":
+            continue
+        wide, inverse = _pair(_cast_of(rounded), aten.mul.Tensor)
+        if wide is None or inverse is None or inverse.target is not aten.rsqrt.default:
+            continue
+        with_eps: Any = inverse.args[0]
+        if with_eps.target is not aten.add.Tensor or not isinstance(with_eps.args[1], float):
+            continue
+        mean: Any = with_eps.args[0]
+        if mean.target is not aten.mean.dim or mean.args[1:] != ([-1], True):
+            continue
+        square: Any = mean.args[0]
+        total = _cast_of(wide)
+        if square.target is not aten.pow.Tensor_Scalar or square.args != (wide, 2) or total is None:
+            continue
+        left, right = _pair(total, aten.add.Tensor)
+        value = total.meta["val"]
+        if left is None or right is None or value.dim() != 3 or value.dtype not in _16_BITS:
+            continue
+        if any(tuple(term.meta["val"].shape) != tuple(value.shape) for term in (left, right)):
+            continue
+        if rounded.meta["val"].dtype == value.dtype == weight.meta["val"].dtype and weight.meta["val"].dim() == 1:
+            return total, weight, with_eps.args[1]
+    return None
+
+
+def _cast_of(node: Any) -> Node | None:
+    """What `node` casts to another dtype, and does nothing else with."""
+    if not isinstance(node, Node) or node.target is not aten._to_copy.default or set(node.kwargs) != {"dtype"}:
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) else None
+
+
+def use_own_products(graph: Graph, inputs: dict[Node, Tensor]) -> int:
+    """Products by 16-bit weights without a bias become `product`, and silu(gate) * up of a merged one `gated_product`.
+    Returns how many did."""
+    gated = 0
+    for node in list(graph.nodes):
+        source = _gated(node)
+        found = _product(source, inputs) if source is not None else None
+        if found is None or found.bias is not None or inputs[found.weight].dtype not in _16_BITS:
+            continue
+        shape: Any = _view_shape(node)
+        with graph.inserting_before(node):
+            rows = found.node.args[0]
+            out = graph.call_function(torch.ops.tandem.gated_product.default, (rows, found.weight))
+            viewed = graph.call_function(aten.view.default, (out, shape))
+        viewed.meta = dict(node.meta)
+        node.replace_all_uses_with(viewed)
+        gated += 1
+    graph.eliminate_dead_code()
+    plain = 0
+    for node in list(graph.nodes):
+        found = _product(node, inputs)
+        if found is None or found.bias is not None or inputs[found.weight].dtype not in _16_BITS:
+            continue
+        with graph.inserting_before(node):
+            out = graph.call_function(torch.ops.tandem.product.default, (node.args[0], found.weight))
+        out.meta = dict(node.meta)
+        node.replace_all_uses_with(out)
+        plain += 1
+    graph.eliminate_dead_code()
+    return gated + plain
+
+
+def fuse_likeliest(graph: Graph) -> int:
+    """The largest of a `product`, whatever its dtype and view in between, becomes `likeliest`. Returns how many did."""
+    fused = 0
+    for node in list(graph.nodes):
+        if node.target is not aten.argmax.default or node.args[1:] not in ((-1,), (1,)):
+            continue
+        source: Any = node.args[0]
+        while source.target in (*_VIEWS, aten._to_copy.default, aten.select.int, aten.slice.Tensor):
+            source = source.args[0]
+        values = node.args[0]
+        if source.target is not torch.ops.tandem.product.default or not isinstance(values, Node):
+            continue
+        if tuple(values.meta["val"].shape) != tuple(source.meta["val"].shape):
+            continue
+        with graph.inserting_before(node):
+            out = graph.call_function(torch.ops.tandem.likeliest.default, source.args)
+        out.meta = dict(node.meta)
+        node.replace_all_uses_with(out)
+        fused += 1
+    graph.eliminate_dead_code()
+    return fused
+
+
+def _gated(node: Node) -> Node | None:
+    """The product whose two halves `node` multiplies, the first one through a SiLU."""
+    first, second = _pair(node, aten.mul.Tensor)
+    for gate, up in ((first, second), (second, first)):
+        if gate is None or gate.target is not aten.silu.default:
+            continue
+        halves = [_unviewed(half) for half in (gate.args[0], up)]
+        if any(half.target is not operator.getitem for half in halves):
+            continue
+        (split, low), (other, high) = (half.args for half in halves)
+        if split is not other or (low, high) != (0, 1) or split.target is not aten.split_with_sizes.default:
+            continue
+        whole, widths, _ = split.args
+        if len(widths) == 2 and widths[0] == widths[1]:
+            source: Node = whole
+            return source
+    return None
+
+
+def _unviewed(node: Any) -> Any:
+    while node.target in _VIEWS:
+        node = node.args[0]
+    return node
+
+
+def _view_shape(product: Node) -> Any:
+    """The shape that a half of the product was viewed in before it was multiplied."""
+    for half in product.all_input_nodes:
+        view = half.args[0] if half.target is aten.silu.default else half
+        if isinstance(view, Node) and view.target in _VIEWS:
+            return view.args[1]
+    return list(product.meta["val"].shape)

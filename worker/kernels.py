@@ -1,15 +1,32 @@
 """Triton kernels of the step path, for CUDA: each does in one launch what would take torch a handful.
 
 Imported only where they run; Triton comes with torch's CUDA builds.
+
+Where the device can (Hopper and later), kernels overlap: `gdc_launch_dependents` lets the next kernel in the stream
+begin while this one runs, and `gdc_wait` is where it then waits until everything before it has ended (programmatic
+dependent launch, CUDA C++ programming guide 4.5). Every kernel here that is launched so waits before it reads or writes
+anything but weights, so that the order of all other memory operations is that of the stream.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+MOST_ROWS: int = 32
+"""Rows up to which `product` and `gated_product` were found faster than cuBLAS."""
+_TILE: int = 64
+_GATED_DEPTH: int = 64
+_DEPTH: int = 128
+_AHEAD: int = 2
+"""Lines of 128 bytes of each of its weights' rows that a program asks for before its input is there."""
+_LEAST_FILL: float = 0.9
+"""Share of the multiprocessors that the programs of `product` must keep busy in their last wave: below, cuBLAS wins."""
 _HEADS: int = 8
 """Heads that one program of `rotate_append` takes."""
 _PAGES: int = 256
@@ -42,9 +59,21 @@ def rotate_append(
         query, key, value, cos, sin, slots, out, keys, values,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         cos.stride(0), sin.stride(0), query_heads, kv_heads, query_programs,
-        HALF=dim // 2, WIDTH=triton.next_power_of_2(dim // 2), HEADS=_HEADS, num_warps=4,
+        HALF=dim // 2, WIDTH=triton.next_power_of_2(dim // 2), HEADS=_HEADS, num_warps=4, **_overlap(query.device),
     )  # fmt: skip
     return out
+
+
+@cache
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Launch options: whether kernels overlap on this device."""
+    able = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": able, "launch_pdl": able}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -52,8 +81,11 @@ def _rotate_append(
     query, key, value, cos, sin, slots, out, keys, values,
     query_token, query_head, key_token, key_head, value_token, value_head,
     cos_token, sin_token, query_heads, kv_heads, query_programs,
-    HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     lane = tl.arange(0, WIDTH)
@@ -143,3 +175,256 @@ def _open_decode(
         blocks = tl.load(table + column, column < pages, 0)
         tl.store(page_indices + start + column, tl.where(column == grown, block, blocks), column < pages)
         first += PAGES
+
+
+def add_norm(left: Tensor, right: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of left and right [T, H], rounded, and that sum's RMSNorm (Zhang & Sennrich 2019) times weight [H].
+
+    As transformers' RMSNorm computes it: in float32, rounded to the input's dtype before the weight is multiplied.
+    Contiguous rows.
+    """
+    rows, width = left.shape
+    total, out = torch.empty_like(left), torch.empty_like(left)
+    _add_norm[(rows,)](
+        left, right, weight, total, out, eps,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=8, **_overlap(left.device),
+    )  # fmt: skip
+    return total, out
+
+
+@triton.jit
+def _add_norm(
+    left, right, weight, total, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    scale = tl.load(weight + column, inside, 0.0)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = row * WIDTH + column
+    added = tl.load(left + at, inside, 0.0).to(tl.float32) + tl.load(right + at, inside, 0.0).to(tl.float32)
+    rounded = added.to(total.dtype.element_ty)
+    tl.store(total + at, rounded, inside)
+    values = rounded.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(values * values) / WIDTH + eps)
+    normed = (values * inverse).to(out.dtype.element_ty)
+    tl.store(out + at, (normed.to(tl.float32) * scale.to(tl.float32)).to(out.dtype.element_ty), inside)
+
+
+def takes_product(rows: Tensor, weight: Tensor) -> bool:
+    """`product` can compute rows @ weight.T, and was found to do so faster than cuBLAS."""
+    (count, depth), width = rows.shape, weight.shape[0]
+    if count > MOST_ROWS or width % _TILE or not rows.is_contiguous():
+        return False
+    splits = _splits(width, depth, rows.device)
+    return splits > 0
+
+
+@cache
+def _splits(width: int, depth: int, device: torch.device) -> int:
+    """Into how many parts to divide the sum over `depth` so that the programs fill the device evenly; 0: none does."""
+    multiprocessors = _multiprocessors(device)
+    for splits in (1, 2, 4, 8):
+        programs = width // _TILE * splits
+        waves = -(-programs // multiprocessors)
+        if depth % (splits * _DEPTH) == 0 and programs >= _LEAST_FILL * waves * multiprocessors and waves <= 2:
+            return splits
+    return 0
+
+
+def product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [T, K] @ weight [N, K].T: [T, N], for a handful of rows; see `takes_product`.
+
+    Reads the weights at the pace of memory. Parts of a sum are added up in a fixed order, by the last to end.
+    """
+    (count, depth), width = rows.shape, weight.shape[0]
+    device = rows.device
+    splits = _splits(width, depth, device)
+    tiles, tall = width // _TILE, _padded(count)
+    out = torch.empty((count, width), dtype=rows.dtype, device=device)
+    parts, arrived = _scratch(device, splits * tiles * _TILE * tall, tiles)
+    _product[(tiles, splits)](
+        rows, weight, out, parts, arrived, count, width, 0, depth,
+        ROWS=tall, TILE=_TILE, DEPTH=_DEPTH, SPLITS=splits, GATED=False, num_warps=4, num_stages=4,
+        AHEAD=_AHEAD, **_overlap(device),
+    )  # fmt: skip
+    return out
+
+
+def takes_gated_product(rows: Tensor, weight: Tensor) -> bool:
+    """`gated_product` can compute this, and was found to do so faster than cuBLAS."""
+    (count, depth), width = rows.shape, weight.shape[0] // 2
+    return count <= MOST_ROWS and width % _TILE == 0 and depth % _GATED_DEPTH == 0 and rows.is_contiguous()
+
+
+def gated_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """silu(rows @ gate.T) * (rows @ up.T) for rows [T, K] and weight [2 N, K], the gate's above the other's: [T, N]."""
+    (count, depth), width = rows.shape, weight.shape[0] // 2
+    out = torch.empty((count, width), dtype=rows.dtype, device=rows.device)
+    _product[(width // _TILE, 1)](
+        rows, weight, out, out, out, count, width, width * depth, depth,
+        ROWS=_padded(count), TILE=_TILE, DEPTH=_GATED_DEPTH, SPLITS=1, GATED=True, num_warps=4, num_stages=4,
+        AHEAD=_AHEAD, **_overlap(rows.device),
+    )  # fmt: skip
+    return out
+
+
+def _padded(count: int) -> int:
+    return max(16, 1 << (count - 1).bit_length())
+
+
+_scratches: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def _scratch(device: torch.device, parts: int, tiles: int) -> tuple[Tensor, Tensor]:
+    """Room for partial sums and a counter for each tile, which is 0 between kernels. Kernels of one stream share it."""
+    found = _scratches.get(device)
+    if found is None or found[0].numel() < parts or found[1].numel() < tiles:
+        if found is not None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a product's scratch memory would grow while a graph is captured")
+        found = (
+            torch.empty(max(parts, 1 << 20), dtype=torch.float32, device=device),
+            torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device),
+        )
+        _scratches[device] = found
+    return found
+
+
+@triton.jit
+def _product(
+    rows, weight, out, parts, arrived, count, width, to_second, depth: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tile * TILE + tl.arange(0, TILE)
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, DEPTH)
+    share: tl.constexpr = depth // SPLITS
+    from_weight = weight + n[:, None].to(tl.int64) * depth + split * share + k[None, :]
+    from_rows = rows + m[None, :] * depth + split * share + k[:, None]
+    inside = (m < count)[None, :]
+    if OVERLAP:
+        # The weights are no other kernel's: they may come as near as the L2 cache before the rows are there.
+        line = tl.arange(0, AHEAD)
+        near = weight + n[:, None].to(tl.int64) * depth + split * share + line[None, :] * 64
+        _prefetch(near)
+        if GATED:
+            _prefetch(near + to_second)
+        gdc_wait()
+    total = tl.zeros((TILE, ROWS), tl.float32)
+    second = tl.zeros((TILE, ROWS), tl.float32)
+    for _ in range(0, share, DEPTH):
+        x = tl.load(from_rows, inside, 0.0)
+        total = tl.dot(tl.load(from_weight), x, total)
+        if GATED:
+            second = tl.dot(tl.load(from_weight + to_second), x, second)
+        from_weight += DEPTH
+        from_rows += DEPTH
+    if OVERLAP:
+        gdc_launch_dependents()  # not before: the next kernel's programs would take room from this one's
+    to = out + m[None, :] * width + n[:, None]
+    if GATED:
+        gate = total.to(out.dtype.element_ty).to(tl.float32)
+        up = second.to(out.dtype.element_ty).to(tl.float32)
+        activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+        tl.store(to, (activated * up).to(out.dtype.element_ty), inside)
+    elif SPLITS == 1:
+        tl.store(to, total.to(out.dtype.element_ty), inside)
+    else:
+        part = parts + tile * (SPLITS * TILE * ROWS) + tl.arange(0, TILE)[:, None] * ROWS + m[None, :]
+        tl.store(part + split * (TILE * ROWS), total)
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
+        if before == SPLITS - 1:
+            total = tl.zeros((TILE, ROWS), tl.float32)
+            for other in range(SPLITS):
+                total += tl.load(part + other * (TILE * ROWS), cache_modifier=".cg")
+            tl.store(to, total.to(out.dtype.element_ty), inside)
+            tl.store(arrived + tile, 0)
+
+
+@triton.jit
+def _prefetch(addresses):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+def silu_mul(halves: Tensor) -> Tensor:
+    """silu(gate) * up for [T, 2 N] that holds gate and up side by side: [T, N]."""
+    count, width = halves.shape[0], halves.shape[1] // 2
+    out = torch.empty((count, width), dtype=halves.dtype, device=halves.device)
+    _silu_mul[(count, triton.cdiv(width, 1024))](halves, out, width, BLOCK=1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _silu_mul(halves, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(halves + row * 2 * width + column, inside, 0.0).to(tl.float32)
+    up = tl.load(halves + row * 2 * width + width + column, inside, 0.0).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + column, (activated * up).to(out.dtype.element_ty), inside)
+
+
+def takes_likeliest(rows: Tensor, weight: Tensor) -> bool:
+    """`likeliest` can compute this, and was found to do so faster than cuBLAS and a search of its result."""
+    (count, depth), width = rows.shape, weight.shape[0]
+    return count <= MOST_ROWS and width % _TILE == 0 and depth % _GATED_DEPTH == 0 and rows.is_contiguous()
+
+
+def likeliest(rows: Tensor, weight: Tensor) -> Tensor:
+    """The index of the largest of rows [T, K] @ weight [N, K].T in each row, the lowest among equals: [T] int64.
+
+    Products are compared as they would be stored, in rows' dtype.
+    """
+    (count, depth), width = rows.shape, weight.shape[0]
+    tiles, tall = width // _TILE, _padded(count)
+    largest = torch.empty((tall, tiles), dtype=torch.float32, device=rows.device)
+    at = torch.empty((tall, tiles), dtype=torch.int32, device=rows.device)
+    out = torch.empty(count, dtype=torch.int64, device=rows.device)
+    _largest_of_tile[(tiles,)](
+        rows, weight, largest, at, count, tiles, depth,
+        ROWS=tall, TILE=_TILE, DEPTH=_GATED_DEPTH, num_warps=4, num_stages=6,
+    )  # fmt: skip
+    _largest_of_row[(count,)](largest, at, out, tiles, BLOCK=triton.next_power_of_2(tiles), num_warps=8)
+    return out
+
+
+@triton.jit
+def _largest_of_tile(
+    rows, weight, largest, at, count, tiles, depth: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    n = tile * TILE + tl.arange(0, TILE)
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, DEPTH)
+    from_weight = weight + n[:, None].to(tl.int64) * depth + k[None, :]
+    from_rows = rows + m[None, :] * depth + k[:, None]
+    inside = (m < count)[None, :]
+    total = tl.zeros((TILE, ROWS), tl.float32)
+    for _ in range(0, depth, DEPTH):
+        total = tl.dot(tl.load(from_weight), tl.load(from_rows, inside, 0.0), total)
+        from_weight += DEPTH
+        from_rows += DEPTH
+    stored = total.to(rows.dtype.element_ty).to(tl.float32)
+    best, where = tl.max(stored, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(largest + m * tiles + tile, best)
+    tl.store(at + m * tiles + tile, tile * TILE + where)
+
+
+@triton.jit
+def _largest_of_row(largest, at, out, tiles, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    tile = tl.arange(0, BLOCK)
+    inside = tile < tiles
+    values = tl.load(largest + row * tiles + tile, inside, float("-inf"))
+    _, where = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(out + row, tl.load(at + row * tiles + where).to(tl.int64))

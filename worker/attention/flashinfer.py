@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ _KERNELS: Final = "fa2"
 _MIN_WORKSPACE: Final = 128 << 20
 _QUERY_TILE: Final = 128
 _CTAS_PER_SM: Final = 2
+_BUSY: Final = 0.9
 _PLAN_BYTES: Final = 8 << 20
 """FlashInfer's own size of the buffers that hold a plan."""
 
@@ -104,23 +105,33 @@ class FlashInferAttention(AttentionBackend):
         ]
 
     def begin(self, batch: Batch) -> FlashInferStep:
-        """Plan the step for each group of layers, on the host. Decode-only steps take the decode kernels, all others
-        the prefill kernels for all rows."""
+        """Plan the step for each group of layers, on the host. Decoding rows take the decode kernels, chunks those for
+        prefill: in one launch a row with one query would cost as much arithmetic as one with many."""
         pages = -(-batch.kv_lens_host // batch.block_size)
         indices = page_indices(batch, int(pages.sum()))
-        kv_starts = _starts(pages)
         last_page_lens = torch.from_numpy(((batch.kv_lens_host - 1) % batch.block_size + 1).astype(np.int32))
-        planned: dict[Variant, Any] = {}
+        decoding, rows = batch.decode_rows, batch.num_rows
+        decode_pages = int(pages[:decoding].sum())
+        planned: dict[Variant, list[Part]] = {}
         for group, (prefill, decode) in self._lanes[batch.lane].items():
             shape = (group.query_heads, group.kv_heads, group.head_dim, batch.block_size)
-            options = self.options(group)
-            if batch.decode_rows == batch.num_rows:
-                decode.plan(kv_starts, indices, last_page_lens, *shape, **options)
-                planned[group] = decode
-            else:
-                query_starts = torch.from_numpy(batch.query_starts)
-                prefill.plan(query_starts, kv_starts, indices, last_page_lens, *shape, causal=True, **options)
-                planned[group] = prefill
+            parts = planned[group] = []
+            if decoding:
+                starts = _starts(pages[:decoding])
+                decode.plan(starts, indices[:decode_pages], last_page_lens[:decoding], *shape, **self.options(group))
+                parts.append((decode, 0, decoding))
+            if decoding < rows:
+                query_starts = torch.from_numpy(batch.query_starts[decoding:] - batch.query_starts[decoding])
+                prefill.plan(
+                    query_starts,
+                    _starts(pages[decoding:]),
+                    indices[decode_pages:],
+                    last_page_lens[decoding:],
+                    *shape,
+                    causal=True,
+                    **self.options(group),
+                )
+                parts.append((prefill, decoding, batch.num_tokens))
         return FlashInferStep(self.cache, batch.kv_slots, [planned[variant] for variant in self.variants])
 
     def options(self, group: Variant) -> dict[str, Any]:
@@ -181,52 +192,71 @@ class FlashInferDecode:
             shape = (group.query_heads, group.kv_heads, group.head_dim, backend.cache.block_size)
             wrapper.plan(one_page_each, page_indices[:rows], one_token_each, *shape, **backend.options(group))
             self._wrappers[group] = wrapper
+            wrapper._plan_info = self._plan(group, 0, one_page_each, one_token_each)
 
     def open(self, batch: Batch) -> FlashInferStep:
-        wrappers = [self._wrappers[variant] for variant in self._backend.variants]
-        return FlashInferStep(self._backend.cache, batch.kv_slots, wrappers)
+        parts: list[list[Part]] = [[(self._wrappers[variant], 0, self._rows)] for variant in self._backend.variants]
+        return FlashInferStep(self._backend.cache, batch.kv_slots, parts)
 
     def plan(self, lane: int, page_starts: NDArray[np.int32], kv_lens: NDArray[np.int32]) -> None:
-        backend, rows = self._backend, self._rows
         starts, lens = torch.from_numpy(page_starts), torch.from_numpy(kv_lens)
-        for group, wrapper in self._wrappers.items():
-            # What the wrapper's own plan() does after it has copied the batch's indices, which are in place already.
-            wrapper._cached_module.plan(
-                backend.workspace,
-                backend.decode_plans[group],
-                backend.decode_buffers[lane][group],
-                self._query_starts,
-                starts,
-                lens,
-                rows,
-                rows,
-                group.query_heads,
-                group.kv_heads,
-                backend.cache.block_size,
-                True,  # for a captured graph
-                group.head_dim,
-                group.head_dim,
-                False,  # causal: a row's one query sees all of its keys
-                _window_left(group),
-                -1,  # no fixed split of the context
-                False,  # the context may be split
-                0,  # no other kernel shares the multiprocessors
-            )
+        for group in self._wrappers:
+            self._plan(group, lane, starts, lens)
+
+    def _plan(self, group: Variant, lane: int, page_starts: Tensor, kv_lens: Tensor) -> Any:
+        """What a wrapper's own plan() does after it has copied the batch's indices, which are in place already."""
+        backend, rows = self._backend, self._rows
+        split = self._splits(group)
+        return self._wrappers[group]._cached_module.plan(
+            backend.workspace,
+            backend.decode_plans[group],
+            backend.decode_buffers[lane][group],
+            self._query_starts,
+            page_starts,
+            kv_lens,
+            rows,
+            rows,
+            group.query_heads,
+            group.kv_heads,
+            backend.cache.block_size,
+            split,  # the plan's shape must not follow the lengths; without splitting it does not
+            group.head_dim,
+            group.head_dim,
+            False,  # causal: a row's one query sees all of its keys
+            _window_left(group),
+            -1,  # no fixed split of the context
+            not split,
+            0,  # no other kernel shares the multiprocessors
+        )
+
+    def _splits(self, group: Variant) -> bool:
+        """Contexts are split among multiprocessors, at the price of a kernel that merges the parts, unless there are
+        enough rows to keep all busy."""
+        most = _CTAS_PER_SM * torch.cuda.get_device_properties(self._backend.device).multi_processor_count
+        return self._rows * group.kv_heads < _BUSY * most
+
+
+Part: TypeAlias = tuple[Any, int, int]
+"""A planned wrapper, and the tokens that it attends for: the first and the end."""
 
 
 class FlashInferStep:
-    def __init__(self, cache: KVCache, kv_slots: Tensor, wrappers: list[Any]) -> None:
+    def __init__(self, cache: KVCache, kv_slots: Tensor, parts: list[list[Part]]) -> None:
+        """`parts`: for each layer, its wrappers, which share the tokens out."""
         self.cache = cache
         self.kv_slots = kv_slots
-        self._wrappers = wrappers
+        self._parts = parts
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.cache.append(layer, self.kv_slots, key, value)
         return self.attend_cached(layer, query)
 
     def attend_cached(self, layer: int, query: Tensor) -> Tensor:
-        cache = self.cache
-        out: Tensor = self._wrappers[layer].run(query.contiguous(), (cache.keys[layer], cache.values[layer]))
+        cached = self.cache.keys[layer], self.cache.values[layer]
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        for wrapper, first, end in self._parts[layer]:
+            wrapper.run(query[first:end], cached, out=out[first:end])
         return out
 
 

@@ -14,11 +14,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..operators import LIBRARY
 from .base import AttentionStep
 
-_LIBRARY: Final = torch.library.Library("tandem", "DEF")
-_LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, int layer, int caller) -> Tensor")
-_LIBRARY.define(
+LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, int layer, int caller) -> Tensor")
+LIBRARY.define(
     "rotate_attend(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, int layer, int caller) -> Tensor"
 )
 
@@ -79,7 +79,7 @@ def _shape_of_rotate_attend(
 
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("attend", _attend, _device)
-    _LIBRARY.impl("rotate_attend", _rotate_attend, _device)
-torch.library.register_fake("tandem::attend", _shape_of_attend, lib=_LIBRARY)
-torch.library.register_fake("tandem::rotate_attend", _shape_of_rotate_attend, lib=_LIBRARY)
+    LIBRARY.impl("attend", _attend, _device)
+    LIBRARY.impl("rotate_attend", _rotate_attend, _device)
+torch.library.register_fake("tandem::attend", _shape_of_attend, lib=LIBRARY)
+torch.library.register_fake("tandem::rotate_attend", _shape_of_rotate_attend, lib=LIBRARY)
