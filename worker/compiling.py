@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,14 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from .fusion import absorb_rotary, fuse_likeliest, fuse_sums_with_norms, merge_products, use_own_products
+from .fusion import (
+    absorb_rotary,
+    fuse_likeliest,
+    fuse_sums_with_norms,
+    merge_products,
+    share_row_count,
+    use_own_products,
+)
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +112,7 @@ def _trace(
     graph = traced.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders[len(examples) :], named.values(), strict=True))
+    share_row_count(graph, placeholders[0])
     rewritten = {
         "rotary embeddings": absorb_rotary(graph),
         "merged products": merge_products(graph, inputs),
@@ -142,6 +151,10 @@ def _drop_unused(traced: GraphModule, keep: list[torch.fx.Node]) -> None:
 def _inductor(traced: GraphModule, fakes: list[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    # Few kernels differ, so processes that compile them side by side would cost more than they save.
-    compiled: Any = compile_fx(traced, fakes, config_patches={"compile_threads": 1})
-    return compiled  # type: ignore[no-any-return]
+    with warnings.catch_warnings():
+        # Products in 32 bits are meant to be exact.
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        # Few kernels differ, so processes that compile them side by side would cost more than they save.
+        compiled: Any = compile_fx(traced, fakes, config_patches={"compile_threads": 1})
+    function: Callable[..., Any] = compiled
+    return function

@@ -34,6 +34,18 @@ class Product:
     bias: Node | None
 
 
+def share_row_count(graph: Graph, rows: Node) -> None:
+    """Whoever asks a tensor how many rows there are asks `rows`, an input: no other tensor is kept for that alone."""
+    count = rows.meta["val"].shape[0]
+    with graph.inserting_after(rows):
+        shared = graph.call_function(aten.sym_size.int, (rows, 0))
+    shared.meta["val"] = count
+    for node in list(graph.nodes):
+        if node.target is aten.sym_size.int and node is not shared and str(node.meta["val"]) == str(count):
+            node.replace_all_uses_with(shared)
+            graph.erase_node(node)
+
+
 def merge_products(graph: Graph, inputs: dict[Node, Tensor]) -> int:
     """Products of the same rows become one with the weights one below the other, whose columns are then dealt out.
 

@@ -1,18 +1,16 @@
 """The paged model on CUDA: what transformers gives, without waiting, capturable; and the sampler there."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tandem.worker.inspection import make_batch
 from tandem.worker.sampler import SamplingColumns, sample, uniform
 
 from support.cuda import no_waiting
 from support.paged import Sequences, compute_randomly, load, load_tiny, random_tokens
-from support.tiny_models import ARCHITECTURES, VOCAB
+from support.tiny_models import ARCHITECTURES, VOCAB, save_flashinfer_sized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -32,27 +30,8 @@ def test_float32_equals_transformers(arch: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
-def flashinfer_sized(folder: Path) -> None:
-    """A Llama whose heads FlashInfer has kernels for."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1024,
-    )
-    config.save_pretrained(folder)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
-
-
 def test_bfloat16_through_flashinfer_is_close(tmp_path: Path) -> None:
-    flashinfer_sized(tmp_path)
+    save_flashinfer_sized(tmp_path)
     results = {}
     for name, options in {
         "exact": {"dtype": "float32"},
@@ -75,7 +54,7 @@ def test_bfloat16_through_flashinfer_is_close(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "flashinfer"])
 def test_a_step_waits_for_nothing(backend: str, tmp_path: Path) -> None:
-    flashinfer_sized(tmp_path)
+    save_flashinfer_sized(tmp_path)
     model = load(tmp_path, device="cuda", dtype="bfloat16", attention_backend=backend)
     model.allocate_kv_cache(20, 16)
     tokens = torch.tensor(random_tokens(60, VOCAB, 0), device="cuda")

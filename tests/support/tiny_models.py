@@ -122,3 +122,22 @@ def tiny_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
     return tokenizer
+
+
+def save_flashinfer_sized(folder: Path) -> None:
+    """A Llama whose heads FlashInfer has kernels for."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+    )
+    config.save_pretrained(folder)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)

@@ -1,0 +1,94 @@
+"""Compiled models and CUDA graphs give what the uncompiled model gives."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tandem import AsyncClient
+from tandem.launch.embedded import EmbeddedSystem
+
+from support.observe import Observer, settled
+from support.paged import Sequences, compute_randomly, load, random_tokens
+from support.tiny_models import VOCAB, save_flashinfer_sized, save_tiny
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+ROWS = 40
+"""Beyond several sizes of graphs, the last of which is none of the usual ones."""
+
+
+def requests() -> list[tuple[list[int], dict[str, Any]]]:
+    """Ragged: all numbers of running rows from 1 to ROWS occur, and some rows draw random numbers."""
+    rng = random.Random(3)
+    made = []
+    for index in range(90):
+        prompt = [rng.randrange(4, VOCAB) for _ in range(rng.randint(1, 60))]
+        sampling: dict[str, Any] = {"max_tokens": rng.randint(1, 60), "ignore_eos": True, "temperature": 0.0}
+        if index % 9 == 0:
+            sampling |= {"temperature": 1.0, "top_p": 0.9, "seed": index}
+        made.append((prompt, sampling))
+    return made
+
+
+def generated(folder: Path, **options: Any) -> tuple[list[list[int]], int]:
+    """What a system answers to all requests at once, and how often it preempted one."""
+
+    async def run(address: str) -> list[list[int]]:
+        async with AsyncClient(address, max_concurrency=100) as client:
+            done = await asyncio.gather(*(client.generate(prompt, **sampling) for prompt, sampling in requests()))
+            return [list(one.token_ids) for one in done]
+
+    options |= {"model": str(folder), "device": "cuda", "max_model_len": 128, "max_num_seqs": ROWS, "block_size": 8}
+    with EmbeddedSystem(options) as system:
+        tokens = asyncio.run(run(system.address))
+        observer = Observer(system.address)
+        stats = observer.wait_until(settled)
+        observer.close()
+    return tokens, stats.preemptions
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_graphs_and_compiled_code_choose_the_same_tokens(
+    arch: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(arch, tmp_path)
+    plain, _ = generated(tmp_path, dtype="float32", enforce_eager=True)
+    roomy, _ = generated(tmp_path, dtype="float32")
+    tight, preemptions = generated(tmp_path, dtype="float32", num_gpu_blocks_override=120, lookahead=2)
+    some, _ = generated(tmp_path, dtype="float32", max_cudagraph_capture_size=5)
+    assert roomy == plain
+    assert tight == plain
+    assert some == plain
+    assert preemptions > 0
+    assert "uncompiled" not in capfd.readouterr().err
+
+
+def test_16_bits_compiled_are_as_close_as_uncompiled(tmp_path: Path) -> None:
+    save_flashinfer_sized(tmp_path)
+    results: dict[str, list[torch.Tensor]] = {}
+    for name, options in {
+        "exact": {"dtype": "float32"},
+        "plain": {"dtype": "bfloat16"},
+        "compiled": {"dtype": "bfloat16"},
+    }.items():
+        model = load(tmp_path, device="cuda", **options)
+        if name == "compiled":
+            model.compile()
+            assert model.compiled
+        sequences = Sequences(model)
+        for number, length in enumerate((1, 16, 17, 41, 90)):
+            sequences.add(random_tokens(length, VOCAB, number))
+        results[name] = [logits.float() for logits in compute_randomly(sequences, seed=1)]
+    far = {
+        name: max(
+            float((one - exact).norm() / exact.norm()) for one, exact in zip(logits, results["exact"], strict=True)
+        )
+        for name, logits in results.items()
+    }
+    assert far["compiled"] < 1.5 * far["plain"] + 1e-3

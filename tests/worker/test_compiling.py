@@ -1,0 +1,166 @@
+"""What is rewritten before a model is compiled computes the same as the model, and what cannot be compiled runs on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from tandem.worker.attention.ops import OperatorRouter
+from tandem.worker.attention.registry import ATTENTION_NAME, register
+from tandem.worker.compiling import compile_rows
+from tandem.worker.inspection import dense_attention, inspect_layers, run_trunk
+from tandem.worker.kv_cache import LayerKV
+from tandem.worker.sampler import greedy
+
+from support.paged import load_tiny
+from support.tiny_models import ARCHITECTURES, VOCAB, save_tiny
+
+DENSE = [arch for arch in ARCHITECTURES if "moe" not in arch]
+"""Experts are dispatched by kernels that cannot be traced in every dtype."""
+
+
+class DenseStep:
+    """Attention of one sequence with itself, without a cache."""
+
+    def __init__(self, layers: tuple[LayerKV, ...]) -> None:
+        self.layers = layers
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return dense_attention(self.layers[layer], query, key, value).contiguous()
+
+
+class DenseRouter:
+    """The same for a model that is not compiled."""
+
+    def __init__(self, step: DenseStep, layer_of: dict[int, int]) -> None:
+        self.step, self.layer_of = step, layer_of
+
+    def attend_layer(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Any) -> Tensor:
+        layer_idx: Any = module.layer_idx
+        return self.step.attend(self.layer_of[layer_idx], query, key, value)
+
+
+def kept(graphs: list[GraphModule]) -> Callable[[GraphModule, list[Any]], GraphModule]:
+    """A backend that runs the rewritten graph as it is."""
+
+    def backend(traced: GraphModule, _: list[Any]) -> GraphModule:
+        graphs.append(traced)
+        return traced
+
+    return backend
+
+
+def calls(graph: GraphModule, name: str) -> int:
+    return sum(str(node.target).startswith(f"tandem.{name}.") for node in graph.graph.nodes)
+
+
+def paged(arch: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    register()
+    model: Any = save_tiny(arch, folder)
+    model.to(dtype)
+    model.requires_grad_(False)
+    model.config._attn_implementation = ATTENTION_NAME
+    own: PreTrainedModel = model
+    return own
+
+
+def compiled_beside_own(
+    arch: str, folder: Path, dtype: torch.dtype
+) -> tuple[PreTrainedModel, GraphModule, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """The model, its rewritten graph, and its trunk both ways: token ids and positions to hidden rows."""
+    model = paged(arch, folder, dtype)
+    trunk = model.get_decoder()
+    layers = inspect_layers(model, trunk, torch.device("cpu"))
+    step, layer_of = DenseStep(layers), {layer.layer_idx: index for index, layer in enumerate(layers)}
+    router = OperatorRouter(layer_of)
+    router.enter(step)  # type: ignore[arg-type]
+    example = torch.zeros(2, dtype=torch.int64)
+    graphs: list[GraphModule] = []
+    compiled = compile_rows(
+        trunk, lambda ids, at: run_trunk(trunk, ids, at, router), [example, example], backend=kept(graphs)
+    )
+    return model, graphs[0], compiled, lambda ids, at: run_trunk(trunk, ids, at, DenseRouter(step, layer_of))
+
+
+@pytest.mark.parametrize("arch", DENSE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_rewritten_model_computes_the_same_for_any_number_of_tokens(
+    arch: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    _, _, compiled, own = compiled_beside_own(arch, tmp_path, dtype)
+    for count in (1, 2, 7, 32, 37, 64):
+        ids = torch.arange(count) * 31 % VOCAB
+        got, expected = compiled(ids, torch.arange(count)), own(ids, torch.arange(count))
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        else:
+            difference = (got - expected).float().norm() / expected.float().norm()
+            assert difference < 0.02
+
+
+def test_a_llama_in_16_bits_is_rewritten_whole(tmp_path: Path) -> None:
+    model, graph, _, _ = compiled_beside_own("llama", tmp_path, torch.bfloat16)
+    layers = model.config.num_hidden_layers
+    assert calls(graph, "rotate_attend") == layers
+    assert not calls(graph, "attend")
+    assert calls(graph, "gated_product") == layers
+    assert calls(graph, "product") == 3 * layers  # query, key and value in one; output; down
+    assert calls(graph, "add_norm") == 2 * layers  # all but the first, which follows no sum
+    assert not any(str(node.target).startswith("aten.mm.") for node in graph.graph.nodes)
+
+
+def test_in_32_bits_only_what_rounds_the_same_is_rewritten(tmp_path: Path) -> None:
+    model, graph, _, _ = compiled_beside_own("llama", tmp_path, torch.float32)
+    assert calls(graph, "rotate_attend") == model.config.num_hidden_layers
+    assert not any(calls(graph, name) for name in ("product", "gated_product", "add_norm"))
+
+
+def test_merged_weights_are_kept_once_and_the_model_goes_on(tmp_path: Path) -> None:
+    model = paged("llama", tmp_path, torch.float32)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    _, _, _, own = compiled_beside_own("llama", tmp_path, torch.float32)
+    model2, _, _, own2 = compiled_beside_own("llama", tmp_path, torch.float32)
+    attention: Any = model2.get_decoder().layers[0].self_attn
+    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    starts = [weight.untyped_storage().data_ptr() for weight in weights]
+    assert len(set(starts)) == 1
+    assert weights[0].untyped_storage().nbytes() == sum(weight.numel() for weight in weights) * 4
+    for name, value in model2.named_parameters():
+        assert torch.equal(value, before[name]), name
+    ids = torch.arange(9)
+    assert torch.equal(own(ids, ids), own2(ids, ids))
+
+
+def test_the_likeliest_token_is_found_without_storing_logits(tmp_path: Path) -> None:
+    model = paged("llama", tmp_path, torch.bfloat16)
+    head = model.get_output_embeddings()
+    rows = torch.randn(5, model.config.hidden_size).to(torch.bfloat16)
+    graphs: list[GraphModule] = []
+    compiled = compile_rows(
+        head, lambda hidden: greedy(head(hidden.unsqueeze(0))[0].float()), [rows[:2]], backend=kept(graphs)
+    )
+    assert calls(graphs[0], "likeliest") == 1
+    assert torch.equal(compiled(rows), head(rows).argmax(-1))
+
+
+def test_a_model_that_cannot_be_traced_runs_uncompiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = load_tiny("llama", tmp_path)
+    trunk: Any = model.module.get_decoder()
+    forward = trunk.layers[1].mlp.forward
+
+    def looks_at_values(hidden: Tensor) -> Tensor:
+        return forward(hidden) if float(hidden.sum()) > -1e9 else hidden
+
+    trunk.layers[1].mlp.forward = looks_at_values
+    with caplog.at_level(logging.WARNING):
+        model.compile()
+    assert not model.compiled
+    assert "LlamaForCausalLM runs uncompiled, and so without CUDA graphs" in caplog.text
