@@ -235,6 +235,9 @@ def test_what_nobody_foresaw_is_one_line_and_a_traceback(capfd: pytest.CaptureFi
         ({"gpu_memory_utilization": 0.9, "num_gpu_blocks_override": 9}, ["gpu_memory_utilization", "num_gpu_blocks"]),
         ({"kv_cache_memory_bytes": 10**9, "num_gpu_blocks_override": 9}, ["kv_cache_memory_bytes", "num_gpu_blocks"]),
         ({"gpu_memory_utilization": 0.9, "device": "cpu"}, ["gpu_memory_utilization", "device"]),
+        ({"max_cudagraph_capture_size": 8, "enforce_eager": True}, ["max_cudagraph_capture_size (8)", "enforce_eager"]),
+        ({"max_cudagraph_capture_size": 8, "device": "cpu"}, ["max_cudagraph_capture_size (8)", "device"]),
+        ({"max_cudagraph_capture_size": 999, "max_num_seqs": 9}, ["max_cudagraph_capture_size (999)", "(9)"]),
     ],
 )
 def test_options_of_which_one_would_be_ignored_are_refused(options: dict[str, Any], names: list[str]) -> None:

@@ -421,7 +421,8 @@ def test_a_step_that_fails_while_something_else_waits_ends_the_session(
     step.go.set()
     scheduler.recv(Goodbye)
     error = worker.end()
-    assert error is None if isinstance(waiting, Stop) else "on fire" in str(error)
+    # If the second plan was still on its way when the step failed, its launch tells of the failure before the Stop.
+    assert "on fire" in str(error) or (error is None and isinstance(waiting, Stop))
 
 
 def test_a_step_that_hangs_does_not_keep_a_worker_from_leaving(
