@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .client import AsyncClient as AsyncClient
     from .client import ChatOptions as ChatOptions
+    from .client import Choice as Choice
     from .client import Chunk as Chunk
     from .client import Client as Client
     from .client import Completion as Completion
@@ -46,6 +47,7 @@ __all__ = [
     "CompletionStream",
     "SyncCompletionStream",
     "Completion",
+    "Choice",
     "Chunk",
     "Usage",
     "Timings",

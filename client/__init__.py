@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .completion import CompletionStream as CompletionStream
     from .prompts import ChatOptions as ChatOptions
     from .prompts import TokensPrompt as TokensPrompt
+    from .results import Choice as Choice
     from .results import Chunk as Chunk
     from .results import Completion as Completion
     from .results import Timings as Timings
@@ -23,6 +24,7 @@ _WHERE = {
     "SyncCompletionStream": ".sync",
     "Completion": ".results",
     "Chunk": ".results",
+    "Choice": ".results",
     "Usage": ".results",
     "Timings": ".results",
     "ChatOptions": ".prompts",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 from ..protocol.errors import InvalidRequest, RequestCancelled, ServiceUnavailable
 from .batch import in_order, patiently
-from .completion import CompletionStream, Started
+from .completion import CompletionStream
 from .results import Completion
 
 # NumPy, ZeroMQ, pydantic, tokenizers and jinja2 take longer to import than somebody should wait who only names a
@@ -20,11 +20,15 @@ from .results import Completion
 if TYPE_CHECKING:
     from ..protocol.messages import FileInfo, ModelDescription
     from ..protocol.sampling import SamplingParams
+    from .arguments import RequestOptions
+    from .completion import Started
     from .prompts import ChatOptions, Message, Prompt
     from .tokenizer import Tokenizer
 
 CONNECT_TIMEOUT_S = 60.0
 MAX_CONCURRENCY = 256
+LONGEST_TIMEOUT_S = 1e9
+"""The longest that the protocol knows."""
 CONTEXT_TOKENS = 32
 """Tokens of the prompt in which something visible is looked for, so that the answer's text keeps a leading space."""
 
@@ -146,6 +150,9 @@ class AsyncClient:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
         **sampling: Any,
@@ -157,6 +164,9 @@ class AsyncClient:
         prompt: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
         **sampling: Any,
@@ -167,6 +177,9 @@ class AsyncClient:
         prompt: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
         **sampling: Any,
@@ -175,19 +188,27 @@ class AsyncClient:
         `max_concurrency` in flight; the first failure cancels the rest and is raised. `sampling_params` may then be a
         list too.
 
-        `timeout` (s) is for each prompt, from when its turn comes. Raises InvalidRequest, Overloaded (a list waits and
-        tries again instead), RequestFailed, RequestTimeout, RequestCancelled, ServiceUnavailable. Cancelling the task
-        cancels the requests.
+        `n` samples of each prompt come as the completion's `choices`; sample i of a seed is always the same. Requests
+        of a lower `priority` go first. Only requests with the same `cache_salt` share cached prefixes. `timeout` (s) is
+        for each prompt, from when its turn comes; the service ends a request then, waiting or running, and the
+        RequestTimeout carries what it has as `completion`.
+
+        Raises InvalidRequest, Overloaded (a list waits and tries again instead), RequestFailed, RequestTimeout,
+        RequestCancelled, ServiceUnavailable. Cancelling the task cancels the requests.
         """
+        from .arguments import request_options
         from .prompts import is_batch
 
+        options = request_options(n, priority, cache_salt)
         if is_batch(prompt):
-            return await self._generate_all(cast("Sequence[Prompt]", prompt), sampling_params, chat, sampling, timeout)
+            prompts = cast("Sequence[Prompt]", prompt)
+            return await self._generate_all(prompts, sampling_params, chat, sampling, options, timeout)
         stream = self._new_stream(
             cast("Prompt", prompt),
             cast("SamplingParams | None", sampling_params),
             chat,
             sampling,
+            options,
             timeout=timeout,
             collect=True,
         )
@@ -198,23 +219,33 @@ class AsyncClient:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
         **sampling: Any,
     ) -> CompletionStream:
         """The answer as it comes: an asynchronous iterator of chunks, which is also an asynchronous context manager.
 
-        The request starts with the first iteration (or on entering the context). Leaving the loop early, closing the
+        With several samples, a chunk's `index` says whose it is. The request starts with the first iteration (or on
+        entering the context). Leaving the loop early, closing the
         stream, or cancelling the task that iterates cancels the request. Errors are those of `generate`, raised while
         iterating.
         """
-        return self._new_stream(prompt, sampling_params, chat, sampling, timeout=timeout, collect=False)
+        from .arguments import request_options
+
+        options = request_options(n, priority, cache_salt)
+        return self._new_stream(prompt, sampling_params, chat, sampling, options, timeout=timeout, collect=False)
 
     async def chat(
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
         documents: Sequence[dict[str, Any]] | None = None,
@@ -238,7 +269,16 @@ class AsyncClient:
             continue_final_message=continue_final_message,
             template_variables=template_variables,
         )
-        return await self.generate(messages, sampling_params, timeout=timeout, chat=options, **sampling)
+        return await self.generate(
+            messages,
+            sampling_params,
+            n=n,
+            priority=priority,
+            cache_salt=cache_salt,
+            timeout=timeout,
+            chat=options,
+            **sampling,
+        )
 
     def cancel(self, request: CompletionStream) -> None:
         """Cancels a streamed request; its reader gets RequestCancelled after the tokens that have arrived. Nothing
@@ -253,6 +293,7 @@ class AsyncClient:
         params: SamplingParams | None,
         chat: ChatOptions | None,
         sampling: Mapping[str, Any],
+        options: RequestOptions,
         *,
         timeout: float | None,
         collect: bool,
@@ -263,7 +304,7 @@ class AsyncClient:
         require_params(params)
         require_chat_options(prompt, chat)
         timeout = seconds("timeout", timeout)
-        return CompletionStream(partial(self._start, prompt, params, chat, sampling, collect), timeout)
+        return CompletionStream(partial(self._start, prompt, params, chat, sampling, options, collect), timeout)
 
     async def _start(
         self,
@@ -271,15 +312,20 @@ class AsyncClient:
         params: SamplingParams | None,
         chat: ChatOptions | None,
         sampling: Mapping[str, Any],
+        options: RequestOptions,
         collect: bool,
+        time_left: float | None,
     ) -> Started:
-        from .prompts import is_chat, require_length, resolve_sampling, to_token_ids
+        from .completion import Sample, Started
+        from .prompts import is_chat, require_length, require_random, resolve_sampling, to_token_ids
         from .stream import History
         from .tokenizer import LONG_TEXT
 
         loop = self._require_loop()
+        asked_at = loop.time()
         model = await self._connection.ready(self._connect_timeout)
         checked = resolve_sampling(model, params, sampling)
+        require_random(checked, options.n)
         require_length(prompt, model.max_model_len)
         tokenizer = await self.tokenizer()
         if is_chat(prompt) or (isinstance(prompt, str) and len(prompt) >= LONG_TEXT):  # on another thread
@@ -287,13 +333,30 @@ class AsyncClient:
         else:
             ids = to_token_ids(prompt, tokenizer, chat)
         require_length(ids, model.max_model_len)
-        tokens = await self._connection.submit(History(ids, checked), collect=collect, patience=self._connect_timeout)
+        if time_left is not None:
+            time_left -= loop.time() - asked_at
+            if time_left <= 0:
+                raise TimeoutError
+        samples = [
+            History(
+                ids,
+                checked,
+                sample=index,
+                priority=options.priority,
+                cache_salt=options.cache_salt,
+                timeout_s=None if time_left is None else min(time_left, LONGEST_TIMEOUT_S),
+            )
+            for index in range(options.n)
+        ]
+        streams = await self._connection.submit(samples, collect=collect, patience=self._connect_timeout)
         context = ids[-CONTEXT_TOKENS:].tolist()
         return Started(
-            tokens=tokens,
-            detokenizer=None if tokenizer is None else tokenizer.detokenizer(context),
+            samples=[
+                Sample(index, tokens, None if tokenizer is None else tokenizer.detokenizer(context))
+                for index, tokens in enumerate(streams)
+            ],
             stop_ids=frozenset(checked.stop_token_ids) | frozenset(() if checked.ignore_eos else model.eos_token_ids),
-            cancel=partial(self._connection.cancel, tokens),
+            cancel=self._connection.cancel,
             loop=loop,
         )
 
@@ -303,6 +366,7 @@ class AsyncClient:
         params: SamplingParams | Sequence[SamplingParams] | None,
         chat: ChatOptions | None,
         sampling: Mapping[str, Any],
+        options: RequestOptions,
         time_limit: float | None,
     ) -> list[Completion]:
         from .arguments import require_params, seconds
@@ -323,7 +387,9 @@ class AsyncClient:
 
         async def one(i: int) -> Completion:
             def attempt(time_left: float | None) -> Awaitable[Completion]:
-                stream = self._new_stream(prompts[i], params_of[i], chat, sampling, timeout=time_left, collect=True)
+                stream = self._new_stream(
+                    prompts[i], params_of[i], chat, sampling, options, timeout=time_left, collect=True
+                )
                 return stream.collect()
 
             return await patiently(attempt, time_limit)

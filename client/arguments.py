@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from numbers import Real
+from typing import cast
 
 from ..protocol.errors import InvalidRequest
 
@@ -54,3 +56,39 @@ def require_params(params: object) -> None:
         raise InvalidRequest(
             f"sampling_params: expected a SamplingParams, got {type(params).__name__}", field="sampling_params"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """How a request is treated, beside how its tokens are chosen. Checked by `request_options`."""
+
+    n: int = 1
+    priority: int = 0
+    cache_salt: str = ""
+
+
+def request_options(n: object, priority: object, cache_salt: object) -> RequestOptions:
+    """Raises InvalidRequest naming field, limit and value. How many samples the service allows, it says itself."""
+    from ..protocol.messages import MAX_PRIORITY, MAX_SALT_CHARS, MAX_SAMPLES
+
+    require_whole("n", n, 1)
+    _require_most("n", cast("int", n), MAX_SAMPLES)
+    require_whole("priority", priority, -MAX_PRIORITY)
+    _require_most("priority", cast("int", priority), MAX_PRIORITY)
+    if not isinstance(cache_salt, str):
+        raise InvalidRequest(
+            f"cache_salt: expected text, got {type(cache_salt).__name__}", field="cache_salt", value=cache_salt
+        )
+    if len(cache_salt) > MAX_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt: {len(cache_salt)} characters, over the limit of {MAX_SALT_CHARS}",
+            field="cache_salt",
+            limit=MAX_SALT_CHARS,
+            value=len(cache_salt),
+        )
+    return RequestOptions(cast("int", n), cast("int", priority), cache_salt)
+
+
+def _require_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise InvalidRequest(f"{name}: {value}, must be at most {most}", field=name, limit=most, value=value)

@@ -6,31 +6,100 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Final, Self, TypeVar, cast
 
 from ..protocol.errors import RequestCancelled, RequestTimeout, TandemError
-from .results import Chunk, Completion, FinishReason, Timings, Usage
+from .results import Choice, Chunk, Completion, FinishReason, Timings, Usage
 
 if TYPE_CHECKING:
-    from ..protocol.messages import Ended
     from .detokenizer import Detokenizer
     from .stream import History, TokenStream
 
 _T = TypeVar("_T")
 
 
+LATE_S: Final = 1.0
+"""The scheduler ends a request in time and says what it took; the client waits this much longer for it to say so."""
+
+
+class Sample:
+    """One of a request's samples, as far as it has been read."""
+
+    def __init__(self, index: int, tokens: TokenStream, detokenizer: Detokenizer | None) -> None:
+        """Without a detokenizer (the model has no tokenizer) all text is empty."""
+        self.index = index
+        self.tokens = tokens
+        self.is_read = False
+        """Its end has been read."""
+        self._detokenizer = detokenizer
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """All text that has been read."""
+        return "".join(self._pieces)
+
+    @property
+    def reason(self) -> FinishReason:
+        """Why it ended; "timeout" as well for one that has not ended, at the client's own deadline."""
+        ended = self.tokens.ended
+        return "timeout" if ended is None else cast(FinishReason, ended.reason)
+
+    async def next_chunk(self, stop_ids: frozenset[int]) -> Chunk:
+        """Reads what has come. Must have news."""
+        tokens = self.tokens
+        offset = tokens.offset
+        ids = await tokens.read()
+        over = tokens.ended is not None and tokens.offset == len(tokens.history.generated)
+        text = self._push(ids, stop_ids)
+        if not over:
+            return Chunk(text, ids, offset, None, self.index)
+        return Chunk(text + self._finish(), ids, offset, self.reason, self.index)
+
+    def read_rest(self, stop_ids: frozenset[int]) -> None:
+        """Takes what has come for all there will be."""
+        if not self.is_read:
+            generated = self.tokens.history.generated
+            self._push(generated[self.tokens.offset :], stop_ids)
+            self._finish()
+
+    def choice(self) -> Choice:
+        return Choice(self.index, self.text, list(self.tokens.history.generated), self.reason)
+
+    def _push(self, ids: list[int], stop_ids: frozenset[int]) -> str:
+        visible = ids[:-1] if ids and ids[-1] in stop_ids else ids
+        text = "" if self._detokenizer is None else self._detokenizer.push(visible)
+        self._pieces.append(text)
+        return text
+
+    def _finish(self) -> str:
+        self.is_read = True
+        text = "" if self._detokenizer is None else self._detokenizer.finish()
+        self._pieces.append(text)
+        return text
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
     """A request that was sent."""
 
-    tokens: TokenStream
-    detokenizer: Detokenizer | None
-    """None if the model has no tokenizer; all text is empty then."""
+    samples: list[Sample]
     stop_ids: frozenset[int]
-    """Tokens that end the request, and are no part of its text."""
-    cancel: Callable[[TandemError], None]
-    """Ends the request with this error, on both ends."""
+    """Tokens that end a sample, and are no part of its text."""
+    cancel: Callable[[TokenStream, TandemError], None]
+    """Ends a sample with this error, on both ends."""
     loop: asyncio.AbstractEventLoop
+
+    @property
+    def is_over(self) -> bool:
+        """All samples have ended, well or not."""
+        return all(sample.tokens.is_over for sample in self.samples)
+
+    def abandon(self, error: TandemError) -> None:
+        """Ends what has not ended."""
+        for sample in self.samples:
+            if not sample.tokens.is_over:
+                self.cancel(sample.tokens, error)
 
 
 class CompletionStream:
@@ -47,14 +116,17 @@ class CompletionStream:
     leaving the context, by cancelling a task that reads, or when nobody holds the stream any more.
     """
 
-    def __init__(self, start: Callable[[], Awaitable[Started]], timeout: float | None) -> None:
-        """`start` sends the request; from then on it may take `timeout` seconds."""
+    def __init__(self, start: Callable[[float | None], Awaitable[Started]], timeout: float | None) -> None:
+        """`start` sends the request, told the seconds that are left; it may take `timeout` seconds from the first read
+        on."""
         self._start = start
         self._timeout = timeout
         self._deadline: float | None = None
         self._called_at = 0.0
         self._started: Started | None = None
-        self._pieces: list[str] = []
+        self._news = asyncio.Event()
+        self._waiting = False
+        self._turn = 0
         self._completion: Completion | None = None
         self._error: TandemError | None = None
         self._closed = False
@@ -67,6 +139,7 @@ class CompletionStream:
     async def __anext__(self) -> Chunk:
         if self._completion is not None or self._closed:
             raise StopAsyncIteration
+        await self.start()
         return await self._guarded(self._next_chunk)
 
     async def result(self) -> Completion:
@@ -75,6 +148,7 @@ class CompletionStream:
         while self._completion is None:
             if self._closed:
                 raise RequestCancelled("the stream was closed before its end")
+            await self.start()
             await self._guarded(self._next_chunk)
         return self._completion
 
@@ -87,7 +161,8 @@ class CompletionStream:
     async def start(self) -> None:
         """Sends the request if it was not sent yet. Raises what refuses it on this side; what the service refuses
         is raised when reading."""
-        await self._guarded(self._ensure_started)
+        if self._started is None:
+            await self._guarded(self._ensure_started)
 
     # --- ending it early -------------------------------------------------------------------------------------------
 
@@ -114,11 +189,11 @@ class CompletionStream:
 
     def __del__(self) -> None:
         started = getattr(self, "_started", None)
-        if started is None or started.tokens.is_over or started.loop.is_closed():
+        if started is None or started.is_over or started.loop.is_closed():
             return
         # This may run on any thread, and in the midst of anything.
         try:
-            started.loop.call_soon_threadsafe(started.cancel, RequestCancelled("nobody reads the stream any more"))
+            started.loop.call_soon_threadsafe(started.abandon, RequestCancelled("nobody reads the stream any more"))
         except RuntimeError:
             return  # the loop was closed meanwhile, and the connection with it
 
@@ -126,13 +201,13 @@ class CompletionStream:
 
     @property
     def history(self) -> History | None:
-        """The request as it was sent and what has arrived of it; None before it was sent."""
-        return None if self._started is None else self._started.tokens.history
+        """The request as it was sent and what has arrived of it (of its first sample); None before it was sent."""
+        return None if self._started is None else self._started.samples[0].tokens.history
 
     @property
     def text(self) -> str:
-        """All text that has been read."""
-        return "".join(self._pieces)
+        """All text that has been read, of the first sample."""
+        return "" if self._started is None else self._started.samples[0].text
 
     # --- within ----------------------------------------------------------------------------------------------------
 
@@ -144,11 +219,13 @@ class CompletionStream:
         if self._called_at == 0.0:
             self._called_at = loop.time()
             self._deadline = None if self._timeout is None else self._called_at + self._timeout
+        sent = self._started is not None
+        late = None if self._deadline is None else self._deadline + (LATE_S if sent else 0.0)
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(late):
                 return await step()
         except TimeoutError:
-            self._error = RequestTimeout(f"the request did not end within the timeout of {self._timeout:g} s")
+            self._error = self._out_of_time()
             self._abandon(self._error)
             raise self._error from None
         except asyncio.CancelledError:
@@ -157,49 +234,85 @@ class CompletionStream:
             raise
         except TandemError as error:
             self._error = error
+            self._abandon(error)  # the other samples
             raise
 
     async def _ensure_started(self) -> Started:
         if self._started is None:
-            self._started = await self._start()
+            loop = asyncio.get_running_loop()
+            self._started = await self._start(None if self._deadline is None else self._deadline - loop.time())
+            for sample in self._started.samples:
+                sample.tokens.on_news = self._news.set
             if self._closed or self._error is not None:  # ended by another task while the request was being sent
                 self._abandon(self._error or RequestCancelled("the stream was closed"))
         return self._started
 
     async def _wait_over(self) -> None:
-        await (await self._ensure_started()).tokens.wait_over()
+        for sample in (await self._ensure_started()).samples:
+            await sample.tokens.wait_over()
 
     async def _next_chunk(self) -> Chunk:
         started = await self._ensure_started()
-        tokens = started.tokens
-        offset = tokens.offset
-        ids = await tokens.read()
-        over = tokens.ended is not None and tokens.offset == len(tokens.history.generated)
-        visible = ids[:-1] if ids and ids[-1] in started.stop_ids else ids
-        text = ""
-        if started.detokenizer is not None:
-            text = started.detokenizer.push(visible)
-            if over:
-                text += started.detokenizer.finish()
-        self._pieces.append(text)
-        if not over:
-            return Chunk(text, ids, offset)
-        completion = self._completion = self._complete(tokens, cast("Ended", tokens.ended))
-        return Chunk(text, ids, offset, completion.finish_reason)
+        while (sample := self._with_news(started.samples)) is None:
+            await self._wait_for_news()
+        self._turn = sample.index + 1
+        chunk = await sample.next_chunk(started.stop_ids)
+        if all(one.is_read for one in started.samples):
+            completion = self._complete(started)
+            if any(choice.finish_reason == "timeout" for choice in completion.choices):
+                self._error = self._out_of_time(completion)
+                if not chunk.token_ids and not chunk.text:
+                    raise self._error
+            else:
+                self._completion = completion
+        return chunk
 
-    def _complete(self, tokens: TokenStream, ended: Ended) -> Completion:
-        history = tokens.history
+    async def _wait_for_news(self) -> None:
+        if self._waiting:
+            raise RuntimeError("this stream is being read by another task already")
+        self._waiting = True
+        try:
+            self._news.clear()
+            await self._news.wait()
+        finally:
+            self._waiting = False
+
+    def _with_news(self, samples: list[Sample]) -> Sample | None:
+        """The next one that can be read, in turns: one that is never short of news does not hold the others up."""
+        for sample in (*samples[self._turn :], *samples[: self._turn]):
+            if not sample.is_read and sample.tokens.has_news:
+                return sample
+        return None
+
+    def _out_of_time(self, completion: Completion | None = None) -> RequestTimeout:
+        """The error, with what has come."""
+        if completion is None and self._started is not None:
+            for sample in self._started.samples:
+                sample.read_rest(self._started.stop_ids)
+            completion = self._complete(self._started)
+        limit = "its timeout" if self._timeout is None else f"the timeout of {self._timeout:g} s"
+        return RequestTimeout(f"the request did not end within {limit}", completion=completion)
+
+    def _complete(self, started: Started) -> Completion:
         now = asyncio.get_running_loop().time()
+        choices = [sample.choice() for sample in started.samples]
+        first = started.samples[0].tokens
+        history, ended = first.history, first.ended
         return Completion(
-            text=self.text,
-            token_ids=list(history.generated),
-            finish_reason=cast(FinishReason, ended.reason),
-            usage=Usage(ended.prompt_tokens, ended.completion_tokens, ended.cached_tokens),
+            text=choices[0].text,
+            token_ids=choices[0].token_ids,
+            finish_reason=choices[0].finish_reason,
+            choices=choices,
+            usage=Usage(
+                prompt_tokens=len(history.prompt),
+                completion_tokens=sum(len(choice.token_ids) for choice in choices),
+                cached_tokens=0 if ended is None else ended.cached_tokens,
+            ),
             timings=Timings(
-                queue_s=ended.queue_s,
-                first_token_s=ended.first_token_s,
-                total_s=ended.total_s,
-                client_first_token_s=(tokens.first_token_at or now) - self._called_at,
+                queue_s=0.0 if ended is None else ended.queue_s,
+                first_token_s=0.0 if ended is None else ended.first_token_s,
+                total_s=0.0 if ended is None else ended.total_s,
+                client_first_token_s=(first.first_token_at or now) - self._called_at,
                 client_total_s=now - self._called_at,
             ),
             prompt_token_ids=history.prompt.tolist(),
@@ -207,5 +320,5 @@ class CompletionStream:
         )
 
     def _abandon(self, error: TandemError) -> None:
-        if self._started is not None and not self._started.tokens.is_over:
-            self._started.cancel(error)
+        if self._started is not None:
+            self._started.abandon(error)

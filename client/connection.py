@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -146,18 +147,21 @@ class Connection:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
-    async def submit(self, history: History, *, collect: bool, patience: float | None) -> TokenStream:
-        """Sends a request; returns the stream that its tokens will come through. `collect` lifts the limit on unread
-        tokens. Raises ServiceUnavailable if it could not be sent within `patience` seconds."""
-        ticket = self._requests.new_ticket()
-        stream = TokenStream(ticket, history, self.cancel, None if collect else MAX_UNREAD_TOKENS)
+    async def submit(self, samples: Sequence[History], *, collect: bool, patience: float | None) -> list[TokenStream]:
+        """Sends a request for samples of one prompt, which differ in nothing but their number; returns the streams that
+        their tokens will come through. `collect` lifts the limit on unread tokens. Raises ServiceUnavailable if it
+        could not be sent within `patience` seconds."""
+        ticket = self._requests.new_tickets(len(samples))
+        most = None if collect else MAX_UNREAD_TOKENS
+        streams = [TokenStream(ticket + i, history, self.cancel, most) for i, history in enumerate(samples)]
         try:
             async with asyncio.timeout(patience):
-                await self._send_patiently(history.submission(ticket))
+                await self._send_patiently(samples[0].submission(ticket, len(samples)))
         except TimeoutError:
             raise ServiceUnavailable(self._why_not_ready(patience)) from None
-        self._requests.add(stream)
-        return stream
+        for stream in streams:
+            self._requests.add(stream)
+        return streams
 
     def cancel(self, stream: TokenStream, error: TandemError | None = None) -> None:
         """Ends a request now, on both ends; nothing happens if it is over."""

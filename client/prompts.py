@@ -183,6 +183,17 @@ def resolve_sampling(
     return checked
 
 
+def require_random(sampling: SamplingParams, n: int) -> None:
+    """Raises InvalidRequest for several samples that would all be the same."""
+    if n > 1 and sampling.temperature == 0:
+        raise InvalidRequest(
+            f"n: {n} samples at temperature 0 would all be the same; raise temperature, or leave n out",
+            field="n",
+            limit=1,
+            value=n,
+        )
+
+
 @cache
 def _adapter() -> TypeAdapter[SamplingParams]:
     return TypeAdapter(SamplingParams)

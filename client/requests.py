@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..protocol.errors import InvalidRequest, OffsetError, Overloaded, ProtocolError, TandemError
+from ..protocol.errors import InvalidRequest, OffsetError, Overloaded, ProtocolError, RequestFailed, TandemError
 from ..protocol.messages import Accepted, Refused, Tokens
 from .stream import TokenStream
 
@@ -24,10 +24,10 @@ class OpenRequests:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def new_ticket(self) -> int:
-        """Never given before."""
-        self._next_ticket += 1
-        return self._next_ticket - 1
+    def new_tickets(self, count: int) -> int:
+        """The first of `count` tickets in a row that were never given before."""
+        self._next_ticket += count
+        return self._next_ticket - count
 
     def add(self, stream: TokenStream) -> None:
         self._streams[stream.ticket] = stream
@@ -86,6 +86,8 @@ class OpenRequests:
 def _refusal(refused: Refused) -> TandemError:
     if refused.code == "overloaded":
         return Overloaded(refused.message, retry_after=refused.retry_after_s)
+    if refused.code == "internal":
+        return RequestFailed(refused.message)
     return InvalidRequest(
         refused.message,
         field=refused.field,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length"]
-"""Why a request ended well: at a stop token, or at max_tokens or the model's context length."""
+FinishReason: TypeAlias = Literal["stop", "length", "timeout"]
+"""Why an answer ended: at a stop token, at max_tokens or the model's context length, or (in what a RequestTimeout
+carries) because its time was over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,9 @@ class Usage:
     """Tokens that a request took."""
 
     prompt_tokens: int
+    """The prompt's, however many samples share it."""
     completion_tokens: int
+    """Those of all samples."""
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the prefix cache."""
 
@@ -47,18 +50,33 @@ class Chunk:
     offset: int
     """Position of the first of them in the output."""
     finish_reason: FinishReason | None = None
-    """Set on the last chunk, and only there."""
+    """Set on the last chunk of a sample, and only there."""
+    index: int = 0
+    """Which of the request's `n` samples it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished answer."""
+class Choice:
+    """One of a request's samples."""
 
+    index: int
     text: str
     """Without special tokens and without the stop token that ended it."""
     token_ids: list[int]
     """All output tokens; the last is the stop token if finish_reason is "stop"."""
     finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer, or `n` of them to one prompt."""
+
+    text: str
+    """That of the first choice, as are token_ids and finish_reason."""
+    token_ids: list[int]
+    finish_reason: FinishReason
+    choices: list[Choice]
+    """All samples, in order."""
     usage: Usage
     timings: Timings
     prompt_token_ids: list[int]

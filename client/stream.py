@@ -24,19 +24,31 @@ class History:
     prompt: npt.NDArray[np.int32]
     sampling: SamplingParams
     """As sent, with the seed."""
+    sample: int = 0
+    """Which of the samples of its prompt; decides the random numbers together with the seed."""
+    priority: int = 0
+    cache_salt: str = ""
+    timeout_s: float | None = None
+    """As sent: seconds from acceptance after which the scheduler ends it."""
     generated: list[int] = field(default_factory=list)
     """Tokens received so far, read or not."""
     epoch: int | None = None
     number: int | None = None
     """What the scheduler of `epoch` calls the request, once it accepted it."""
 
-    def submission(self, ticket: int) -> Submit:
-        """The message that starts the request or, with tokens received, resumes it."""
+    def submission(self, ticket: int, n: int = 1) -> Submit:
+        """The message that starts the request or, with tokens received, resumes it. With `n` it starts that many
+        samples, of which this is the first; they get tickets from `ticket` on."""
         return Submit(
             ticket=ticket,
             prompt=self.prompt,
             sampling=self.sampling,
             generated=np.array(self.generated, np.int32),
+            n=n,
+            sample=self.sample,
+            priority=self.priority,
+            timeout_s=self.timeout_s,
+            cache_salt=self.cache_salt,
         )
 
 
@@ -64,6 +76,13 @@ class TokenStream:
         self._max_unread = max_unread
         self._read = len(history.generated)
         self._waiter: asyncio.Future[None] | None = None
+        self.on_news: Callable[[], None] | None = None
+        """Called after tokens or an end have come; for a reader of several streams."""
+
+    @property
+    def has_news(self) -> bool:
+        """`read` would return or raise at once."""
+        return len(self.history.generated) > self._read or self.is_over
 
     @property
     def is_over(self) -> bool:
@@ -97,7 +116,7 @@ class TokenStream:
 
     def end(self, ended: Ended) -> None:
         """Takes the request's end. Raises ProtocolError if it has another number of tokens than arrived."""
-        if ended.reason in ("stop", "length"):
+        if ended.reason in ("stop", "length", "timeout"):
             if ended.completion_tokens != len(self.history.generated):
                 raise ProtocolError(
                     f"stream broken: the request ended after {ended.completion_tokens} tokens, "
@@ -147,3 +166,5 @@ class TokenStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        if self.on_news is not None:
+            self.on_news()

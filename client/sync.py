@@ -99,6 +99,9 @@ class Client:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
         **sampling: Any,
@@ -110,6 +113,9 @@ class Client:
         prompt: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
         **sampling: Any,
@@ -120,13 +126,23 @@ class Client:
         prompt: Any,
         sampling_params: Any = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
         **sampling: Any,
     ) -> Completion | list[Completion]:
         """As AsyncClient.generate: one completion, or a list for a list of prompts."""
         coroutine: Coroutine[Any, Any, Completion | list[Completion]] = self._client.generate(
-            prompt, sampling_params, timeout=timeout, chat=chat, **sampling
+            prompt,
+            sampling_params,
+            n=n,
+            priority=priority,
+            cache_salt=cache_salt,
+            timeout=timeout,
+            chat=chat,
+            **sampling,
         )
         return self._run(coroutine)
 
@@ -135,12 +151,24 @@ class Client:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
         **sampling: Any,
     ) -> SyncCompletionStream:
         """As AsyncClient.stream: an iterator of chunks, which is also a context manager."""
-        stream = self._client.stream(prompt, sampling_params, timeout=timeout, chat=chat, **sampling)
+        stream = self._client.stream(
+            prompt,
+            sampling_params,
+            n=n,
+            priority=priority,
+            cache_salt=cache_salt,
+            timeout=timeout,
+            chat=chat,
+            **sampling,
+        )
         return SyncCompletionStream(stream, self)
 
     def chat(
@@ -148,6 +176,9 @@ class Client:
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
         documents: Sequence[dict[str, Any]] | None = None,
@@ -162,6 +193,9 @@ class Client:
             self._client.chat(
                 messages,
                 sampling_params,
+                n=n,
+                priority=priority,
+                cache_salt=cache_salt,
                 timeout=timeout,
                 tools=tools,
                 documents=documents,

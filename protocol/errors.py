@@ -69,7 +69,12 @@ class RequestFailed(RequestError):
 
 
 class RequestTimeout(RequestError):
-    """The deadline that the caller set passed before the request ended."""
+    """The deadline that the caller set passed before the request ended. `completion` is what had come until then (the
+    client's Completion, with finish_reason "timeout"), or None if the request had not been sent."""
+
+    def __init__(self, message: str, *, completion: Any = None) -> None:
+        super().__init__(message)
+        self.completion = completion
 
 
 class RequestCancelled(RequestError):

@@ -34,6 +34,8 @@ MAX_PRIORITY = 1_000
 """Priorities lie between -MAX_PRIORITY and MAX_PRIORITY."""
 MAX_SAMPLES = 65_536
 """Sample indexes lie below."""
+MAX_SALT_CHARS = 256
+"""Characters of a cache salt."""
 
 _T = TypeVar("_T")
 
@@ -195,7 +197,7 @@ class Submit:
     """Class of the request: a lower one goes first, as in vLLM."""
     timeout_s: Annotated[float, Field(gt=0.0, le=1e9, allow_inf_nan=False)] | None = None
     """Seconds from its acceptance after which the request ends with reason "timeout", waiting or running."""
-    cache_salt: Annotated[str, Field(strict=True, max_length=256)] = ""
+    cache_salt: Annotated[str, Field(strict=True, max_length=MAX_SALT_CHARS)] = ""
     """Only requests with the same salt share cached prefixes, so that nobody can time what others have asked."""
 
 
