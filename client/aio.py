@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 60.0
 MAX_CONCURRENCY = 256
-LONGEST_TIMEOUT_S = 1e9
-"""The longest that the protocol knows."""
 CONTEXT_TOKENS = 32
 """Tokens of the prompt in which something visible is looked for, so that the answer's text keeps a leading space."""
 
@@ -229,9 +227,8 @@ class AsyncClient:
         """The answer as it comes: an asynchronous iterator of chunks, which is also an asynchronous context manager.
 
         With several samples, a chunk's `index` says whose it is. The request starts with the first iteration (or on
-        entering the context). Leaving the loop early, closing the
-        stream, or cancelling the task that iterates cancels the request. Errors are those of `generate`, raised while
-        iterating.
+        entering the context). Leaving the loop early, closing the stream, or cancelling the task that iterates cancels
+        the request. Errors are those of `generate`, raised while iterating, after what has arrived.
         """
         from .arguments import request_options
 
@@ -314,7 +311,7 @@ class AsyncClient:
         sampling: Mapping[str, Any],
         options: RequestOptions,
         collect: bool,
-        time_left: float | None,
+        deadline: float | None,
     ) -> Started:
         from .completion import Sample, Started
         from .prompts import is_chat, require_length, require_random, resolve_sampling, to_token_ids
@@ -322,7 +319,6 @@ class AsyncClient:
         from .tokenizer import LONG_TEXT
 
         loop = self._require_loop()
-        asked_at = loop.time()
         model = await self._connection.ready(self._connect_timeout)
         checked = resolve_sampling(model, params, sampling)
         require_random(checked, options.n)
@@ -333,10 +329,8 @@ class AsyncClient:
         else:
             ids = to_token_ids(prompt, tokenizer, chat)
         require_length(ids, model.max_model_len)
-        if time_left is not None:
-            time_left -= loop.time() - asked_at
-            if time_left <= 0:
-                raise TimeoutError
+        if deadline is not None and loop.time() >= deadline:
+            raise TimeoutError
         samples = [
             History(
                 ids,
@@ -344,7 +338,7 @@ class AsyncClient:
                 sample=index,
                 priority=options.priority,
                 cache_salt=options.cache_salt,
-                timeout_s=None if time_left is None else min(time_left, LONGEST_TIMEOUT_S),
+                deadline=deadline,
             )
             for index in range(options.n)
         ]

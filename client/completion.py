@@ -117,8 +117,8 @@ class CompletionStream:
     """
 
     def __init__(self, start: Callable[[float | None], Awaitable[Started]], timeout: float | None) -> None:
-        """`start` sends the request, told the seconds that are left; it may take `timeout` seconds from the first read
-        on."""
+        """`start` sends the request, told the loop time by which it must have ended: `timeout` seconds from the first
+        read on."""
         self._start = start
         self._timeout = timeout
         self._deadline: float | None = None
@@ -239,8 +239,7 @@ class CompletionStream:
 
     async def _ensure_started(self) -> Started:
         if self._started is None:
-            loop = asyncio.get_running_loop()
-            self._started = await self._start(None if self._deadline is None else self._deadline - loop.time())
+            self._started = await self._start(self._deadline)
             for sample in self._started.samples:
                 sample.tokens.on_news = self._news.set
             if self._closed or self._error is not None:  # ended by another task while the request was being sent
@@ -248,8 +247,10 @@ class CompletionStream:
         return self._started
 
     async def _wait_over(self) -> None:
-        for sample in (await self._ensure_started()).samples:
-            await sample.tokens.wait_over()
+        """Until all samples have ended, or one has failed: that fails the others."""
+        started = await self._ensure_started()
+        while not (started.is_over or any(sample.tokens.error is not None for sample in started.samples)):
+            await self._wait_for_news()
 
     async def _next_chunk(self) -> Chunk:
         started = await self._ensure_started()
@@ -260,9 +261,7 @@ class CompletionStream:
         if all(one.is_read for one in started.samples):
             completion = self._complete(started)
             if any(choice.finish_reason == "timeout" for choice in completion.choices):
-                self._error = self._out_of_time(completion)
-                if not chunk.token_ids and not chunk.text:
-                    raise self._error
+                self._error = self._out_of_time(completion)  # for the next read
             else:
                 self._completion = completion
         return chunk
@@ -278,11 +277,15 @@ class CompletionStream:
             self._waiting = False
 
     def _with_news(self, samples: list[Sample]) -> Sample | None:
-        """The next one that can be read, in turns: one that is never short of news does not hold the others up."""
+        """The next one that can be read, in turns: one that is never short of news does not hold the others up. An
+        error comes after everything that has arrived."""
+        failed = None
         for sample in (*samples[self._turn :], *samples[: self._turn]):
             if not sample.is_read and sample.tokens.has_news:
-                return sample
-        return None
+                if not sample.tokens.is_spent:
+                    return sample
+                failed = failed or sample
+        return failed
 
     def _out_of_time(self, completion: Completion | None = None) -> RequestTimeout:
         """The error, with what has come."""

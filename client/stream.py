@@ -15,6 +15,9 @@ from ..protocol.sampling import SamplingParams
 
 MAX_UNREAD_TOKENS = 65_536
 """A reader that leaves more tokens than this unread loses its request."""
+SHORTEST_TIMEOUT_S = 0.001
+LONGEST_TIMEOUT_S = 1e9
+"""The longest that the protocol knows."""
 
 
 @dataclass(slots=True)
@@ -28,8 +31,8 @@ class History:
     """Which of the samples of its prompt; decides the random numbers together with the seed."""
     priority: int = 0
     cache_salt: str = ""
-    timeout_s: float | None = None
-    """As sent: seconds from acceptance after which the scheduler ends it."""
+    deadline: float | None = None
+    """Loop time at which the scheduler is to end it."""
     generated: list[int] = field(default_factory=list)
     """Tokens received so far, read or not."""
     epoch: int | None = None
@@ -38,7 +41,11 @@ class History:
 
     def submission(self, ticket: int, n: int = 1) -> Submit:
         """The message that starts the request or, with tokens received, resumes it. With `n` it starts that many
-        samples, of which this is the first; they get tickets from `ticket` on."""
+        samples, of which this is the first; they get tickets from `ticket` on. To be called on the client's loop: what
+        is left until the deadline is counted from now."""
+        left = None
+        if self.deadline is not None:
+            left = min(max(self.deadline - asyncio.get_running_loop().time(), SHORTEST_TIMEOUT_S), LONGEST_TIMEOUT_S)
         return Submit(
             ticket=ticket,
             prompt=self.prompt,
@@ -47,7 +54,7 @@ class History:
             n=n,
             sample=self.sample,
             priority=self.priority,
-            timeout_s=self.timeout_s,
+            timeout_s=left,
             cache_salt=self.cache_salt,
         )
 
@@ -83,6 +90,11 @@ class TokenStream:
     def has_news(self) -> bool:
         """`read` would return or raise at once."""
         return len(self.history.generated) > self._read or self.is_over
+
+    @property
+    def is_spent(self) -> bool:
+        """Nothing is left to be read but the error."""
+        return self.error is not None and len(self.history.generated) == self._read
 
     @property
     def is_over(self) -> bool:
@@ -148,11 +160,6 @@ class TokenStream:
             raise self.error
         self._read += len(tokens)
         return tokens
-
-    async def wait_over(self) -> None:
-        """Returns when the request has ended, well or not, without reading."""
-        while not self.is_over:
-            await self._wait()
 
     async def _wait(self) -> None:
         if self._waiter is not None:

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tandem import AsyncClient, InvalidRequest, RequestFailed, RequestTimeout
-from tandem.protocol.messages import Cancel, Refused, Submit
+from tandem import AsyncClient, InvalidRequest, RequestCancelled, RequestFailed, RequestTimeout, SamplingParams
+from tandem.client.stream import History
+from tandem.protocol.messages import Cancel, Refused, Submit, Tokens
 
 from support.scripted_scheduler import EOS, TOKENIZER, ScriptedScheduler
 
@@ -113,6 +115,48 @@ def test_a_sample_that_fails_ends_the_others() -> None:
     play(scenario, second_fails)
 
 
+def test_a_sample_that_fails_is_told_at_once_though_others_go_on() -> None:
+    def last_fails(scheduler: ScriptedScheduler, submit: Submit) -> None:
+        for index in range(submit.n):
+            scheduler.begin(sample_of(submit, index))
+        scheduler.tokens(submit.ticket + 2, [], 3, [scheduler.end(sample_of(submit, 2), 3, "error")])
+
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        async with asyncio.timeout(20):
+            with pytest.raises(RequestFailed):
+                await client.generate([1], n=3, temperature=1.0)
+        first = scheduler.of(Submit)[0].ticket
+        assert sorted(cancel.ticket for cancel in await scheduler.until(Cancel, 2)) == [first, first + 1]
+        assert not client._connection.open_requests
+
+    play(scenario, last_fails)
+
+
+def test_what_has_arrived_of_any_sample_is_read_before_the_error() -> None:
+    def two_of_three_begin(scheduler: ScriptedScheduler, submit: Submit) -> None:
+        rows = [submit.ticket, submit.ticket + 2]  # in one message, so that they arrive together
+        scheduler.say(
+            Tokens(
+                epoch=scheduler.epoch,
+                ticket=np.array(rows, np.int64),
+                offset=np.zeros(2, np.int32),
+                count=np.ones(2, np.int32),
+                token=np.array([5, 6], np.int32),
+            )
+        )
+
+    async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
+        stream = client.stream([1], n=3, temperature=1.0)
+        first = await anext(stream)
+        client.cancel(stream)
+        second = await anext(stream)
+        assert [(chunk.index, chunk.token_ids) for chunk in (first, second)] == [(0, [5]), (2, [6])]
+        with pytest.raises(RequestCancelled):
+            await anext(stream)
+
+    play(scenario, two_of_three_begin)
+
+
 def test_tickets_of_samples_are_never_given_again() -> None:
     async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
         for n in (3, 1, 2):
@@ -141,10 +185,11 @@ def test_tickets_of_samples_are_never_given_again() -> None:
 )
 def test_options_that_cannot_be_are_refused_by_name(options: dict[str, Any], field: str, words_in_it: str) -> None:
     async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
-        for call in (lambda: client.generate([1], **options), lambda: client.stream([1], **options).result()):
-            with pytest.raises(InvalidRequest, match=words_in_it) as caught:
-                await call()
-            assert caught.value.field == field
+        with pytest.raises(InvalidRequest, match=words_in_it) as caught:
+            await client.generate([1], **options)
+        assert caught.value.field == field
+        with pytest.raises(InvalidRequest, match=words_in_it):
+            await client.stream([1], **options).result()
         assert not scheduler.of(Submit)
 
     play(scenario, ScriptedScheduler.answer)
@@ -183,6 +228,58 @@ def test_what_a_request_has_when_its_time_is_over_comes_with_the_error() -> None
         assert not scheduler.of(Cancel)
 
     play(scenario, times_out)
+
+
+def test_a_stream_gives_what_came_and_the_end_of_each_sample_and_then_raises() -> None:
+    def one_ends_and_two_time_out(scheduler: ScriptedScheduler, submit: Submit) -> None:
+        parts = [sample_of(submit, index) for index in range(3)]
+        for part in parts:
+            scheduler.tokens(part.ticket, [5, 6], 0)
+        for part, reason in zip(parts, ("timeout", "length", "timeout"), strict=True):
+            scheduler.tokens(part.ticket, [], 0, [scheduler.end(part, 2, reason)])
+
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        ends = {}
+
+        async def read() -> None:
+            async for chunk in client.stream([1], n=3, temperature=1.0, timeout=25):
+                tokens[chunk.index] += chunk.token_ids
+                if chunk.finish_reason is not None:
+                    ends[chunk.index] = chunk.finish_reason
+
+        with pytest.raises(RequestTimeout) as caught:
+            await read()
+        assert tokens == {0: [5, 6], 1: [5, 6], 2: [5, 6]}
+        assert ends == {0: "timeout", 1: "length", 2: "timeout"}
+        assert [choice.finish_reason for choice in caught.value.completion.choices] == ["timeout", "length", "timeout"]
+        assert caught.value.completion.usage.completion_tokens == 6
+        assert not scheduler.of(Cancel)
+
+    play(scenario, one_ends_and_two_time_out)
+
+
+def test_a_resumption_is_of_one_sample_and_has_what_is_left_of_its_time() -> None:
+    async def main() -> None:
+        now = asyncio.get_running_loop().time()
+        history = History(
+            np.array([1, 2], np.int32),
+            SamplingParams(seed=3),
+            sample=4,
+            priority=-1,
+            cache_salt="salt",
+            deadline=now + 5.0,
+            generated=[7],
+        )
+        resumed = history.submission(ticket=9)
+        assert (resumed.n, resumed.sample, resumed.priority, resumed.cache_salt) == (1, 4, -1, "salt")
+        assert resumed.timeout_s is not None
+        assert 0.0 < resumed.timeout_s <= 5.0
+        for deadline, left in ((now - 1.0, 0.001), (now + 1e12, 1e9)):  # what the protocol takes
+            history.deadline = deadline
+            assert history.submission(ticket=9).timeout_s == left
+
+    asyncio.run(main())
 
 
 def test_a_service_that_does_not_end_a_request_in_time_is_not_waited_for() -> None:
