@@ -20,7 +20,7 @@ from ..worker.config import WorkerConfig
 from .config import merged, read_file
 from .options import Group, flags, option_names, with_flags
 from .progress import note
-from .sampling import sampling_flags
+from .sampling import request_flags, sample_flags, sampling_flags
 from .terminal import UNWRITABLE, discard_stdout, prepare_stdio
 
 app = typer.Typer(
@@ -40,7 +40,8 @@ EMBEDDED_FLAGS = flags(
     # `--seed` is the sampling's there, and a worker of one's own needs no name.
     Group(WorkerConfig, "If no running service is used", without=("scheduler", "name", "seed"))
 )
-SAMPLING_FLAGS = sampling_flags()
+SAMPLING_FLAGS = [*sampling_flags(), *request_flags()]
+SAMPLE_FLAGS = sample_flags()
 WORKER_FLAGS = flags(Group(WorkerConfig, "Worker"))
 
 ConfigFile = Annotated[
@@ -126,7 +127,7 @@ def worker(config: ConfigFile = None, **options: Any) -> None:
 
 
 @app.command()
-@with_flags([*SAMPLING_FLAGS, *EMBEDDED_FLAGS])
+@with_flags([*SAMPLING_FLAGS, *SAMPLE_FLAGS, *EMBEDDED_FLAGS])
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
     file: Annotated[
@@ -197,9 +198,9 @@ app.add_typer(typer.Typer(cls=_Bench, no_args_is_help=True), name="bench", help=
 
 
 def _split(options: dict[str, Any], config: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sampling parameters, and the options for a worker, of flags and configuration file together."""
+    """What a request says, and the options for a worker, of flags and configuration file together."""
     chosen = merged(options, read_file(config, list(options)) if config else {})
-    sampling_names = set(option_names(SAMPLING_FLAGS))
+    sampling_names = set(option_names([*SAMPLING_FLAGS, *SAMPLE_FLAGS]))
     sampling = {name: value for name, value in chosen.items() if name in sampling_names}
     return sampling, {name: value for name, value in chosen.items() if name not in sampling_names}
 

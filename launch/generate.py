@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..client import AsyncClient, Completion
-from ..protocol.errors import ConfigurationError, RequestError
+from ..protocol.errors import ConfigurationError, RequestError, RequestTimeout
 from .config import Options
 from .connect import Service, service
 from .progress import PromptCount, note, prompt_bar
@@ -97,7 +97,7 @@ class _Run:
                 if self._system is not None:
                     raise ConfigurationError("--system: the model has no chat template, so there is no system message")
                 self._raw = True
-            if len(self._prompts) == 1 and not self._as_json:
+            if len(self._prompts) == 1 and not self._as_json and self._sampling.get("n", 1) == 1:
                 await self._stream(client)
                 return 0
             with prompt_bar(len(self._prompts)) as bar:
@@ -116,9 +116,11 @@ class _Run:
 
     async def _stream(self, client: AsyncClient) -> None:
         async with client.stream(self._prompt(0), **self._sampling) as stream:
-            async for chunk in stream:
-                write_answer(chunk.text)
-            print(flush=True)
+            try:
+                async for chunk in stream:
+                    write_answer(chunk.text)
+            finally:
+                print(flush=True)
             completion = await stream.result()
         if sys.stderr.isatty():
             tokens, seconds = completion.usage.completion_tokens, completion.timings.client_total_s
@@ -149,7 +151,16 @@ class _Run:
             print(as_line({"prompt": prompt, **_as_dict(answer)}), flush=True)
             return
         write_answer(f"> {prompt}\n")
-        write_answer(f"failed: {answer}\n\n" if isinstance(answer, RequestError) else f"{answer.text}\n\n")
+        if isinstance(answer, RequestTimeout) and answer.completion is not None:
+            write_answer(_as_text(answer.completion))
+        write_answer(f"failed: {answer}\n\n" if isinstance(answer, RequestError) else f"{_as_text(answer)}\n")
+
+
+def _as_text(answer: Completion) -> str:
+    """The answer's lines, numbered if there are several answers."""
+    if len(answer.choices) == 1:
+        return f"{answer.text}\n"
+    return "".join(f"[{choice.index + 1}] {choice.text}\n" for choice in answer.choices)
 
 
 def as_line(content: Mapping[str, Any]) -> str:
@@ -163,11 +174,16 @@ def as_line(content: Mapping[str, Any]) -> str:
 
 
 def _as_dict(answer: Completion | RequestError) -> dict[str, Any]:
+    if isinstance(answer, RequestTimeout) and answer.completion is not None:
+        return {"error": str(answer), **_as_dict(answer.completion)}
     if isinstance(answer, RequestError):
         return {"error": str(answer)}
+    several = len(answer.choices) > 1
+    choices = [{"text": choice.text, "finish_reason": choice.finish_reason} for choice in answer.choices]
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
+        **({"choices": choices} if several else {}),
         "prompt_tokens": answer.usage.prompt_tokens,
         "completion_tokens": answer.usage.completion_tokens,
         "seed": answer.seed,

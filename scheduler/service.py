@@ -44,7 +44,8 @@ class Service:
         self._core = Core(self.epoch, config.policy)
         self._events: list[Event] = []
         self._flushing: asyncio.Handle | None = None
-        self._deadline: asyncio.TimerHandle | None = None
+        self._deadline: tuple[float, asyncio.Handle] | None = None
+        """When the core is asked next at the latest (loop time), and what will ask it."""
         self.clients = ClientPort(
             self.epoch,
             config.client_lease,
@@ -81,7 +82,7 @@ class Service:
         """Tells everybody, closes the sockets and removes them from the file system."""
         self._housekeeping.cancel()
         if self._deadline is not None:
-            self._deadline.cancel()
+            self._deadline[1].cancel()
         self._opened.close()
 
     def _post(self, event: Event) -> None:
@@ -111,10 +112,15 @@ class Service:
         """Sees to it that the core is asked again when the next request must have ended."""
         when = self._core.next_deadline
         if self._deadline is not None:
-            if when == self._deadline.when():
+            if when == self._deadline[0]:
                 return
-            self._deadline.cancel()
-        self._deadline = None if when is None else self._loop.call_at(when, self._flush)
+            self._deadline[1].cancel()
+        # uvloop gives no TimerHandle, which would know its time, for a time that is now.
+        self._deadline = None if when is None else (when, self._loop.call_at(when, self._on_deadline))
+
+    def _on_deadline(self) -> None:
+        self._deadline = None  # uvloop may come half a millisecond early; then it is awaited again
+        self._flush()
 
     def _carry_out(self, instructions: deque[Instruction]) -> None:
         """In order. Should one raise, the loop reports it and the others are carried out all the same."""
