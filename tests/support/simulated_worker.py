@@ -2,7 +2,8 @@
 
 The token that follows a sequence is a hash of all tokens before it, *read back from the cache through the block table*.
 So a stale block table, a block whose contents were not what the scheduler took them for, or a token computed twice or
-never shows as a wrong token. Blocks may be shared, but a shared one is never written.
+never shows as a wrong token. Blocks may be shared, but a shared one is never written. A row that joins with computed
+tokens must find exactly these in its blocks.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ HOLE = -7
 """What a cache position holds before anything was written there."""
 
 
-def next_token(sequence: list[int], vocab: int) -> int:
-    """The token that follows: any function of the whole sequence will do."""
-    value = 1469598103934665603
+def next_token(sequence: list[int], vocab: int, seed: int = 0) -> int:
+    """The token that follows: any function of the seed and the whole sequence will do."""
+    value = 1469598103934665603 ^ seed
     for token in sequence:
         value = ((value ^ (token + 1)) * 1099511628211) & (2**64 - 1)
     return (value >> 20) % vocab
 
 
-def continuation(prompt: list[int], limit: int, stops: frozenset[int], vocab: int) -> tuple[list[int], str]:
+def continuation(
+    prompt: list[int], limit: int, stops: frozenset[int], vocab: int, seed: int = 0
+) -> tuple[list[int], str]:
     """What an undisturbed request receives, and why it ends; `limit` counts the prompt too."""
     sequence = list(prompt)
     while len(sequence) < limit:
-        sequence.append(next_token(sequence, vocab))
+        sequence.append(next_token(sequence, vocab, seed))
         if sequence[-1] in stops:
             return sequence[len(prompt) :], "stop"
     return sequence[len(prompt) :], "length"
@@ -41,6 +44,7 @@ class SimulatedRow:
     tokens: list[int]
     computed: int
     blocks: list[int]
+    seed: int = 0
     decoding: bool = False
 
 
@@ -57,6 +61,8 @@ class SimulatedWorker:
     rows: dict[int, SimulatedRow] = field(default_factory=dict)
     sampled: int = 0
     """Tokens sampled so far, wanted or not."""
+    chunk_tokens: int = 0
+    """Known tokens computed so far, those of prompts and of earlier attempts."""
     largest_step: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +84,7 @@ class SimulatedWorker:
             assert not row.decoding
             assert 0 < length <= len(row.tokens) - row.computed
             self._write(row, length)
+            self.chunk_tokens += length
             if row.computed == len(row.tokens):
                 row.decoding = True
                 sampling.append(row)
@@ -93,11 +100,14 @@ class SimulatedWorker:
         for index, slot in enumerate(plan.join_slot.tolist()):
             assert slot not in self.rows, f"slot {slot} joins twice"
             assert 0 <= slot < self.slots
-            self.rows[slot] = SimulatedRow(
+            row = self.rows[slot] = SimulatedRow(
                 tokens=plan.join_token[starts[index] : starts[index + 1]].tolist(),
                 computed=int(plan.join_computed[index]),
                 blocks=plan.join_block[block_starts[index] : block_starts[index + 1]].tolist(),
+                seed=int(plan.join_seed[index]),
             )
+            assert row.computed < len(row.tokens), f"slot {slot} joins with nothing to compute"
+            assert self._cached(row) == row.tokens[: row.computed], f"slot {slot} joins with blocks of other contents"
         for slot, block in zip(plan.grow_slot.tolist(), plan.grow_block.tolist(), strict=True):
             self.rows[slot].blocks.append(block)
 
@@ -110,8 +120,11 @@ class SimulatedWorker:
             self.cache[row.blocks[position // self.block_size], position % self.block_size] = row.tokens[position]
         row.computed += length
 
-    def _sample(self, row: SimulatedRow) -> int:
+    def _cached(self, row: SimulatedRow) -> list[int]:
+        """What the cache holds where the row's computed tokens should stand."""
         positions = range(row.computed)
-        sequence = [int(self.cache[row.blocks[p // self.block_size], p % self.block_size]) for p in positions]
-        row.tokens.append(next_token(sequence, self.vocab))
+        return [int(self.cache[row.blocks[p // self.block_size], p % self.block_size]) for p in positions]
+
+    def _sample(self, row: SimulatedRow) -> int:
+        row.tokens.append(next_token(self._cached(row), self.vocab, row.seed))
         return row.tokens[-1]
