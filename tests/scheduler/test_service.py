@@ -11,6 +11,7 @@ from typing import Any
 
 import msgpack
 import pytest
+import uvloop
 
 from tandem.protocol.codec import encode
 from tandem.protocol.messages import (
@@ -40,12 +41,17 @@ def expected(prompt: list[int], count: int) -> list[int]:
     return continuation(prompt, len(prompt) + count, frozenset(), VOCAB)[0]
 
 
-def play(script: Callable[[Scene], Awaitable[None]], **options: Any) -> None:
+def play(
+    script: Callable[[Scene], Awaitable[None]],
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+    **options: Any,
+) -> None:
     async def run() -> None:
         async with scene(**options) as made:
             await script(made)
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(run())
 
 
 def chunk_at(client: ScriptedClient, name: str, offset: int) -> FileChunk | None:
@@ -64,6 +70,26 @@ async def served(made: Scene, client: ScriptedClient, ticket: int, prompt: list[
     await client.submit(ticket, prompt, count)
     await client.wait(lambda: client.ended(ticket))
     assert client.tokens(ticket) == expected(prompt, count)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_deadlines_are_kept_however_near_they_are(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """A timer that is due at once, or that comes a little early, ends a request all the same."""
+
+    async def script(made: Scene) -> None:
+        client, worker = made.client(), made.worker()
+        await worker.hello()
+        await client.hello()
+        await client.wait(lambda: any(isinstance(one, Welcome) and one.model is not None for one in client.got))
+        for ticket in range(60):
+            await client.submit(ticket, [1, 2], 10_000, timeout_s=1e-9 + ticket / 2e3)
+        for ticket in range(60):
+            await client.wait(partial(client.ended, ticket))
+            end = client.ended(ticket)
+            assert end is not None
+            assert end.reason == "timeout"
+
+    play(script, new_loop)
 
 
 def test_a_client_that_comes_first_is_told_when_there_is_a_model_and_gets_its_files() -> None:

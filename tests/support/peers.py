@@ -109,9 +109,10 @@ class ScriptedClient(Peer):
     async def hello(self) -> None:
         await self.send(ClientHello(version=PROTOCOL_VERSION, name="scripted"))
 
-    async def submit(self, ticket: int, prompt: list[int], max_tokens: int = 5) -> None:
+    async def submit(self, ticket: int, prompt: list[int], max_tokens: int = 5, timeout_s: float | None = None) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        await self.send(Submit(ticket=ticket, prompt=np.array(prompt, np.int32), sampling=sampling))
+        column = np.array(prompt, np.int32)
+        await self.send(Submit(ticket=ticket, prompt=column, sampling=sampling, timeout_s=timeout_s))
 
     def tokens(self, ticket: int) -> list[int]:
         """Received so far, offsets checked."""
