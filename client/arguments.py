@@ -86,6 +86,15 @@ def request_options(n: object, priority: object, cache_salt: object) -> RequestO
             limit=MAX_SALT_CHARS,
             value=len(cache_salt),
         )
+    try:
+        cache_salt.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"U+{ord(cache_salt[error.start]):04X}"
+        raise InvalidRequest(
+            f"cache_salt: no valid Unicode text: it holds the lone surrogate {surrogate}",
+            field="cache_salt",
+            value=surrogate,
+        ) from error
     return RequestOptions(cast("int", n), cast("int", priority), cache_salt)
 
 

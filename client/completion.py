@@ -301,6 +301,7 @@ class CompletionStream:
         choices = [sample.choice() for sample in started.samples]
         first = started.samples[0].tokens
         history, ended = first.history, first.ended
+        ends = [sample.tokens.ended for sample in started.samples]
         return Completion(
             text=choices[0].text,
             token_ids=choices[0].token_ids,
@@ -314,7 +315,7 @@ class CompletionStream:
             timings=Timings(
                 queue_s=0.0 if ended is None else ended.queue_s,
                 first_token_s=0.0 if ended is None else ended.first_token_s,
-                total_s=0.0 if ended is None else ended.total_s,
+                total_s=max((end.total_s for end in ends if end is not None), default=0.0),
                 client_first_token_s=(first.first_token_at or now) - self._called_at,
                 client_total_s=now - self._called_at,
             ),

@@ -29,7 +29,8 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Where a request's time went, in seconds. The first three are the scheduler's, from its acceptance of the
-    request; the last two are this client's, from the call."""
+    request; the last two are this client's, from the call. Of several samples, queue and first token are the first
+    one's, the totals those of the last to end."""
 
     queue_s: float
     """Until work on the request began."""

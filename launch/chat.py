@@ -11,6 +11,7 @@ from ..protocol.errors import RequestError
 from .config import Options
 from .connect import Service, service
 from .progress import note
+from .sampling import require_possible
 from .signals import Ending, ending_interrupts
 from .terminal import write_answer
 
@@ -20,6 +21,7 @@ PROMPT = "> "
 
 def chat(*, connect: str | None, worker_options: Options, sampling: Mapping[str, Any], system: str | None) -> None:
     """Answers what is read from stdin, line by line, until its end. Prompts and help appear on a terminal only."""
+    require_possible(sampling)
     with ending_interrupts() as ending:
         try:
             with (

@@ -15,6 +15,7 @@ from ..protocol.errors import ConfigurationError, RequestError, RequestTimeout
 from .config import Options
 from .connect import Service, service
 from .progress import PromptCount, note, prompt_bar
+from .sampling import require_possible
 from .signals import ending_interrupts
 from .terminal import write_answer
 
@@ -43,6 +44,7 @@ def generate(
         raise ConfigurationError(
             "--system is part of a chat, and --raw is for prompts without one; give one of the two"
         )
+    require_possible(sampling)
     with ending_interrupts() as ending:
         try:
             with service(connect, worker_options) as target:

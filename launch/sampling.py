@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping
+from typing import Any
 
+from ..protocol.errors import ConfigurationError, InvalidRequest
 from ..protocol.sampling import SamplingParams
 from .options import Parameter, flag, plain
 
@@ -30,6 +33,23 @@ def request_flags() -> list[Parameter]:
         flag("timeout", float, "Request", "Seconds after which a request ends with what it has (default: never)."),
         flag("cache_salt", str, "Request", "Share cached prefixes only with requests of the same salt."),
     ]
+
+
+def require_possible(request: Mapping[str, Any]) -> None:
+    """Finds what the client would refuse in every request, before anything is started for them. Raises
+    ConfigurationError naming the flag."""
+    from ..client.arguments import request_options, seconds
+    from ..client.prompts import require_random
+
+    try:
+        options = request_options(request.get("n", 1), request.get("priority", 0), request.get("cache_salt", ""))
+        if seconds("timeout", request.get("timeout")) == 0:
+            raise InvalidRequest("timeout: 0 s leave no time for an answer", field="timeout", limit=0, value=0)
+        if request.get("temperature") == 0:
+            require_random(SamplingParams(temperature=0.0), options.n)
+    except InvalidRequest as error:
+        flag_name = "--" + error.field.replace("_", "-")
+        raise ConfigurationError(f"{flag_name}{str(error).removeprefix(error.field)}") from error
 
 
 def sample_flags() -> list[Parameter]:

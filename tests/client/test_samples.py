@@ -179,6 +179,7 @@ def test_tickets_of_samples_are_never_given_again() -> None:
         ({"priority": 1_001}, "priority", "at most 1000"),
         ({"priority": "high"}, "priority", "whole number"),
         ({"cache_salt": 7}, "cache_salt", "expected text"),
+        ({"cache_salt": "a\udcff"}, "cache_salt", r"lone surrogate U\+DCFF"),
         ({"cache_salt": "x" * 257}, "cache_salt", "257 characters, over the limit of 256"),
         ({"timeout": -1}, "timeout", "at least 0"),
     ],

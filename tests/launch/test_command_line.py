@@ -77,6 +77,15 @@ def test_help_of_every_command(
         (["serve", "--name", "scheduler"], "--name: 'scheduler' names the scheduler already"),
         (["generate"], "no prompt was given"),
         (["generate", "--raw", "--system", "x", "hello"], "--system is part of a chat"),
+        (["generate", "--n", "0", "hello"], "--n: 0, must be a whole number of at least 1"),
+        (
+            ["generate", "--n", "3", "--temperature", "0", "hello"],
+            "--n: 3 samples at temperature 0 would all be the same",
+        ),
+        (["generate", "--priority", "-1001", "hello"], "--priority: -1001, must be a whole number of at least -1000"),
+        (["generate", "--timeout", "-1", "hello"], "--timeout: expected seconds, at least 0"),
+        (["generate", "--timeout", "0", "hello"], "--timeout: 0 s leave no time for an answer"),
+        (["chat", "--cache-salt", "x" * 257], "--cache-salt: 257 characters, over the limit of 256"),
         (["generate", "--file", "/nonexistent/prompts", "x"], "cannot read the prompts in /nonexistent/prompts"),
         (
             ["generate", "--connect", "ipc:///x", "--model", "m", "hello"],
