@@ -37,6 +37,10 @@ from support.peers import FILES, MODEL, VOCAB, Scene, ScriptedClient, ScriptedWo
 from support.simulated_worker import continuation
 
 
+with asyncio.Runner(loop_factory=uvloop.new_event_loop) as _first:
+    _first.run(asyncio.sleep(0))  # uvloop keeps a pipe from its first loop on, which is no test's to close
+
+
 def expected(prompt: list[int], count: int) -> list[int]:
     return continuation(prompt, len(prompt) + count, frozenset(), VOCAB)[0]
 
