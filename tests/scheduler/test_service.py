@@ -36,7 +36,6 @@ from tandem.protocol.messages import (
 from support.peers import FILES, MODEL, VOCAB, Scene, ScriptedClient, ScriptedWorker, scene
 from support.simulated_worker import continuation
 
-
 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as _first:
     _first.run(asyncio.sleep(0))  # uvloop keeps a pipe from its first loop on, which is no test's to close
 
@@ -80,7 +79,10 @@ async def served(made: Scene, client: ScriptedClient, ticket: int, prompt: list[
 def test_deadlines_are_kept_however_near_they_are(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     """A timer that is due at once, or that comes a little early, ends a request all the same."""
 
+    errors: list[dict[str, Any]] = []
+
     async def script(made: Scene) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
         client, worker = made.client(), made.worker()
         await worker.hello()
         await client.hello()
@@ -94,6 +96,7 @@ def test_deadlines_are_kept_however_near_they_are(new_loop: Callable[[], asyncio
             assert end.reason == "timeout"
 
     play(script, new_loop)
+    assert not errors
 
 
 def test_a_client_that_comes_first_is_told_when_there_is_a_model_and_gets_its_files() -> None:
