@@ -75,7 +75,7 @@ def test_every_client_gets_its_tokens_in_order(
         now += passes
         if in_time and delivery.due is not None and delivery.due <= now:
             reader.read(delivery.flush())
-        rows = []
+        rows: list[tuple[int, int, int, int]] = []
         for client, ticket in requests:
             if (client, ticket) not in over:
                 rows.append((client, ticket, len(sent[client, ticket]), len(rows) + 7))
