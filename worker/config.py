@@ -70,7 +70,7 @@ class WorkerConfig(BaseModel):
     ] = False
     max_cudagraph_capture_size: Annotated[
         int | None,
-        Field(ge=1, le=65_536, description="Most rows of a decode step that runs as a CUDA graph; default: all."),
+        Field(ge=1, le=65_536, description="Most rows of a decode step that runs as a CUDA graph; default: 512."),
     ] = None
     lookahead: Annotated[
         int, Field(ge=0, le=8, description="Steps queued ahead of the running one; 0 is synchronous.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ from .rows import Step
 from .staging import Lane
 from .state import DeviceState
 
-_COLUMNS = 4
+LARGEST_GRAPH: Final = 512
+"""Rows of the largest graph, unless another number is given: beyond, a step is long enough to be launched in time."""
+_COLUMNS: Final = 4
 """Input columns of a row: slot, block table column that changes (or -1), its block, tokens in the last block. One more
 has an entry for the end: where the row's block ids begin."""
 
@@ -158,9 +161,8 @@ class DecodeGraphs:
 
     def _columns(self, size: int) -> tuple[Tensor, Tensor]:
         """Views of the device's input for a graph of `size` rows: [columns, size], and where page lists begin."""
-        return self._input[: _COLUMNS * size].view(_COLUMNS, size), self._input[
-            _COLUMNS * size : (_COLUMNS + 1) * size + 1
-        ]
+        end = _COLUMNS * size
+        return self._input[:end].view(_COLUMNS, size), self._input[end : end + size + 1]
 
     def _forward(self, size: int, attention: DecodeAttention) -> Tensor:
         from . import kernels

@@ -18,7 +18,7 @@ from . import invariance
 from .compiling import keep_compiled_code
 from .config import WorkerConfig
 from .describe import choose_max_model_len, describe, file_infos
-from .graphs import graph_sizes
+from .graphs import LARGEST_GRAPH, graph_sizes
 from .link import Failure, Link
 from .loading import ModelSource, tokenizer_files
 from .memory import count_blocks
@@ -51,7 +51,7 @@ def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSi
         )
         try:
             if model.compiled:
-                largest = config.max_cudagraph_capture_size or config.max_num_seqs
+                largest = config.max_cudagraph_capture_size or min(config.max_num_seqs, LARGEST_GRAPH)
                 pipeline.capture(graph_sizes(largest), status.progress)
             status.ready(name=hello.name, num_blocks=hello.num_blocks)
             Session(link, pipeline, hello, files).run()
