@@ -34,6 +34,7 @@ from ..protocol.messages import (
     ModelDescription,
     Ping,
     Refused,
+    Suspected,
     Tokens,
     UnknownPeer,
     VersionRefused,
@@ -195,7 +196,7 @@ class Connection:
 
     def _handle(self, message: Any) -> None:
         match message:
-            case Tokens() | Accepted() | Refused():
+            case Tokens() | Accepted() | Refused() | Suspected():
                 if self._welcome is not None and self._welcome.epoch == message.epoch:
                     self._requests.handle(message)
             case FileChunk():
@@ -296,7 +297,7 @@ class Connection:
         return f"no scheduler could be reached {where}; is `tandem serve` running, with this address?"
 
 
-_INCOMING = (Tokens, Accepted, Refused, Welcome, FileChunk, UnknownPeer, VersionRefused, Goodbye)
+_INCOMING = (Tokens, Accepted, Refused, Suspected, Welcome, FileChunk, UnknownPeer, VersionRefused, Goodbye)
 
 
 def _lost(why: str) -> ServiceUnavailable:

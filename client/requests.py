@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..protocol.errors import InvalidRequest, OffsetError, Overloaded, ProtocolError, RequestFailed, TandemError
-from ..protocol.messages import Accepted, Refused, Tokens
+from ..protocol.messages import SUSPICIONS, Accepted, Refused, Suspected, Tokens
 from .stream import TokenStream
 
 
@@ -42,7 +42,7 @@ class OpenRequests:
         for stream in streams.values():
             stream.fail(error)
 
-    def handle(self, message: Tokens | Accepted | Refused) -> None:
+    def handle(self, message: Tokens | Accepted | Refused | Suspected) -> None:
         """Raises ProtocolError if the message makes no sense, and has changed nothing then."""
         match message:
             case Tokens():
@@ -55,6 +55,17 @@ class OpenRequests:
                 stream = self._streams.pop(message.ticket, None)
                 if stream is not None:
                     stream.fail(_refusal(message))
+            case Suspected():
+                self._on_suspected(message)
+
+    def _on_suspected(self, message: Suspected) -> None:
+        if len(message.ticket) != len(message.count):
+            raise ProtocolError("Suspected: the columns do not fit together")
+        for ticket, count in zip(message.ticket.tolist(), message.count.tolist(), strict=True):
+            stream = self._streams.get(ticket)
+            if stream is not None:
+                history = stream.history
+                history.suspicions, history.suspected_at = min(max(0, count), SUSPICIONS), len(history.generated)
 
     def _on_tokens(self, message: Tokens) -> None:
         count, token = message.count, message.token

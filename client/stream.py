@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..protocol.errors import OffsetError, ProtocolError, RequestCancelled, RequestFailed, TandemError
-from ..protocol.messages import Ended, Submit
+from ..protocol.messages import CLEARING_TOKENS, Ended, Submit
 from ..protocol.sampling import SamplingParams
 
 MAX_UNREAD_TOKENS = 65_536
@@ -38,6 +38,10 @@ class History:
     epoch: int | None = None
     number: int | None = None
     """What the scheduler of `epoch` calls the request, once it accepted it."""
+    suspicions: int = 0
+    """How often a worker died with this request in its launched steps, as the scheduler told."""
+    suspected_at: int = 0
+    """Tokens that had been received when it last told so."""
 
     def submission(self, ticket: int, n: int = 1) -> Submit:
         """The message that starts the request or, with tokens received, resumes it. With `n` it starts that many
@@ -46,6 +50,7 @@ class History:
         left = None
         if self.deadline is not None:
             left = min(max(self.deadline - asyncio.get_running_loop().time(), SHORTEST_TIMEOUT_S), LONGEST_TIMEOUT_S)
+        cleared = len(self.generated) - self.suspected_at >= CLEARING_TOKENS
         return Submit(
             ticket=ticket,
             prompt=self.prompt,
@@ -56,6 +61,7 @@ class History:
             priority=self.priority,
             timeout_s=left,
             cache_salt=self.cache_salt,
+            suspicions=0 if cleared else self.suspicions,
         )
 
 

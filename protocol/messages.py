@@ -1,9 +1,10 @@
 """Everything that Tandem's processes say, grouped by conversation.
 
-client ↔ scheduler       ClientHello, Submit, Cancel, Ping, AskStats, FetchFile  →
-                       ← Welcome, Accepted, Refused, Tokens, Stats, FileChunk, UnknownPeer, VersionRefused, Goodbye
+client ↔ scheduler       ClientHello, Submit, Cancel, Ping, AskStats, AskDrain, FetchFile  →
+                       ← Welcome, Accepted, Refused, Tokens, Suspected, Stats, Draining, FileChunk, UnknownPeer,
+                         VersionRefused, Goodbye
 scheduler ↔ worker       WorkerHello, StepResult, Idle, FileChunk, Goodbye  →
-                       ← WorkerWelcome, StepPlan, FetchFile, UnknownPeer, VersionRefused, Goodbye
+                       ← WorkerWelcome, StepPlan, FetchFile, Leave, UnknownPeer, VersionRefused, Goodbye
 
 Fields typed `Ints`, `Longs` and `Floats` are columns: one-dimensional little-endian arrays that travel as bytes. Fields
 at their default value do not travel at all. Whatever arrives is checked against these types (see codec.py), so a
@@ -26,7 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from .sampling import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised with every change that an older peer would misread; both ends refuse another version by name."""
 
 
@@ -36,6 +37,10 @@ MAX_SAMPLES = 65_536
 """Sample indexes lie below."""
 MAX_SALT_CHARS = 256
 """Characters of a cache salt."""
+SUSPICIONS = 2
+"""A request that was in the launched steps of so many workers when they died runs alone from then on …"""
+CLEARING_TOKENS = 32
+"""… until it has got so many more tokens. Between two suspicions they clear it too."""
 
 _T = TypeVar("_T")
 
@@ -161,6 +166,8 @@ class Goodbye:
 
     reason: Text = ""
     final: Annotated[bool, Field(strict=True)] = False
+    failed: Annotated[bool, Field(strict=True)] = False
+    """Of a worker: something in its steps made it leave, so the requests in them are suspected."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +206,8 @@ class Submit:
     """Seconds from its acceptance after which the request ends with reason "timeout", waiting or running."""
     cache_salt: Annotated[str, Field(strict=True, max_length=MAX_SALT_CHARS)] = ""
     """Only requests with the same salt share cached prefixes, so that nobody can time what others have asked."""
+    suspicions: Annotated[int, Field(strict=True, ge=0, le=SUSPICIONS)] = 0
+    """Of a resumption: what the last Suspected said, unless CLEARING_TOKENS tokens have come since."""
 
 
 @message
@@ -216,6 +225,14 @@ class Ping:
 @message
 class AskStats:
     """Asks for a Stats."""
+
+
+@message
+class AskDrain:
+    """Asks that a worker gets no more requests, that those it has move to others, and that it ends then. Answered by a
+    Draining each time; asking again changes nothing. Taken from the service's own user only."""
+
+    worker: Name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,6 +311,29 @@ class Tokens:
 
 
 @message
+class Suspected:
+    """A worker died with these of the client's requests in its launched steps. The client keeps the count, and gives it
+    back with a resumption."""
+
+    epoch: Number
+    ticket: Longs = field(default_factory=_no_longs)
+    count: Ints = field(default_factory=_no_ints)
+    """For each, how often by now without CLEARING_TOKENS tokens between; SUSPICIONS at most."""
+
+
+@message
+class Draining:
+    """Answers AskDrain."""
+
+    epoch: Number
+    worker: Name
+    state: Name
+    """"draining"; "unknown": no worker of that name is there (any more); "refused": not for this client to ask."""
+    running: Count = 0
+    """Requests that it still has: there is no room for them elsewhere yet."""
+
+
+@message
 class WorkerStats:
     """Counters of one worker since it registered; rates and shares are differences of two readings."""
 
@@ -313,6 +353,17 @@ class WorkerStats:
     gap_us: Number
     """Device time between steps while there was work: busy + gap is the time with work, gap / (busy + gap) the idle
     share."""
+    state: Name = "serving"
+    """Or "draining"."""
+    in_flight: Count = 0
+    """Steps that it has not answered."""
+    silent_s: Seconds = 0.0
+    """Since its last result or sign of idleness. Over `lease_s` it is lost; a worker whose silence is well below makes
+    progress."""
+    lease_s: Seconds = 0.0
+    """How long it may be silent now, going by the step that it computes."""
+    suspects: Count = 0
+    """Of its requests, those that were suspected of a worker's death and are not cleared yet."""
 
 
 @message
@@ -332,6 +383,14 @@ class Stats:
     """Those of them that were found in a prefix cache: the hit rate is cached / looked up."""
     evicted_blocks: Number = 0
     """Cached blocks that were given away for other contents."""
+    lost_workers: Number = 0
+    """Registrations that ended otherwise than by the worker's leaving on purpose."""
+    moved: Number = 0
+    """Attempts that ended because the worker was lost, left or was drained."""
+    suspects: Count = 0
+    """Waiting requests that will run alone, because they were suspected of two workers' deaths."""
+    poisoned: Number = 0
+    """Requests that failed because a worker died while it ran nothing else."""
     workers: tuple[WorkerStats, ...] = ()
 
 
@@ -360,6 +419,9 @@ class WorkerHello:
     """The worker takes up to lookahead + 1 plans that have no result yet."""
     longest_step_s: Seconds = 0.0
     """How long the largest step took when the worker tried it; its lease is no shorter than some of them."""
+    started: Number = 0
+    """When process `pid` started, in clock ticks since the machine did: tells it from a later one of the same id, or
+    another of that id elsewhere. 0 if the worker does not know."""
 
 
 @message
@@ -398,6 +460,13 @@ class WorkerWelcome:
     version: Count
     epoch: Number
     registration: Number
+
+
+@message
+class Leave:
+    """The worker's requests are elsewhere: it ends, and does not come back."""
+
+    reason: Text = ""
 
 
 @message
