@@ -18,7 +18,7 @@ from .results import Completion
 # NumPy, ZeroMQ, pydantic, tokenizers and jinja2 take longer to import than somebody should wait who only names a
 # class of ours, so what needs them is imported where it is used first.
 if TYPE_CHECKING:
-    from ..protocol.messages import FileInfo, ModelDescription
+    from ..protocol.messages import FileInfo, ModelDescription, Stats
     from ..protocol.sampling import SamplingParams
     from .arguments import RequestOptions
     from .completion import Started
@@ -118,6 +118,14 @@ class AsyncClient:
         """What the service serves: name, max_model_len (tokens), vocab_size, eos_token_ids, default_sampling … Raises
         ServiceUnavailable unless connected."""
         return self._connection.model
+
+    async def stats(self, timeout: float | None = 10.0) -> Stats:
+        """The service's counters: requests running and waiting, workers, blocks … Raises ServiceUnavailable if the
+        scheduler does not answer within `timeout` seconds."""
+        from .arguments import seconds
+
+        self._require_loop()
+        return await self._connection.stats(seconds("timeout", timeout))
 
     async def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, fetched on first use; None if the model comes without one."""

@@ -26,6 +26,7 @@ from ..protocol.errors import (
 from ..protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
+    AskStats,
     Cancel,
     ClientHello,
     FileChunk,
@@ -34,6 +35,7 @@ from ..protocol.messages import (
     ModelDescription,
     Ping,
     Refused,
+    Stats,
     Suspected,
     Tokens,
     UnknownPeer,
@@ -70,6 +72,8 @@ class Connection:
         self._requests = OpenRequests(self.cancel)
         self._fetcher = FileFetcher(self._send_patiently)
         self._unsent_cancels: deque[int] = deque(maxlen=MAX_UNSENT_CANCELS)
+        self._asked: deque[asyncio.Future[Stats]] = deque()
+        """Who waits for Stats; answers come in the order of the questions."""
         self._timer: asyncio.TimerHandle | None = None
         self._hello_at: float | None = None
         self._sent_at = 0.0
@@ -176,6 +180,16 @@ class Connection:
         """A tokenizer file's content; see FileFetcher.fetch."""
         return await self._fetcher.fetch(info)
 
+    async def stats(self, patience: float | None) -> Stats:
+        """The scheduler's counters now. Raises ServiceUnavailable if it does not answer within `patience` seconds."""
+        answer: asyncio.Future[Stats] = self._loop.create_future()
+        try:
+            async with asyncio.timeout(patience):
+                await self._send_patiently(AskStats(), answer)
+                return await answer
+        except TimeoutError:
+            raise ServiceUnavailable(self._why_not_ready(patience)) from None
+
     # --- what the scheduler says -----------------------------------------------------------------------------------
 
     def _on_frames(self, frames: list[bytes]) -> None:
@@ -199,6 +213,11 @@ class Connection:
             case Tokens() | Accepted() | Refused() | Suspected():
                 if self._welcome is not None and self._welcome.epoch == message.epoch:
                     self._requests.handle(message)
+            case Stats():
+                if self._asked:
+                    answer = self._asked.popleft()
+                    if not answer.done():  # else whoever asked has stopped waiting
+                        answer.set_result(message)
             case FileChunk():
                 self._fetcher.on_chunk(message)
             case Welcome():
@@ -225,14 +244,17 @@ class Connection:
         self._unreachable_since = None
         return True
 
-    async def _send_patiently(self, message: Any) -> None:
-        """Sends as soon as there is a service and room in its queue; ZeroMQ does not say when there is room again."""
+    async def _send_patiently(self, message: Any, answer: asyncio.Future[Stats] | None = None) -> None:
+        """Sends as soon as there is a service and room in its queue; ZeroMQ does not say when there is room again.
+        `answer` gets the Stats that this message asks for."""
         data = encode(message)
         while True:
             await self._ready.wait()
             if self._failure is not None:
                 raise self._failure
             if self._send(data):
+                if answer is not None:
+                    self._asked.append(answer)
                 return
             await asyncio.sleep(SEND_RETRY_S)
 
@@ -285,6 +307,10 @@ class Connection:
     def _end_streams(self, error: TandemError) -> None:
         self._requests.fail_all(error)
         self._fetcher.fail(error)
+        while self._asked:
+            answer = self._asked.popleft()
+            if not answer.done():
+                answer.set_exception(error)
 
     def _why_not_ready(self, waited: float | None) -> str:
         where = f"at {self.address.url}" + (f" within {waited:g} s" if waited is not None else "")
@@ -297,7 +323,7 @@ class Connection:
         return f"no scheduler could be reached {where}; is `tandem serve` running, with this address?"
 
 
-_INCOMING = (Tokens, Accepted, Refused, Suspected, Welcome, FileChunk, UnknownPeer, VersionRefused, Goodbye)
+_INCOMING = (Tokens, Accepted, Refused, Suspected, Welcome, Stats, FileChunk, UnknownPeer, VersionRefused, Goodbye)
 
 
 def _lost(why: str) -> ServiceUnavailable:

@@ -15,7 +15,7 @@ from ..protocol.errors import ServiceUnavailable
 from .aio import CONNECT_TIMEOUT_S, MAX_CONCURRENCY, AsyncClient
 
 if TYPE_CHECKING:
-    from ..protocol.messages import ModelDescription
+    from ..protocol.messages import ModelDescription, Stats
     from ..protocol.sampling import SamplingParams
     from .completion import CompletionStream
     from .prompts import ChatOptions, Message, Prompt
@@ -88,6 +88,10 @@ class Client:
     def model(self) -> ModelDescription:
         """What the service serves; see AsyncClient.model."""
         return self._client.model
+
+    def stats(self, timeout: float | None = 10.0) -> Stats:
+        """The service's counters; see AsyncClient.stats."""
+        return self._run(self._client.stats(timeout))
 
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if the model comes without one."""

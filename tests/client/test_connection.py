@@ -28,6 +28,7 @@ from tandem import (
 from tandem.client.stream import MAX_UNREAD_TOKENS
 from tandem.protocol.messages import (
     PROTOCOL_VERSION,
+    AskStats,
     Cancel,
     ClientHello,
     Ended,
@@ -35,6 +36,7 @@ from tandem.protocol.messages import (
     Goodbye,
     Ping,
     Refused,
+    Stats,
     Submit,
     Tokens,
     UnknownPeer,
@@ -639,5 +641,31 @@ def test_parameters_travel_with_a_seed() -> None:
         assert (first.temperature, first.max_tokens, first.top_k) == (0.7, 3, 0)
         assert first.seed is not None
         assert (second.seed, second.temperature, second.top_k) == (11, 0.5, 7)  # the model's own defaults
+
+    play(scenario)
+
+
+def test_stats_go_to_who_asked_even_after_another_gave_up() -> None:
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        scheduler.stats = None
+        with pytest.raises(ServiceUnavailable):
+            await client.stats(timeout=0.05)
+        second = asyncio.create_task(client.stats())
+        await scheduler.until(AskStats, 2)
+        for running in (1, 2):  # the answers, in the order of the questions
+            scheduler.say(Stats(epoch=scheduler.epoch, running=running, waiting=0, preemptions=0))
+        assert (await second).running == 2
+
+    play(scenario)
+
+
+def test_stats_fail_when_the_scheduler_leaves() -> None:
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        scheduler.stats = None
+        asked = asyncio.create_task(client.stats(timeout=None))
+        await scheduler.until(AskStats)
+        scheduler.say(Goodbye(reason="done"))
+        with pytest.raises(ServiceUnavailable, match="done"):
+            await asked
 
     play(scenario)

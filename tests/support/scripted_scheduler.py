@@ -18,6 +18,7 @@ from tandem.protocol.codec import decode, encode
 from tandem.protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
+    AskStats,
     Cancel,
     ClientHello,
     Ended,
@@ -27,6 +28,7 @@ from tandem.protocol.messages import (
     Goodbye,
     ModelDescription,
     Ping,
+    Stats,
     Submit,
     Tokens,
     Welcome,
@@ -80,6 +82,8 @@ class ScriptedScheduler:
         self.lease_s = lease_s
         self.chunk_bytes = chunk_bytes
         self.epoch = 7
+        self.stats: Stats | None = Stats(epoch=7, running=0, waiting=0, preemptions=0)
+        """What AskStats is answered with; None leaves it unanswered."""
         self.received: list[Any] = []
         self.directory = Path(tempfile.mkdtemp(prefix="tandem-test-"))
         self.address = url or f"ipc://{self.directory}"
@@ -174,7 +178,7 @@ class ScriptedScheduler:
 
     def _on_message(self, frames: list[bytes]) -> None:
         route, data = frames
-        message = decode(data, ClientHello, Submit, Cancel, Ping, FetchFile, Goodbye)
+        message = decode(data, ClientHello, Submit, Cancel, Ping, AskStats, FetchFile, Goodbye)
         if not self._routes or self._routes[-1] != route:
             self._routes.append(route)
         self.received.append(message)
@@ -185,6 +189,9 @@ class ScriptedScheduler:
             case FetchFile():
                 content = self.files[message.name][message.offset : message.offset + self.chunk_bytes]
                 self.say(FileChunk(name=message.name, offset=message.offset, data=content))
+            case AskStats():
+                if self.stats is not None:
+                    self.say(self.stats)
             case Submit():
                 self.script(self, message)
 
