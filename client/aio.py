@@ -321,7 +321,8 @@ class AsyncClient:
         collect: bool,
         deadline: float | None,
     ) -> Started:
-        from .completion import Sample, Started
+        from ..protocol.sampling import without_text
+        from .completion import Sample, Started, TextEnd
         from .prompts import is_chat, require_length, require_random, resolve_sampling, to_token_ids
         from .stream import History
         from .tokenizer import LONG_TEXT
@@ -332,6 +333,12 @@ class AsyncClient:
         require_random(checked, options.n)
         require_length(prompt, model.max_model_len)
         tokenizer = await self.tokenizer()
+        if checked.stop and tokenizer is None:
+            raise InvalidRequest(
+                "stop: the model comes without a tokenizer, so there is no text to look in; use stop_token_ids",
+                field="stop",
+                value=list(checked.stop),
+            )
         if is_chat(prompt) or (isinstance(prompt, str) and len(prompt) >= LONG_TEXT):  # on another thread
             ids = await asyncio.to_thread(to_token_ids, prompt, tokenizer, chat)
         else:
@@ -342,7 +349,7 @@ class AsyncClient:
         samples = [
             History(
                 ids,
-                checked,
+                without_text(checked),
                 sample=index,
                 priority=options.priority,
                 cache_salt=options.cache_salt,
@@ -352,12 +359,22 @@ class AsyncClient:
         ]
         streams = await self._connection.submit(samples, collect=collect, patience=self._connect_timeout)
         context = ids[-CONTEXT_TOKENS:].tolist()
+        eos = frozenset(() if checked.ignore_eos else model.eos_token_ids)
+        named = frozenset(checked.stop_token_ids)
+        end = TextEnd(eos | named, named - eos, checked.stop, checked.include_stop_str_in_output)
+        skip = checked.skip_special_tokens
         return Started(
             samples=[
-                Sample(index, tokens, None if tokenizer is None else tokenizer.detokenizer(context))
+                Sample(
+                    index,
+                    tokens,
+                    None if tokenizer is None else tokenizer.detokenizer(context, skip),
+                    end,
+                    self._connection.stop,
+                )
                 for index, tokens in enumerate(streams)
             ],
-            stop_ids=frozenset(checked.stop_token_ids) | frozenset(() if checked.ignore_eos else model.eos_token_ids),
+            watches_text=bool(checked.stop),
             cancel=self._connection.cancel,
             loop=loop,
         )

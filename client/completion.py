@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar, cast
 
 from ..protocol.errors import RequestCancelled, RequestTimeout, TandemError
 from .results import Choice, Chunk, Completion, FinishReason, Timings, Usage
+from .stopping import StopStrings
 
 if TYPE_CHECKING:
     from .detokenizer import Detokenizer
@@ -22,16 +23,45 @@ LATE_S: Final = 1.0
 """The scheduler ends a request in time and says what it took; the client waits this much longer for it to say so."""
 
 
+SETTLE_S: Final = 1.0
+"""How long a request that a stop string ended waits to be told what it took (cached tokens, times)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextEnd:
+    """Where a request's texts end."""
+
+    stop_ids: frozenset[int]
+    """Tokens that end a sample."""
+    named: frozenset[int]
+    """Those of them that the caller named, rather than the model: they are told as stop_reason."""
+    stops: tuple[str, ...] = ()
+    include: bool = False
+    """What ended a text is part of it."""
+
+
 class Sample:
     """One of a request's samples, as far as it has been read."""
 
-    def __init__(self, index: int, tokens: TokenStream, detokenizer: Detokenizer | None) -> None:
-        """Without a detokenizer (the model has no tokenizer) all text is empty."""
+    def __init__(
+        self,
+        index: int,
+        tokens: TokenStream,
+        detokenizer: Detokenizer | None,
+        end: TextEnd,
+        stop: Callable[[TokenStream], None],
+    ) -> None:
+        """Without a detokenizer (the model has no tokenizer) all text is empty. `stop` ends the request well."""
         self.index = index
         self.tokens = tokens
         self.is_read = False
         """Its end has been read."""
         self._detokenizer = detokenizer
+        self._end = end
+        self._stop = stop
+        self._stops = None if not end.stops else StopStrings(end.stops, include=end.include)
+        self._kept: int | None = None
+        """How many tokens there are up to the end of a stop string that was found."""
         self._pieces: list[str] = []
 
     @property
@@ -40,41 +70,88 @@ class Sample:
         return "".join(self._pieces)
 
     @property
+    def token_ids(self) -> list[int]:
+        """All tokens that belong to the answer, read or not."""
+        return list(self.tokens.history.generated[: self._kept])
+
+    @property
     def reason(self) -> FinishReason:
         """Why it ended; "timeout" as well for one that has not ended, at the client's own deadline."""
+        if self._kept is not None:
+            return "stop"
         ended = self.tokens.ended
         return "timeout" if ended is None else cast(FinishReason, ended.reason)
 
-    async def next_chunk(self, stop_ids: frozenset[int]) -> Chunk:
+    @property
+    def stop_reason(self) -> int | str | None:
+        """See Choice.stop_reason."""
+        if self._stops is not None and self._stops.found is not None:
+            return self._stops.found
+        generated = self.tokens.history.generated
+        if self.reason == "stop" and generated and generated[-1] in self._end.named:
+            return generated[-1]
+        return None
+
+    async def next_chunk(self) -> Chunk:
         """Reads what has come. Must have news."""
         tokens = self.tokens
         offset = tokens.offset
         ids = await tokens.read()
-        over = tokens.ended is not None and tokens.offset == len(tokens.history.generated)
-        text = self._push(ids, stop_ids)
-        if not over:
-            return Chunk(text, ids, offset, None, self.index)
-        return Chunk(text + self._finish(), ids, offset, self.reason, self.index)
+        text = self._push(ids)
+        if self._kept is None:
+            if tokens.ended is None or tokens.offset < len(tokens.history.generated):
+                return Chunk(text, ids, offset, None, self.index)
+            text += self._finish()
+        if self._kept is not None:
+            ids = ids[: self._kept - offset]
+            self._stop(tokens)
+            await tokens.settled(SETTLE_S)
+        return Chunk(text, ids, offset, self.reason, self.index, self.stop_reason)
 
-    def read_rest(self, stop_ids: frozenset[int]) -> None:
+    def read_rest(self) -> None:
         """Takes what has come for all there will be."""
         if not self.is_read:
-            generated = self.tokens.history.generated
-            self._push(generated[self.tokens.offset :], stop_ids)
+            self._push(self.tokens.history.generated[self.tokens.offset :], self.tokens.offset)
             self._finish()
 
     def choice(self) -> Choice:
-        return Choice(self.index, self.text, list(self.tokens.history.generated), self.reason)
+        return Choice(self.index, self.text, self.token_ids, self.reason, self.stop_reason)
 
-    def _push(self, ids: list[int], stop_ids: frozenset[int]) -> str:
-        visible = ids[:-1] if ids and ids[-1] in stop_ids else ids
-        text = "" if self._detokenizer is None else self._detokenizer.push(visible)
-        self._pieces.append(text)
-        return text
+    def _push(self, ids: list[int], offset: int | None = None) -> str:
+        """The text of the next tokens, which are those just read or begin at `offset`."""
+        if self._detokenizer is None:
+            return ""
+        hides = bool(ids) and ids[-1] in self._end.stop_ids and not self._end.include
+        visible = ids[:-1] if hides else ids
+        if self._stops is None:
+            return self._keep(self._detokenizer.push(visible))
+        begin = self.tokens.offset - len(ids) if offset is None else offset
+        pieces = []
+        for i, id_ in enumerate(visible):
+            pieces.append(self._stops.push(self._detokenizer.push([id_])))
+            if self._stops.found is not None:
+                self._end_at(begin + i + 1)
+                break
+        return self._keep("".join(pieces))
 
     def _finish(self) -> str:
+        """What was held back, now that no token follows."""
+        if self.is_read:
+            return ""
         self.is_read = True
         text = "" if self._detokenizer is None else self._detokenizer.finish()
+        if self._stops is not None:
+            text = self._stops.push(text)
+            if self._stops.found is not None:
+                self._end_at(len(self.tokens.history.generated))
+            text += self._stops.finish()
+        return self._keep(text)
+
+    def _end_at(self, count: int) -> None:
+        self._kept = count
+        self.is_read = True
+
+    def _keep(self, text: str) -> str:
         self._pieces.append(text)
         return text
 
@@ -84,8 +161,8 @@ class Started:
     """A request that was sent."""
 
     samples: list[Sample]
-    stop_ids: frozenset[int]
-    """Tokens that end a sample, and are no part of its text."""
+    watches_text: bool
+    """A stop string may end it: it is to be read as it comes."""
     cancel: Callable[[TokenStream, TandemError], None]
     """Ends a sample with this error, on both ends."""
     loop: asyncio.AbstractEventLoop
@@ -153,7 +230,8 @@ class CompletionStream:
         return self._completion
 
     async def collect(self) -> Completion:
-        """As `result`, but wakes up only once, at the end; unread tokens pile up meanwhile."""
+        """As `result`, but wakes up only once, at the end, unless a stop string may end it; unread tokens pile up
+        meanwhile."""
         await self.start()
         await self._guarded(self._wait_over)
         return await self.result()
@@ -249,7 +327,11 @@ class CompletionStream:
     async def _wait_over(self) -> None:
         """Until all samples have ended, or one has failed: that fails the others."""
         started = await self._ensure_started()
-        while not (started.is_over or any(sample.tokens.error is not None for sample in started.samples)):
+        while not (
+            started.watches_text
+            or started.is_over
+            or any(sample.tokens.error is not None for sample in started.samples)
+        ):
             await self._wait_for_news()
 
     async def _next_chunk(self) -> Chunk:
@@ -257,7 +339,7 @@ class CompletionStream:
         while (sample := self._with_news(started.samples)) is None:
             await self._wait_for_news()
         self._turn = sample.index + 1
-        chunk = await sample.next_chunk(started.stop_ids)
+        chunk = await sample.next_chunk()
         if all(one.is_read for one in started.samples):
             completion = self._complete(started)
             if any(choice.finish_reason == "timeout" for choice in completion.choices):
@@ -291,7 +373,7 @@ class CompletionStream:
         """The error, with what has come."""
         if completion is None and self._started is not None:
             for sample in self._started.samples:
-                sample.read_rest(self._started.stop_ids)
+                sample.read_rest()
             completion = self._complete(self._started)
         limit = "its timeout" if self._timeout is None else f"the timeout of {self._timeout:g} s"
         return RequestTimeout(f"the request did not end within {limit}", completion=completion)

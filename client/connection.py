@@ -173,8 +173,16 @@ class Connection:
         if not self._requests.remove(stream):
             return
         stream.fail(error or RequestCancelled("the request was cancelled"))
-        if not self._send(encode(Cancel(ticket=stream.ticket))):
-            self._unsent_cancels.append(stream.ticket)
+        self._send_cancel(stream.ticket)
+
+    def stop(self, stream: TokenStream) -> None:
+        """Ends a request now and well: its reader has found all that it wants among the tokens that have come."""
+        if self._requests.stop(stream):
+            self._send_cancel(stream.ticket)
+
+    def _send_cancel(self, ticket: int) -> None:
+        if not self._send(encode(Cancel(ticket=ticket))):
+            self._unsent_cancels.append(ticket)
 
     async def fetch(self, info: FileInfo) -> bytes:
         """A tokenizer file's content; see FileFetcher.fetch."""

@@ -201,6 +201,8 @@ def _adapter() -> TypeAdapter[SamplingParams]:
 
 def _checked(params: SamplingParams) -> SamplingParams:
     values = {name: _without_numpy(getattr(params, name)) for name in SAMPLING_FIELDS}
+    if values["stop"] is None or isinstance(values["stop"], str):
+        values["stop"] = [values["stop"]] if values["stop"] else []
     for name in ("temperature", "top_p"):
         if isinstance(values[name], bool | str):
             raise InvalidRequest(

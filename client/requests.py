@@ -19,6 +19,8 @@ class OpenRequests:
         """`cancel` ends a request on both ends."""
         self._cancel = cancel
         self._streams: dict[int, TokenStream] = {}
+        self._stopped: dict[int, TokenStream] = {}
+        """Those that their readers ended, until the scheduler says what they took."""
         self._next_ticket = 0
 
     def __len__(self) -> int:
@@ -36,8 +38,19 @@ class OpenRequests:
         """Whether it was open."""
         return self._streams.pop(stream.ticket, None) is not None
 
+    def stop(self, stream: TokenStream) -> bool:
+        """Ends a request well whose reader has enough. Whether it was open, and so the scheduler is to be told."""
+        stream.stop()
+        if self._streams.pop(stream.ticket, None) is None:
+            stream.settle(stream.ended)
+            return False
+        self._stopped[stream.ticket] = stream
+        return True
+
     def fail_all(self, error: TandemError) -> None:
         """Ends every request here; the scheduler is told nothing."""
+        while self._stopped:
+            self._stopped.popitem()[1].settle(None)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)
@@ -87,7 +100,11 @@ class OpenRequests:
             begin = end
         for ended in message.ended:
             stream = self._streams.pop(ended.ticket, None)
-            if stream is not None:
+            if stream is None:
+                stopped = self._stopped.pop(ended.ticket, None)
+                if stopped is not None:
+                    stopped.settle(ended)
+            else:
                 try:
                     stream.end(ended)
                 except ProtocolError as error:

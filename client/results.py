@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length", "timeout"]
-"""Why an answer ended: at a stop token, at max_tokens or the model's context length, or (in what a RequestTimeout
-carries) because its time was over."""
+"""Why an answer ended: at a stop token or stop string, at max_tokens or the model's context length, or (in what a
+RequestTimeout carries) because its time was over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,8 @@ class Chunk:
     """Set on the last chunk of a sample, and only there."""
     index: int = 0
     """Which of the request's `n` samples it belongs to."""
+    stop_reason: int | str | None = None
+    """On the last chunk: as Choice.stop_reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,12 @@ class Choice:
 
     index: int
     text: str
-    """Without special tokens and without the stop token that ended it."""
+    """Without special tokens, and without the stop token or stop string that ended it, unless asked for."""
     token_ids: list[int]
-    """All output tokens; the last is the stop token if finish_reason is "stop"."""
+    """All output tokens; if finish_reason is "stop" the last is the stop token, or completes the stop string."""
     finish_reason: FinishReason
+    stop_reason: int | str | None = None
+    """What ended it: one of stop_token_ids, or a stop string. None at the model's own end, and at other ends."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,8 @@ class TokenStream:
         """What the connection calls the request now; a resumption has a new one."""
         self.history = history
         self.ended: Ended | None = None
+        self.is_stopped = False
+        """The reader wants no more: what has arrived is all there is."""
         self.error: TandemError | None = None
         self.first_token_at: float | None = None
         """Loop time."""
@@ -89,6 +91,7 @@ class TokenStream:
         self._max_unread = max_unread
         self._read = len(history.generated)
         self._waiter: asyncio.Future[None] | None = None
+        self._settled = asyncio.Event()
         self.on_news: Callable[[], None] | None = None
         """Called after tokens or an end have come; for a reader of several streams."""
 
@@ -104,7 +107,7 @@ class TokenStream:
 
     @property
     def is_over(self) -> bool:
-        return self.ended is not None or self.error is not None
+        return self.ended is not None or self.error is not None or self.is_stopped
 
     @property
     def offset(self) -> int:
@@ -152,6 +155,24 @@ class TokenStream:
         if not self.is_over:
             self.error = error
             self._wake()
+
+    def stop(self) -> None:
+        """Ends the stream well, on the reader's behalf; `settle` may still say what the request took."""
+        self.is_stopped = True
+
+    def settle(self, ended: Ended | None) -> None:
+        """Takes the end of a stopped request, or that nobody will tell."""
+        self.ended = ended
+        self._settled.set()
+        self._wake()
+
+    async def settled(self, limit_s: float) -> None:
+        """Waits until a stopped request has settled, for at most so many seconds."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._settled.wait()
+        except TimeoutError:
+            return
 
     # --- the reader's side -----------------------------------------------------------------------------------------
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Annotated
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
 MAX_STOP_TOKEN_IDS = 128
 """A request may name at most this many stop tokens; they are compared in one matrix for all rows."""
+
+MAX_STOP_STRINGS = 32
+MAX_STOP_CHARS = 256
+"""A request may have so many stop strings of at most so many characters; the SDK follows each through the text."""
 
 MAX_SEED = 2**63 - 1
 _MASK = 2**64 - 1
@@ -41,8 +45,30 @@ class SamplingParams:
     ignore_eos: Annotated[bool, Field(strict=True)] = False
     """Go on after the model's end-of-sequence tokens (stop_token_ids still end the request)."""
 
+    stop: Annotated[
+        tuple[Annotated[str, Field(strict=True, min_length=1, max_length=MAX_STOP_CHARS)], ...],
+        Field(max_length=MAX_STOP_STRINGS),
+    ] = ()
+    """Texts that end the answer, which ends before them. Found by the SDK, which also takes a single string."""
+    include_stop_str_in_output: Annotated[bool, Field(strict=True)] = False
+    """The answer's text ends after its stop string, or stop token, instead of before. Done by the SDK."""
+    skip_special_tokens: Annotated[bool, Field(strict=True)] = True
+    """Special tokens are no part of the text. Done by the SDK."""
+
 
 SAMPLING_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(SamplingParams)}
+_TEXT_FIELDS = ("stop", "include_stop_str_in_output", "skip_special_tokens")
+
+
+def text_fields(sampling: SamplingParams) -> list[str]:
+    """The parameters about text that are not at their defaults. They are the SDK's own and do not travel."""
+    return [name for name in _TEXT_FIELDS if getattr(sampling, name) != _DEFAULTS[name]]
+
+
+def without_text(sampling: SamplingParams) -> SamplingParams:
+    """What travels: the parameters with those about text at their defaults."""
+    return replace(sampling, **{name: _DEFAULTS[name] for name in _TEXT_FIELDS}) if text_fields(sampling) else sampling
 
 
 def sample_seed(seed: int, sample: int) -> int:

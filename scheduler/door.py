@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..protocol.messages import MAX_SAMPLES, ModelDescription
-from ..protocol.sampling import SamplingParams
+from ..protocol.sampling import SamplingParams, text_fields
 from .events import IntColumn, Submitted
 
 
@@ -85,6 +85,10 @@ def _bad_sampling(sampling: SamplingParams, model: ModelDescription) -> Invalid 
             f"0 to {model.vocab_size - 1}",
             str(outside[0]),
         )
+    about_text = text_fields(sampling)
+    if about_text:
+        field = about_text[0]
+        return Invalid(f"{field} is about text, which is the client's to watch", field, "not sent", "sent")
     if sampling.temperature > 0 and sampling.seed is None:
         return Invalid(
             "seed is missing; a client draws one before it first sends a sampled request",

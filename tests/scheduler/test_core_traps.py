@@ -264,6 +264,8 @@ def test_token_ids_outside_the_vocabulary_are_refused(token: int) -> None:
     made.submit(2, [1], max_tokens=5, stop_token_ids=(VOCAB,))
     assert (made.refused[1].field, made.refused[1].value) == ("prompt", str(token))
     assert made.refused[2].field == "stop_token_ids"
+    made.submit(4, [1], max_tokens=5, stop=("x",))
+    assert made.refused[4].field == "stop"
     made.submit(3, [VOCAB - 1], max_tokens=1)
     made.run()
     assert made.ended == {3: "length"}
