@@ -334,6 +334,20 @@ class Draining:
 
 
 @message
+class Histogram:
+    """Observations by size, as Prometheus counts them but not cumulated."""
+
+    name: Name
+    """Of the metric, without prefix."""
+    bounds: tuple[float, ...]
+    """Upper limits, ascending: an observation counts for the first bound that it is not above."""
+    counts: Longs
+    """One for each bound, and a last one for what is above all."""
+    total: float = 0.0
+    """Sum of the observations."""
+
+
+@message
 class WorkerStats:
     """Counters of one worker since it registered; rates and shares are differences of two readings."""
 
@@ -364,6 +378,17 @@ class WorkerStats:
     """How long it may be silent now, going by the step that it computes."""
     suspects: Count = 0
     """Of its requests, those that were suspected of a worker's death and are not cleared yet."""
+    lookahead: Count = 0
+    """Steps that may be queued ahead of the running one."""
+    recent_idle_share: Seconds | None = None
+    """gap / (busy + gap) of the last 10 to 20 s with work; None before there was any."""
+    decode_busy_us: Number = 0
+    """Part of busy_us: steps in which all rows decode."""
+    decode_floor_us: Number = 0
+    """How long these would take if they did nothing but read the weights and their rows' keys and values, at the
+    bandwidth that the worker measured; 0 if it did not."""
+    histograms: tuple[Histogram, ...] = ()
+    """Of its steps."""
 
 
 @message
@@ -391,6 +416,25 @@ class Stats:
     """Waiting requests that will run alone, because they were suspected of two workers' deaths."""
     poisoned: Number = 0
     """Requests that failed because a worker died while it ran nothing else."""
+    uptime_s: Seconds = 0.0
+    """Since the scheduler started."""
+    clients: Count = 0
+    prompt_tokens: Number = 0
+    """Of requests that got their first token."""
+    generation_tokens: Number = 0
+    """Sampled tokens that were delivered to a request."""
+    finished: dict[Name, Number] = field(default_factory=dict)
+    """Requests that ended, by reason."""
+    refusals: dict[Name, Number] = field(default_factory=dict)
+    """Requests that were refused, by code."""
+    resumptions: Number = 0
+    """Accepted requests that brought generated tokens along."""
+    joined_workers: Number = 0
+    """Registrations of workers."""
+    restarted_workers: Number = 0
+    """Those of them by a new process under the name of one that was gone."""
+    histograms: tuple[Histogram, ...] = ()
+    """Of requests, and of the scheduler's own work."""
     workers: tuple[WorkerStats, ...] = ()
 
 
@@ -419,6 +463,12 @@ class WorkerHello:
     """The worker takes up to lookahead + 1 plans that have no result yet."""
     longest_step_s: Seconds = 0.0
     """How long the largest step took when the worker tried it; its lease is no shorter than some of them."""
+    weight_bytes: Number = 0
+    """What a step reads of the weights, all experts of a mixture counted; 0 if unknown."""
+    kv_bytes_per_token: Count = 0
+    """Keys and values of one token, over all layers."""
+    memory_bandwidth: Number = 0
+    """Bytes per second that the device can read and write, as measured when the worker started; 0 if it was not."""
     started: Number = 0
     """When process `pid` started, in clock ticks since the machine did: tells it from a later one of the same id, or
     another of that id elsewhere. 0 if the worker does not know."""
@@ -437,6 +487,8 @@ class StepResult:
     """Device time from the step's first kernel to its last."""
     gap_us: Count = 0
     """Device time between the end of the last step and the start of this one; 0 after an idle spell."""
+    kv_tokens: Number = 0
+    """Of a step in which all rows decode: tokens whose keys and values they read. 0 for a step with chunks."""
 
 
 @message

@@ -24,7 +24,6 @@ from ..protocol.messages import (
     UnknownPeer,
     VersionRefused,
     Welcome,
-    WorkerStats,
 )
 from ..protocol.transport import LoopSocket, Sent
 from .core import Core
@@ -32,6 +31,7 @@ from .delivery import Delivery
 from .events import Accept, Cancelled, ClientLost, Deliver, Event, Reject, Submitted
 from .files import FileStore
 from .peers import MAX_BACKLOG_BYTES, ClientPeer
+from .worker_port import WorkerPort
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ class ClientPort:
         self._next_client = 0
         self._model: ModelDescription | None = None
         self._files = FileStore(())
-        self.worker_stats: Callable[[], tuple[WorkerStats, ...]] = tuple
+        self._started_at = clock()
+        self.workers: WorkerPort | None = None
+        """Who tells of the workers."""
 
     def attach(self, socket: LoopSocket) -> None:
         self._socket = socket
@@ -178,17 +180,28 @@ class ClientPort:
             self._send(peer, chunk)
 
     def _stats(self) -> Stats:
+        counters, workers = self._core.counters, self.workers
         return Stats(
             epoch=self._epoch,
             running=self._core.running,
             waiting=self._core.waiting,
-            preemptions=self._core.counters.preemptions,
-            refused=self._core.counters.refused,
-            timeouts=self._core.counters.timeouts,
-            looked_up_tokens=self._core.counters.looked_up_tokens,
-            cached_tokens=self._core.counters.cached_tokens,
+            preemptions=counters.preemptions,
+            refused=counters.refused,
+            timeouts=counters.timeouts,
+            looked_up_tokens=counters.looked_up_tokens,
+            cached_tokens=counters.cached_tokens,
             evicted_blocks=self._core.evicted_blocks,
-            workers=self.worker_stats(),
+            uptime_s=self._clock() - self._started_at,
+            clients=len(self._by_client),
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            finished=dict(counters.finished),
+            refusals=dict(counters.refusals),
+            resumptions=counters.resumptions,
+            joined_workers=0 if workers is None else workers.joined,
+            restarted_workers=0 if workers is None else workers.restarted,
+            histograms=counters.histograms(),
+            workers=() if workers is None else workers.stats(),
         )
 
     # --- what clients are told -------------------------------------------------------------------------------------
@@ -199,6 +212,7 @@ class ClientPort:
             self._send(peer, Accepted(epoch=self._epoch, ticket=accept.ticket, number=accept.number))
 
     def reject(self, reject: Reject) -> None:
+        self._core.counters.refuse(reject.code)
         peer = self._by_client.get(reject.client)
         if peer is not None:
             refused = Refused(

@@ -7,9 +7,9 @@ with exactly one `Ended`, in the `Deliver` that brings its last token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from .events import (
     WorkerJoined,
     WorkerLost,
 )
+from .metrics import Counters
 from .policy import Policy
 from .queue import WaitingQueue
 from .replica import Commit, Offer, Replica
@@ -50,26 +51,14 @@ MAX_PASSED = 64
 """A request that so many have passed is passed no more: everything else waits until there is room for it."""
 
 
-@dataclass(slots=True)
-class Counters:
-    """Since the scheduler started."""
-
-    preemptions: int = 0
-    refused: int = 0
-    """For overload."""
-    timeouts: int = 0
-    looked_up_tokens: int = 0
-    """Known tokens of requests that got a place."""
-    cached_tokens: int = 0
-    """Those of them that a prefix cache held."""
-    lost_evictions: int = 0
-    """Evictions of workers that are gone."""
-
-
 class Core:
     """All requests and all workers of one service, and one life of it (`epoch`)."""
 
-    def __init__(self, epoch: int, policy: Policy) -> None:
+    def __init__(
+        self, epoch: int, policy: Policy, on_end: Callable[[Request, Ended], None] = lambda _request, _ended: None
+    ) -> None:
+        """`on_end` is told of each request that ends; it must not call back."""
+        self._on_end = on_end
         self._epoch = epoch
         self._policy = policy
         self._queue = WaitingQueue(policy.priority_aging_s)
@@ -158,6 +147,7 @@ class Core:
             return
         for i in range(event.n):
             self._accept(self._request(event, i, model, now), event, now, out)
+        self.counters.resumptions += bool(len(event.generated))
 
     def _request(self, event: Submitted, i: int, model: ModelDescription, now: float) -> Request:
         """The request for one of the samples that a submission asks for."""
@@ -290,7 +280,10 @@ class Core:
         if not of_client:
             del self._requests[request.client]
         self._rate.ended(now)
-        return request.ended(reason, known, now, error)
+        self.counters.ended(request, reason, known, now)
+        ended = request.ended(reason, known, now, error)
+        self._on_end(request, ended)
+        return ended
 
     # --- workers ---------------------------------------------------------------------------------------------------
 
@@ -323,10 +316,13 @@ class Core:
             out.append(Expel(event.worker, str(error)))
             self._worker_lost(WorkerLost(event.worker), now, out)
             return
+        self.counters.generation_tokens += len(commit.token)
+        self.counters.more_tokens(len(commit.token) - len(commit.first), now - replica.committed_at)
+        replica.committed_at = now
         for slot in commit.first:
             request = replica.rows.request[slot]
-            if request is not None and request.first_token_at is None:
-                request.first_token_at = now
+            if request is not None:
+                self.counters.first_token(request, now)
         ended = tuple(
             self._finish(replica, int(slot), reason, now)
             for reason, slots in (("stop", commit.stopped), ("length", commit.exhausted))
@@ -360,8 +356,10 @@ class Core:
                 plan, preempted = replica.plan()
                 self.counters.preemptions += len(preempted)
                 for request in preempted:
+                    request.preemptions += 1
                     self._queue.push(request)
                 if plan is not None:
+                    self.counters.iteration_tokens.observe(replica.newest_step_tokens)
                     out.append(SendPlan(replica.worker, plan))
                     if replica.in_flight <= replica.limits.lookahead:
                         again.append(replica)
@@ -403,6 +401,7 @@ class Core:
         if request.started_at is None:
             request.started_at = now
         offer, replica = best
+        request.worker = replica.worker
         try:
             replica.admit(request, offer.match)
         except Exception as error:  # noqa: BLE001 - it must fail this request, and nothing else

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ..protocol.messages import WorkerHello, WorkerStats
+from .metrics import DeviceMeter
 
 MAX_BACKLOG_BYTES = 8 * 1024 * 1024
 """Kept for a client that does not read, beyond ZeroMQ's own queue; then it loses its requests."""
@@ -37,10 +38,13 @@ class WorkerPeer:
     """Plans may go out; before, its tokenizer files are fetched or those of another worker."""
     waits_for_step: int | None = None
     """The step that it said it waits for when last it was idle, though that had been planned."""
-    steps: int = 0
-    tokens: int = 0
-    busy_us: int = 0
-    gap_us: int = 0
+    meter: DeviceMeter = field(init=False)
+    planned: deque[tuple[float, bool]] = field(default_factory=deque)
+    """Of each plan without a result: when it was sent, and whether the worker had been idle."""
+
+    def __post_init__(self) -> None:
+        hello = self.hello
+        self.meter = DeviceMeter(hello.weight_bytes, hello.kv_bytes_per_token, hello.memory_bandwidth)
 
     def stats(self, free_blocks: int, cached_blocks: int, running: int) -> WorkerStats:
         return WorkerStats(
@@ -50,8 +54,14 @@ class WorkerPeer:
             free_blocks=free_blocks,
             cached_blocks=cached_blocks,
             running=running,
-            steps=self.steps,
-            tokens=self.tokens,
-            busy_us=self.busy_us,
-            gap_us=self.gap_us,
+            steps=self.meter.steps,
+            tokens=self.meter.tokens,
+            busy_us=self.meter.busy_us,
+            gap_us=self.meter.gap_us,
+            in_flight=len(self.planned),
+            lookahead=self.hello.lookahead,
+            recent_idle_share=self.meter.recent_idle_share,
+            decode_busy_us=self.meter.decode_busy_us,
+            decode_floor_us=self.meter.decode_floor_us,
+            histograms=self.meter.histograms(),
         )

@@ -87,6 +87,8 @@ class Replica:
         self._flights: deque[Flight] = deque()
         self._next_step = 0
         self._idle = True
+        self.committed_at = 0.0
+        """When the last result was entered, as the core says. Every row that decodes got a token then."""
         self._prefilling: dict[int, None] = {}
         """Slots in PREFILL, in the order of their admission."""
         self._backlog = 0
@@ -106,6 +108,12 @@ class Replica:
     def awaited_step(self) -> int | None:
         """The step whose result is due; None if nothing is in flight."""
         return self._flights[0].step if self._flights else None
+
+    @property
+    def newest_step_tokens(self) -> int:
+        """Tokens that the step planned last computes; there must be one in flight."""
+        flight = self._flights[-1]
+        return flight.decode_rows + flight.chunk_tokens
 
     @property
     def load(self) -> float:
@@ -220,6 +228,8 @@ class Replica:
         if request is None:
             raise ValueError(f"slot {slot} is free")
         request.known = self.rows.tokens(slot)
+        if self.rows.known[slot] > self.rows.entered[slot]:
+            request.last_token_at = self.committed_at
         request.attempt += 1
         self.release(slot)
         return request

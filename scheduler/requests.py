@@ -17,13 +17,16 @@ class Request:
         "client",
         "first_token_at",
         "known",
+        "last_token_at",
         "limit",
         "losses",
         "number",
         "passed",
+        "preemptions",
         "priority",
         "probes",
         "prompt_length",
+        "resumed",
         "root",
         "sampling",
         "seed",
@@ -31,6 +34,7 @@ class Request:
         "stops",
         "submitted_at",
         "ticket",
+        "worker",
     )
 
     def __init__(
@@ -55,6 +59,8 @@ class Request:
         self.known = known
         """Prompt and generated tokens, int32."""
         self.prompt_length = prompt_length
+        self.resumed = len(known) - prompt_length
+        """Generated tokens that it came with."""
         self.limit = limit
         """The request ends when it knows so many tokens, prompt included."""
         self.sampling = sampling
@@ -68,6 +74,9 @@ class Request:
         self.attempt = 0
         self.losses = 0
         """Attempts that ended with the loss of the worker."""
+        self.preemptions = 0
+        self.worker: int | None = None
+        """Where it runs, or ran last."""
         self.passed = 0
         """Requests behind it in the queue that got a place before it."""
         self.probes: dict[int, tuple[int, Match]] = {}
@@ -77,6 +86,8 @@ class Request:
         self.submitted_at = now
         self.started_at: float | None = None
         self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        """Of a request that lost its place, once it had tokens."""
 
     def ended(self, reason: str, known: int, now: float, error: str = "") -> Ended:
         """The message that ends it, having `known` tokens."""

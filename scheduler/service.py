@@ -58,7 +58,7 @@ class Service:
         self.workers = WorkerPort(
             self.epoch, config.worker_lease, self._post, self._loop.time, self._core, self.clients.serve_model
         )
-        self.clients.worker_stats = self.workers.stats
+        self.clients.workers = self.workers
         with ExitStack() as opened:
             for one in dict.fromkeys((address, worker_address)):
                 one.require_safe(config.insecure)
@@ -98,13 +98,17 @@ class Service:
             self._flushing.cancel()  # a deadline may be why this runs
             self._flushing = None
         events, self._events = self._events, []
-        instructions = self._core.handle(events, self._loop.time())
+        begun = time.monotonic()  # the loop's own clock, which this is, may be a millisecond behind
+        instructions = self._core.handle(events, begun)
+        handled_s = time.monotonic() - begun
         rest: deque[Instruction] = deque()
         for instruction in instructions:
             if isinstance(instruction, SendPlan):
                 self.workers.send_plan(instruction)
             else:
                 rest.append(instruction)
+        if len(rest) < len(instructions):
+            self._core.counters.plan_time.observe(handled_s)
         self._carry_out(rest)
         self._await_deadline()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -34,6 +36,8 @@ LONGEST_STEPS = 10
 """A worker's lease is at least so many of its longest step: attention over a long context takes longer than the
 trial."""
 MAX_LOOKAHEAD = 64
+MOST_REMEMBERED = 1_024
+"""Of the workers that are gone."""
 MAX_HISTORY = 2**32
 """Tokens that the rows of one worker may have in all; memory is taken only as they are used."""
 
@@ -62,6 +66,10 @@ class WorkerPort:
         self._next_registration = 1
         self._model: ModelDescription | None = None
         self._files = FileStore(())
+        self.joined = self.restarted = 0
+        """See Stats."""
+        self._gone: deque[tuple[str, int]] = deque(maxlen=MOST_REMEMBERED)
+        """Names and instances of workers that are gone."""
         self._fetching: WorkerPeer | None = None
         """Whose tokenizer files are on their way."""
 
@@ -115,10 +123,9 @@ class WorkerPort:
             case StepResult():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
                     peer.waits_for_step = None
-                    peer.steps += 1
-                    peer.tokens += len(message.token)
-                    peer.busy_us += message.busy_us
-                    peer.gap_us += message.gap_us
+                    if peer.planned:  # else it answers what was not asked, for which the core expels it
+                        sent_at, after_idle = peer.planned.popleft()
+                        peer.meter.result(message, time.monotonic(), sent_at, after_idle, len(peer.planned))
                     self._post(StepDone(peer.registration, message.step, message.token, message.busy_us))
             case Idle():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
@@ -184,6 +191,9 @@ class WorkerPort:
     def _register(self, peer: WorkerPeer) -> None:
         peer.registered = True
         hello = peer.hello
+        self.joined += 1
+        former = {instance for name, instance in self._gone if name == hello.name}
+        self.restarted += bool(former) and hello.instance not in former
         welcome = WorkerWelcome(version=PROTOCOL_VERSION, epoch=self._epoch, registration=peer.registration)
         self._send(peer.routing_id, welcome)
         limits = WorkerLimits(
@@ -204,7 +214,12 @@ class WorkerPort:
 
     def send_plan(self, instruction: SendPlan) -> None:
         peer = self._by_registration.get(instruction.worker)
-        if peer is not None and not self._send(peer.routing_id, instruction.plan):
+        if peer is None:
+            return
+        data = encode(instruction.plan)
+        self._core.counters.plan_bytes.observe(len(data))
+        peer.planned.append((time.monotonic(), instruction.plan.after_idle))
+        if not self._send_bytes(peer.routing_id, data):
             log.error("worker %s cannot be reached", peer.hello.name)
             self._lose(peer.routing_id)
 
@@ -216,7 +231,10 @@ class WorkerPort:
             self._lose(peer.routing_id)
 
     def _send(self, route: bytes, message: Any) -> bool:
-        return self._socket is not None and bool(self._socket.send([route, encode(message)]))
+        return self._send_bytes(route, encode(message))
+
+    def _send_bytes(self, route: bytes, data: bytes) -> bool:
+        return self._socket is not None and bool(self._socket.send([route, data]))
 
     # --- workers that go -------------------------------------------------------------------------------------------
 
@@ -233,6 +251,8 @@ class WorkerPort:
         if peer is None:
             return
         del self._by_registration[peer.registration]
+        if peer.registered:
+            self._gone.append((peer.hello.name, peer.hello.instance))
         self._post(WorkerLost(peer.registration))
         if self._fetching is peer:
             self._fetching = None

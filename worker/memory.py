@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from torch import nn
 
 from .config import WorkerConfig
 from .loading import LoadError
@@ -16,6 +17,8 @@ CPU_CACHE_BYTES = 1024**3
 """KV cache of a CPU worker, unless a size is given."""
 GRAPH_BYTES: Final = 512 << 20
 """What CUDA itself takes for the graphs, by a generous estimate."""
+COPIED_BYTES: Final = 1 << 30
+"""To measure the bandwidth: far more than any cache holds."""
 GPU_MEMORY_UTILIZATION: Final = 0.9
 """Share of the GPU's memory that the worker uses in all, unless another is given."""
 
@@ -49,6 +52,38 @@ def count_blocks(
             "--max-model-len or give it more memory"
         )
     return int(min(blocks, least * config.max_num_seqs)) if config.num_gpu_blocks_override is None else blocks
+
+
+def weight_bytes_per_step(model: PagedModel) -> int:
+    """Bytes of weights that a step reads: all but the input embedding, of which it looks up rows, unless the head uses
+    it too."""
+    weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.module.parameters()}
+    embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()
+    if isinstance(embedding, nn.Embedding) and getattr(head, "weight", None) is not embedding.weight:
+        weights.pop(embedding.weight.data_ptr(), None)
+    return sum(weights.values())
+
+
+def copy_bandwidth(device: torch.device) -> int:
+    """Bytes that the device reads and writes per second when it copies, the best of a few tries; 0 on a CPU, or without
+    room to try."""
+    if device.type != "cuda":
+        return 0
+    try:
+        source, target = (torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    except torch.OutOfMemoryError:
+        return 0
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    fastest_s = float("inf")
+    for _ in range(6):
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        fastest_s = min(fastest_s, start.elapsed_time(end) / 1e3)
+    del source, target
+    torch.cuda.empty_cache()
+    return int(2 * COPIED_BYTES / fastest_s)
 
 
 def _peak_bytes(model: PagedModel, run: Callable[[], None]) -> int:

@@ -63,7 +63,7 @@ class Pipeline:
             Lane(index, inputs=capacity, outputs=slots, device=model.device) for index in range(lookahead + 1)
         ]
         self._executor = open_executor(model.device)
-        self._launched: queue.SimpleQueue[tuple[StepPlan, Lane, int, StepEvent] | None] = queue.SimpleQueue()
+        self._launched: queue.SimpleQueue[tuple[StepPlan, Lane, int, int, StepEvent] | None] = queue.SimpleQueue()
         self._next_step = 0
         self._finished_steps = 0
         self._failure: BaseException | None = None
@@ -114,7 +114,7 @@ class Pipeline:
         sampled = len(step.sampled_rows)
         event = self._executor.launch(lane, self._staged(step, lane), sampled)
         self._next_step += 1
-        self._launched.put((plan, lane, sampled, event))
+        self._launched.put((plan, lane, sampled, step.kv_tokens, event))
 
     def capture(self, sizes: Sequence[int], progress: Callable[[str, float], None]) -> None:
         """Captures CUDA graphs of decode steps of these numbers of rows. Nothing may be in flight."""
@@ -160,7 +160,7 @@ class Pipeline:
                 self._progress.notify_all()
             self._on_failure(error)
 
-    def _return(self, plan: StepPlan, lane: Lane, sampled: int, event: StepEvent) -> None:
+    def _return(self, plan: StepPlan, lane: Lane, sampled: int, kv_tokens: int, event: StepEvent) -> None:
         busy_us, gap_us = event.wait()
         token = lane.sampled_host[:sampled].numpy().astype(np.int32, copy=True)
         lane.release()  # before the result is out: the scheduler answers it with the lane's next plan
@@ -172,5 +172,6 @@ class Pipeline:
                 token=token,
                 busy_us=busy_us,
                 gap_us=0 if plan.after_idle else gap_us,
+                kv_tokens=kv_tokens,
             )
         )

@@ -21,7 +21,7 @@ from .describe import choose_max_model_len, describe, file_infos
 from .graphs import LARGEST_GRAPH, graph_sizes
 from .link import Failure, Link
 from .loading import ModelSource, tokenizer_files
-from .memory import count_blocks
+from .memory import copy_bandwidth, count_blocks, weight_bytes_per_step
 from .model import PagedModel, load_model
 from .pipeline import Pipeline
 from .session import Session
@@ -89,6 +89,7 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         lanes=config.lookahead + 1,
         progress=status.progress,
     )
+    weight_bytes, bandwidth = weight_bytes_per_step(model), copy_bandwidth(device)
     if device.type == "cuda" and not config.enforce_eager:
         status.progress("compiling the model", 0.0)
         keep_compiled_code()
@@ -112,6 +113,9 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         max_num_batched_tokens=config.max_num_batched_tokens,
         lookahead=config.lookahead,
         longest_step_s=longest_s,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=model.kv_bytes_per_block(1),
+        memory_bandwidth=bandwidth,
     )
     return hello, model, files
 

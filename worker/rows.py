@@ -51,6 +51,11 @@ class Step:
     def num_tokens(self) -> int:
         return len(self.row_of_token)
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values the step reads if all its rows decode, else 0."""
+        return int(self.kv_lens.sum()) if self.decode_rows == len(self.row_slot) else 0
+
 
 class HostRows:
     """Slot-indexed columns of what the plans so far have made of the device batch."""

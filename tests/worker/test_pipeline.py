@@ -107,6 +107,8 @@ def test_a_row_decodes_from_device_memory_while_its_tokens_are_on_their_way(rig:
     got = [rig.result() for _ in range(3)]
     assert [one.step for one in got] == [0, 1, 2]
     assert [int(one.token[0]) for one in got] == rig.greedy(prompt, 3)
+    # The first has a chunk; of the others each reads what was there and the token that it computes.
+    assert [one.kv_tokens for one in got] == [0, 4, 5]
 
 
 def test_a_slot_and_its_blocks_go_to_another_row_while_steps_that_use_them_are_in_flight(rig: Rig) -> None:
