@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .client import Client as Client
     from .client import Completion as Completion
     from .client import CompletionStream as CompletionStream
+    from .client import PositionLogprobs as PositionLogprobs
     from .client import SyncCompletionStream as SyncCompletionStream
     from .client import Timings as Timings
+    from .client import TokenLogprob as TokenLogprob
     from .client import TokensPrompt as TokensPrompt
     from .client import Usage as Usage
     from .protocol.errors import AuthenticationError as AuthenticationError
@@ -51,6 +53,8 @@ __all__ = [
     "Chunk",
     "Usage",
     "Timings",
+    "TokenLogprob",
+    "PositionLogprobs",
     "TandemError",
     "ConfigurationError",
     "ServiceUnavailable",

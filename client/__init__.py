@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from .results import Choice as Choice
     from .results import Chunk as Chunk
     from .results import Completion as Completion
+    from .results import PositionLogprobs as PositionLogprobs
     from .results import Timings as Timings
+    from .results import TokenLogprob as TokenLogprob
     from .results import Usage as Usage
     from .sync import Client as Client
     from .sync import SyncCompletionStream as SyncCompletionStream
@@ -27,6 +29,8 @@ _WHERE = {
     "Choice": ".results",
     "Usage": ".results",
     "Timings": ".results",
+    "TokenLogprob": ".results",
+    "PositionLogprobs": ".results",
     "ChatOptions": ".prompts",
     "TokensPrompt": ".prompts",
     "Tokenizer": ".tokenizer",

@@ -199,11 +199,16 @@ def _adapter() -> TypeAdapter[SamplingParams]:
     return TypeAdapter(SamplingParams)
 
 
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
 def _checked(params: SamplingParams) -> SamplingParams:
     values = {name: _without_numpy(getattr(params, name)) for name in SAMPLING_FIELDS}
     if values["stop"] is None or isinstance(values["stop"], str):
         values["stop"] = [values["stop"]] if values["stop"] else []
-    for name in ("temperature", "top_p"):
+    if values["bad_words"] is None:
+        values["bad_words"] = []
+    for name in _NUMBERS:
         if isinstance(values[name], bool | str):
             raise InvalidRequest(
                 f"{name}: expected a number, got {values[name]!r:.100}", field=name, value=values[name]
@@ -225,4 +230,6 @@ def _without_numpy(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, list | tuple):
         return [_without_numpy(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_numpy(key): _without_numpy(item) for key, item in value.items()}
     return value

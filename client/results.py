@@ -41,6 +41,29 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model held a token: before penalties, biases, temperature and the like."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of its probability."""
+    rank: int
+    """1 for the likeliest token of the vocabulary; tokens as likely as this one count as before it."""
+    text: str
+    """The token on its own; special tokens too. Empty if the model has no tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """What was likely at one position of a text."""
+
+    token: TokenLogprob
+    """The one that stands there."""
+    top: list[TokenLogprob]
+    """The likeliest ones, as many as were asked for, in order. `token` may be among them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of a streamed answer."""
 
@@ -56,6 +79,8 @@ class Chunk:
     """Which of the request's `n` samples it belongs to."""
     stop_reason: int | str | None = None
     """On the last chunk: as Choice.stop_reason."""
+    logprobs: list[PositionLogprobs] | None = None
+    """One for each of token_ids, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +95,8 @@ class Choice:
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     """What ended it: one of stop_token_ids, or a stop string. None at the model's own end, and at other ends."""
+    logprobs: list[PositionLogprobs] | None = None
+    """One for each of token_ids, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +114,7 @@ class Completion:
     prompt_token_ids: list[int]
     seed: int | None
     """What to pass as `seed` to have the same tokens again."""
+    logprobs: list[PositionLogprobs] | None = None
+    """Those of the first choice."""
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    """One for each of prompt_token_ids, if they were asked for; the first is None: nothing came before it."""

@@ -152,6 +152,8 @@ def _column_packer(dtype: np.dtype[Any]) -> Callable[[Any], bytes]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
     return _to_map(value) if type(value) in _PLANS else value
 
 

@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from .sampling import SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised with every change that an older peer would misread; both ends refuse another version by name."""
 
 
@@ -299,7 +299,7 @@ class Tokens:
     """New tokens of some of this client's requests, and requests that ended with them.
 
     Row i holds `count[i]` tokens of request `ticket[i]`, the first at output offset `offset[i]`; `token` is their
-    concatenation.
+    concatenation. Log-probabilities of tokens of prompts come before the first token of their request.
     """
 
     epoch: Number
@@ -308,6 +308,26 @@ class Tokens:
     count: Ints = field(default_factory=_no_ints)
     token: Ints = field(default_factory=_no_ints)
     ended: tuple[Ended, ...] = ()
+
+    entries: Ints = field(default_factory=_no_ints)
+    """For each token, how many log-probabilities are told: its own, then those of the likeliest, in order; 0 where they
+    were not asked for. Not there if nobody asked."""
+    rank: Ints = field(default_factory=_no_ints)
+    """For each token that has any: its rank in the vocabulary, from 1."""
+    entry_token: Ints = field(default_factory=_no_ints)
+    entry_logprob: Floats = field(default_factory=_no_floats)
+    """The log-probabilities, of all tokens in a row."""
+
+    prompt_ticket: Longs = field(default_factory=_no_longs)
+    prompt_position: Ints = field(default_factory=_no_ints)
+    """Prompt row i tells of `prompt_count[i]` tokens of the prompt of request `prompt_ticket[i]`, the first at this
+    position of the prompt …"""
+    prompt_count: Ints = field(default_factory=_no_ints)
+    prompt_entries: Ints = field(default_factory=_no_ints)
+    """… and of each of them so many log-probabilities: its own, then those of the likeliest."""
+    prompt_rank: Ints = field(default_factory=_no_ints)
+    prompt_entry_token: Ints = field(default_factory=_no_ints)
+    prompt_entry_logprob: Floats = field(default_factory=_no_floats)
 
 
 @message

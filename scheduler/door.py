@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from ..protocol.messages import MAX_SAMPLES, ModelDescription
-from ..protocol.sampling import SamplingParams, text_fields
+from ..protocol.sampling import MAX_PROMPT_LOGPROBS_ENTRIES, SamplingParams, text_fields
 from .events import IntColumn, Submitted
+
+_NOT_YET = (
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words_token_ids",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
+)
+_DEFAULTS = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +44,7 @@ def find_fault(request: Submitted, model: ModelDescription, max_n: int) -> Inval
         _bad_count(request, max_n)
         or _bad_prompt(request.prompt, model)
         or _bad_tokens("generated", request.generated, model)
-        or _bad_sampling(request.sampling, model)
+        or _bad_sampling(request.sampling, len(request.prompt), model)
         or _bad_resumption(request, model)
     )
 
@@ -76,15 +92,7 @@ def _bad_tokens(field: str, tokens: IntColumn, model: ModelDescription) -> Inval
     )
 
 
-def _bad_sampling(sampling: SamplingParams, model: ModelDescription) -> Invalid | None:
-    outside = [token for token in sampling.stop_token_ids if token >= model.vocab_size]
-    if outside:
-        return Invalid(
-            f"stop_token_ids holds {outside[0]}; the vocabulary has ids 0 to {model.vocab_size - 1}",
-            "stop_token_ids",
-            f"0 to {model.vocab_size - 1}",
-            str(outside[0]),
-        )
+def _bad_sampling(sampling: SamplingParams, prompt_length: int, model: ModelDescription) -> Invalid | None:
     about_text = text_fields(sampling)
     if about_text:
         field = about_text[0]
@@ -96,7 +104,76 @@ def _bad_sampling(sampling: SamplingParams, model: ModelDescription) -> Invalid 
             "0 to 2^63 - 1",
             "none",
         )
+    for field in _NOT_YET:
+        if getattr(sampling, field) != getattr(_DEFAULTS, field):
+            return Invalid(f"{field} is not supported yet", field, "not given", str(getattr(sampling, field))[:100])
+    return (
+        _outside_vocabulary(sampling, model.vocab_size)
+        or _bad_min_tokens(sampling)
+        or _nothing_left(sampling, model)
+        or _too_many_logprobs(sampling, prompt_length)
+    )
+
+
+def _outside_vocabulary(sampling: SamplingParams, vocab_size: int) -> Invalid | None:
+    named: tuple[tuple[str, Iterable[int]], ...] = (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias or ()),
+        ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        ("bad_words_token_ids", chain.from_iterable(sampling.bad_words_token_ids)),
+    )
+    for field, tokens in named:
+        highest = max(tokens, default=0)
+        if highest >= vocab_size:
+            limit = f"0 to {vocab_size - 1}"
+            return Invalid(f"{field} holds {highest}; the vocabulary has ids {limit}", field, limit, str(highest))
     return None
+
+
+def _bad_min_tokens(sampling: SamplingParams) -> Invalid | None:
+    if sampling.max_tokens is None or sampling.min_tokens <= sampling.max_tokens:
+        return None
+    return Invalid(
+        f"min_tokens is {sampling.min_tokens}, over max_tokens, {sampling.max_tokens}",
+        "min_tokens",
+        str(sampling.max_tokens),
+        str(sampling.min_tokens),
+    )
+
+
+def _nothing_left(sampling: SamplingParams, model: ModelDescription) -> Invalid | None:
+    """Parameters that leave no token to choose. What only some outputs lead to is for the worker to cope with."""
+    banned = {sequence[0] for sequence in sampling.bad_words_token_ids if len(sequence) == 1}
+    if sampling.min_tokens:
+        banned.update(sampling.stop_token_ids, model.eos_token_ids)
+    if not banned:
+        return None
+    allowed = sampling.allowed_token_ids
+    left = len(set(allowed) - banned) if allowed is not None else model.vocab_size - len(banned)
+    if left > 0:
+        return None
+    field = "bad_words_token_ids" if allowed is None else "allowed_token_ids"
+    return Invalid(
+        f"{field}: bad words{' and min_tokens' if sampling.min_tokens else ''} leave no token to choose",
+        field,
+        "at least 1 token",
+        "0 tokens",
+    )
+
+
+def _too_many_logprobs(sampling: SamplingParams, prompt_length: int) -> Invalid | None:
+    if sampling.prompt_logprobs is None:
+        return None
+    entries = prompt_length * (sampling.prompt_logprobs + 1)
+    if entries <= MAX_PROMPT_LOGPROBS_ENTRIES:
+        return None
+    return Invalid(
+        f"prompt_logprobs: {sampling.prompt_logprobs} likeliest of each of {prompt_length} prompt tokens are {entries} "
+        f"entries, over the limit of {MAX_PROMPT_LOGPROBS_ENTRIES}",
+        "prompt_logprobs",
+        str(MAX_PROMPT_LOGPROBS_ENTRIES),
+        str(entries),
+    )
 
 
 def _bad_resumption(request: Submitted, model: ModelDescription) -> Invalid | None:

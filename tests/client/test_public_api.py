@@ -36,8 +36,9 @@ def test_the_api_is_this() -> None:
     assert set(tandem.__all__) == set(
         """
         Client AsyncClient SamplingParams ChatOptions TokensPrompt CompletionStream SyncCompletionStream Completion
-        Choice Chunk Usage Timings TandemError ConfigurationError ServiceUnavailable VersionMismatch AuthenticationError
-        ProtocolError OffsetError RequestError InvalidRequest Overloaded RequestFailed RequestTimeout RequestCancelled
+        Choice Chunk Usage Timings TokenLogprob PositionLogprobs TandemError ConfigurationError ServiceUnavailable
+        VersionMismatch AuthenticationError ProtocolError OffsetError RequestError InvalidRequest Overloaded
+        RequestFailed RequestTimeout RequestCancelled
         """.split()
     )
 

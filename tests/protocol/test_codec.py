@@ -57,6 +57,10 @@ def column(values: list[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
     top_k=st.integers(-1, 2**31 - 1),
     seed=st.none() | st.integers(0, 2**63 - 1),
     stops=st.lists(st.integers(0, 2**40), max_size=128),
+    bias=st.none() | st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=5),
+    allowed=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5),
+    bad=st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=32), max_size=3),
+    logprobs=st.none() | st.integers(0, 20),
 )
 def test_a_submission_survives_the_wire(
     prompt: list[int],
@@ -65,8 +69,21 @@ def test_a_submission_survives_the_wire(
     top_k: int,
     seed: int | None,
     stops: list[int],
+    bias: dict[int, float] | None,
+    allowed: list[int] | None,
+    bad: list[list[int]],
+    logprobs: int | None,
 ) -> None:
-    sampling = SamplingParams(temperature=temperature, top_k=top_k, seed=seed, stop_token_ids=tuple(stops))
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        stop_token_ids=tuple(stops),
+        logit_bias=bias,
+        allowed_token_ids=None if allowed is None else tuple(allowed),
+        bad_words_token_ids=tuple(map(tuple, bad)),
+        logprobs=logprobs,
+    )
     sent = Submit(ticket=1, prompt=column(prompt), generated=column(generated), sampling=sampling)
     assert same(decode(encode(sent), Submit), sent)
 
