@@ -31,7 +31,7 @@ def check_writable(out: str | None, plot: str | None = None) -> None:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ConfigurationError(f"{name}: there is no folder {Path(path).absolute().parent}")
     if plot is not None and find_spec("matplotlib") is None:
-        raise ConfigurationError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+        raise ConfigurationError("--plot needs matplotlib, which is not installed: pip install 'tandem-serve[bench]'")
 
 
 def write_json(path: str, command: str, options: dict[str, Any], results: Sequence[Result]) -> None:

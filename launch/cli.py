@@ -1,5 +1,5 @@
-"""The command line: `tandem serve | generate | chat | demo | bench | scheduler | worker`. Each command's work is
-elsewhere; here are its flags, its help and its exit code (those of `bench` are in bench/cli.py).
+"""The command line: `tandem serve | generate | chat | demo | stats | bench | scheduler | worker`. Each command's work
+is elsewhere; here are its flags, its help and its exit code (those of `bench` are in bench/cli.py).
 
 Exit codes: 0 done, or ended as asked; 1 something failed; 2 the options cannot work; 130 `generate` was interrupted.
 """
@@ -53,6 +53,9 @@ Connect = Annotated[
         help="Address of a running service (default: $TANDEM_ADDRESS, else your own running one, else one is started "
         "for this command)."
     ),
+]
+RunningService = Annotated[
+    str | None, typer.Option("--connect", help="Address of the service (default: $TANDEM_ADDRESS, else your own).")
 ]
 SystemMessage = Annotated[str | None, typer.Option("--system", help="The chat's system message.")]
 
@@ -175,6 +178,20 @@ def demo(config: ConfigFile = None, **options: Any) -> None:
     from .demo import demo as run
 
     sys.exit(run(_split(options, config)[1]))
+
+
+@app.command()
+def stats(
+    connect: RunningService = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow a TCP address, which is not encrypted.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, max=3_600.0, help="Seconds between readings with --watch.")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each reading.")] = False,
+) -> None:
+    """Show how a running service is: requests, workers, latencies, how long the GPU idles."""
+    from .stats import stats as run
+
+    run(connect, insecure=insecure, watch=watch, interval_s=interval, as_json=as_json)
 
 
 class _Bench(TyperGroup):

@@ -74,6 +74,12 @@ def service(
     yield from _embedded(worker_options, scheduler_options, data_parallel_size)
 
 
+def running(connect: str | None, insecure: bool) -> Service:
+    """The service that `connect` names, or the one at $TANDEM_ADDRESS, or this user's. Raises ServiceUnavailable at
+    once if nobody can be there."""
+    return _running(connect or default_address().url, insecure)
+
+
 def _running(url: str, insecure: bool) -> Service:
     """A service that was named. Raises ServiceUnavailable at once if nobody can be there."""
     address = Address(url)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,6 @@ def test_a_picture_needs_matplotlib_before_anything_is_measured(
     assert "--plot needs matplotlib" in err
 
 
-@pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib, which Tandem does not")
 def test_a_picture_of_a_sweep(tmp_path: Path) -> None:
     code = (  # in a process of its own, because matplotlib keeps its fonts open
         "from tandem.bench.report import plot\n"
