@@ -91,9 +91,13 @@ def _no_floats() -> npt.NDArray[Any]:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 def message(cls: type[_T]) -> type[_T]:
-    """Makes a message class: frozen, by keyword, unknown fields refused when decoded."""
+    """Makes a message class: frozen, by keyword, unknown fields refused when decoded.
+
+    That nobody assigns to a field is for the type checker to see: at run time a frozen class takes three times as long
+    to make, and a step makes several.
+    """
     cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-    return dataclass(frozen=True, slots=True, kw_only=True, eq=False)(cls)
+    return dataclass(slots=True, kw_only=True, eq=False)(cls)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

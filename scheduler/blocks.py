@@ -6,9 +6,11 @@ A block is in exactly one of three places:
     owned     used by one row or, if it is cached, by several
     idle      cached and used by nobody: given away, least recently used first, when no free one is left
 
-A *cached* block is full of known tokens and can be found by them. Its key is the key of the block before it, as a
-name, and its own tokens, byte for byte: two contents are equal if their keys are, so that no hash can collide. The
-names are numbers that are never given twice, hence a chain whose head was given away is never found by a new head.
+A *cached* block is full of known tokens and can be found by them. Blocks that were filed one behind the other form a
+*run*, which has their tokens byte for byte: filing a prompt costs one entry of the index, whatever its length. Where a
+sequence leaves a run, a new one begins, whose key is the place where it begins and its first block's tokens. Two
+contents are equal if their bytes are, so that no hash can collide; and a place in a run is never given twice, hence a
+chain whose head was given away is never found by a new head.
 
     PRIVATE   not cached
     PENDING   cached, but no plan sent so far computes all of it; others may wait for it, not use it
@@ -17,26 +19,58 @@ names are numbers that are never given twice, hence a chain whose head was given
 
 from __future__ import annotations
 
-import struct
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple, TypeAlias
 
-PRIVATE, PENDING, READY = range(3)
 BYTES_PER_TOKEN = 4
+GONE = -1
+"""In a run, instead of a block that was given away."""
+EVICTED_AT_ONCE = 256
+"""A pool of so many blocks gives one away beyond need when it must give any, one of twice as many two, and so on: it is
+cheaper to look for several at once."""
+MOST_STALE = 64
+"""So many blocks that are idle no more, or as many as are, may stand among those that are."""
+
+Key: TypeAlias = tuple[int | str, int, bytes]
+"""By what a run is found: name and place where it leaves another, and its first block's tokens."""
 
 
-def root(salt: str) -> bytes:
-    """The name that chains begin with. Requests of different salts share nothing."""
-    return b"r" + salt.encode("utf-8", "surrogatepass")
+class Run:
+    """Cached blocks, each behind the one before it."""
+
+    __slots__ = ("blocks", "end", "key", "name", "tokens")
+
+    def __init__(self, name: int | str, key: Key, tokens: bytes, blocks: list[int]) -> None:
+        self.name = name
+        """A number that no other run of the pool ever has; for the beginning of sequences, the salt."""
+        self.key = key
+        """In the index, while the first block is there."""
+        self.tokens = tokens
+        """Of the blocks up to `end`, int32, as bytes; perhaps of more."""
+        self.blocks = blocks
+        """With GONE for those that were given away: places are never used again."""
+        self.end = len(blocks)
+        """Behind the last that is not GONE."""
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+Place: TypeAlias = tuple[Run, int]
+"""A cached block as what others follow: its run, and where in it; -1 for the beginning of a sequence."""
+
+
+@lru_cache(maxsize=1_024)
+def root(salt: str) -> Place:
+    """The place that sequences begin at. Requests of different salts share nothing."""
+    return Run(salt, (salt, -1, b""), b"", []), -1
+
+
+class Match(NamedTuple):
     """The longest chain of READY blocks that holds a sequence's first tokens."""
 
     blocks: list[int]
-    name: bytes
+    place: Place
     """Of the last of them, or the root."""
     pending: bool
     """The block that follows is being computed for another row."""
@@ -51,29 +85,33 @@ class BlockPool:
         self.evictions = 0
         self.generation = 0
         """Grows whenever the result of `match` may change."""
-        # Lists, not columns: most calls are about a handful of blocks.
+        self.cached = 0
+        """Blocks that can be found by their tokens."""
+        # No columns of NumPy: most calls are about a handful of blocks.
         self._free = list(range(total - 1, -1, -1))
         self._users = [0] * total
-        self._state = bytearray(total)
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        self._index: dict[bytes, int] = {}
-        """Cached blocks by key."""
-        self._pieces = struct.Struct(f"{block_size * BYTES_PER_TOKEN}s")
-        """A block's tokens, as bytes."""
-        self._key = [b""] * total
-        self._name = [b""] * total
-        """By block, if it is cached."""
+        """By block; if nobody uses it, the negative stamp of its last entry in `_idle`, or 0."""
+        self._idle: deque[tuple[int, list[int]]] = deque()
+        """What became idle together, with a stamp, least recently used first; each list ends with what shall be given
+        away first. A block counts only where `_users` has that stamp."""
+        self._num_idle = 0
+        self._num_entries = 0
+        """Blocks in `_idle`, with those that do not count."""
+        self._stamp = 0
+        self._run: list[Run | None] = [None] * total
+        """By block: where it can be found; None if it is PRIVATE."""
+        self._pending: set[int] = set()
+        """Cached blocks that are not READY."""
+        self._index: dict[Key, Run] = {}
+        """Runs by key, if their first block is still there."""
         self._next_name = 0
+        self._piece = block_size * BYTES_PER_TOKEN
+        """Bytes of a block's tokens."""
 
     @property
     def available(self) -> int:
         """Blocks that `take` can give."""
-        return len(self._free) + len(self._idle)
-
-    @property
-    def cached(self) -> int:
-        """Blocks that can be found by their tokens."""
-        return len(self._index)
+        return len(self._free) + self._num_idle
 
     # --- owners ----------------------------------------------------------------------------------------------------
 
@@ -83,7 +121,7 @@ class BlockPool:
         if count > len(free):
             if count > self.available:
                 raise ValueError(f"{count} blocks asked for, {self.available} of {self.total} are available")
-            self._evict(count - len(free))
+            self._evict(min(self._num_idle, count - len(free) + self.total // EVICTED_AT_ONCE))
         border = len(free) - count
         taken = free[border:]
         del free[border:]
@@ -95,107 +133,217 @@ class BlockPool:
 
     def share(self, blocks: Sequence[int]) -> None:
         """One more user for each of these cached blocks."""
+        users = self._users
         for block in blocks:
-            if not self._users[block]:
-                del self._idle[block]
-            self._users[block] += 1
+            if users[block] > 0:
+                users[block] += 1
+            else:
+                users[block] = 1
+                self._num_idle -= 1
 
     def idle_among(self, blocks: Sequence[int]) -> int:
         """How many of these nobody uses, and `available` counts."""
         users = self._users
-        return sum(not users[block] for block in blocks)
+        return sum(users[block] <= 0 for block in blocks)
 
     def give(self, blocks: Sequence[int]) -> None:
         """One user less for each; in the order of the sequence that they hold, whose tail is then given away first.
 
         Raises ValueError if nobody uses one of them, and changes nothing then.
         """
-        users, state = self._users, self._state
-        if not all(map(users.__getitem__, blocks)):
-            unused = [block for block in blocks if not users[block]]
+        users, runs = self._users, self._run
+        unused = [block for block in blocks if users[block] <= 0]
+        if unused:
             raise ValueError(f"blocks given back that nobody uses: {unused}")
-        for block in reversed(blocks):
-            users[block] -= 1
-            if users[block]:
-                continue
-            if state[block] == READY:
-                self._idle[block] = None
-                continue
-            if state[block] == PENDING:
-                self._forget(block)
-            self._free.append(block)
+        if self._pending and not self._pending.isdisjoint(blocks):
+            self._give_up([block for block in blocks if block in self._pending])
+        self._stamp += 1
+        stamp = -self._stamp
+        idle = []
+        for block in blocks:
+            if users[block] > 1:
+                users[block] -= 1
+            elif runs[block] is None:
+                users[block] = 0
+                self._free.append(block)
+            else:
+                users[block] = stamp
+                idle.append(block)
+        if idle:
+            self._idle.append((stamp, idle))
+            self._num_idle += len(idle)
+            self._num_entries += len(idle)
+            if self._num_entries > 2 * self._num_idle + MOST_STALE:
+                self._drop_stale()
+
+    def _give_up(self, blocks: list[int]) -> None:
+        """These will never be computed. They have one user, who leaves."""
+        self._pending.difference_update(blocks)
+        self._forget(blocks)
+
+    def _drop_stale(self) -> None:
+        """Keeps of `_idle` what counts."""
+        users = self._users
+        kept = ((stamp, [block for block in blocks if users[block] == stamp]) for stamp, blocks in self._idle)
+        self._idle = deque((stamp, blocks) for stamp, blocks in kept if blocks)
+        self._num_entries = self._num_idle
+
+    def idle(self) -> list[int]:
+        """Blocks that nobody uses and that can be found, in the order in which they would be given away."""
+        users = self._users
+        return [block for stamp, blocks in self._idle for block in reversed(blocks) if users[block] == stamp]
 
     def _evict(self, count: int) -> None:
         self.evictions += count
-        oldest = [self._idle.popitem(last=False)[0] for _ in range(count)]
-        for block in oldest:
-            self._forget(block)
-        self._free += oldest
+        self._num_idle -= count
+        users = self._users
+        while count:
+            stamp, blocks = self._idle[0]
+            popped = blocks[-count:]
+            del blocks[-count:]
+            if not blocks:
+                self._idle.popleft()
+            self._num_entries -= len(popped)
+            evicted = [block for block in popped if users[block] == stamp]
+            if evicted:
+                self._forget(evicted)
+                self._free += evicted
+                count -= len(evicted)
 
     # --- contents --------------------------------------------------------------------------------------------------
 
-    def match(self, tokens: bytes, name: bytes, most: int) -> Match:
-        """The longest chain after `name` for `tokens` (int32, as bytes), `most` blocks at most."""
-        index, state = self._index, self._state
+    def match(self, tokens: bytes, place: Place, most: int) -> Match:
+        """The longest chain behind `place` for `tokens` (int32, as bytes), `most` blocks at most."""
+        size, pending = self._piece, self._pending
         found: list[int] = []
-        for (piece,) in self._pieces.iter_unpack(tokens[: most * self._pieces.size]):
-            block = index.get(name + piece)
-            if block is None:
+        for offset in range(0, most * size, size):
+            following = self._behind(place, tokens[offset : offset + size])
+            if following is None:
                 break
-            if state[block] != READY:
-                return Match(found, name, True)
+            run, at = following
+            block = run.blocks[at]
+            if block in pending:
+                return Match(found, place, True)
             found.append(block)
-            name = self._name[block]
-        return Match(found, name, False)
+            place = following
+        return Match(found, place, False)
 
-    def enter(self, tokens: bytes, name: bytes, blocks: Sequence[int], state: int) -> bytes:
-        """Makes full blocks findable that hold `tokens` (int32, as bytes) after `name`; returns the last one's name.
+    def _behind(self, place: Place, piece: bytes) -> Place | None:
+        """Where the block stands that holds `piece` behind a place; None if none does."""
+        run, at = place
+        next_at = at + 1
+        if next_at < run.end and run.blocks[next_at] != GONE and run.tokens.startswith(piece, next_at * self._piece):
+            return run, next_at
+        branch = self._index.get((run.name, at, piece))
+        return None if branch is None else (branch, 0)
+
+    def enter(self, tokens: bytes, place: Place, blocks: list[int], ready: bool) -> Place:
+        """Makes full blocks findable that hold `tokens` (int32, as bytes) behind `place`, as READY or PENDING; returns
+        the last one's place.
 
         Contents that another block holds already stay where they are, and the chain goes on from there.
         """
-        index, keys, names, states = self._index, self._key, self._name, self._state
+        size = self._piece
         self.generation += 1
-        for (piece,), block in zip(self._pieces.iter_unpack(tokens), blocks, strict=True):
-            key = name + piece
-            holder = index.setdefault(key, block)
-            if holder == block:
-                self._next_name += 1
-                names[block] = b"n%d;" % self._next_name
-                keys[block] = key
-                states[block] = state
-            name = names[holder]
-        return name
+        for i in range(len(blocks)):
+            following = self._behind(place, tokens[i * size : (i + 1) * size])
+            if following is None:
+                return self._file(tokens[i * size :], place, blocks[i:], ready)
+            place = following
+        return place
+
+    def _file(self, tokens: bytes, place: Place, blocks: list[int], ready: bool) -> Place:
+        """Enters blocks the first of which nothing equals, so that nothing equals those behind it either."""
+        run, at = place
+        length = at + 1
+        if length and length == len(run.blocks) and length * self._piece == len(run.tokens):
+            run.tokens += tokens
+            run.blocks += blocks
+        else:
+            self._next_name += 1
+            key = run.name, at, tokens[: self._piece]
+            run = self._index[key] = Run(self._next_name, key, tokens, blocks)
+        run.end = len(run.blocks)
+        runs = self._run
+        for block in blocks:
+            runs[block] = run
+        if not ready:
+            self._pending.update(blocks)
+        self.cached += len(blocks)
+        return run, run.end - 1
 
     def computed(self, blocks: Sequence[int]) -> None:
         """A plan was made that completes these blocks: those that are PENDING become READY."""
-        state = self._state
-        for block in blocks:
-            if state[block] == PENDING:
-                state[block] = READY
-                self.generation += 1
+        before = len(self._pending)
+        self._pending.difference_update(blocks)
+        self.generation += before - len(self._pending)
 
-    def _forget(self, block: int) -> None:
-        del self._index[self._key[block]]
-        self._state[block] = PRIVATE
+    def _forget(self, blocks: list[int]) -> None:
+        """These can be found no more. As a rule they are the end of a run, in its order."""
+        for run, group in groupby(blocks, self._run.__getitem__):
+            gone = list(group)
+            if run is None:
+                raise RuntimeError(f"blocks {gone} are not cached")
+            if run.blocks[run.end - len(gone) : run.end] == gone:
+                self._cut(run, run.end - len(gone))
+            else:
+                for block in reversed(gone):
+                    self._cut_out(run, run.blocks.index(block))
+        runs = self._run
+        for block in blocks:
+            runs[block] = None
+        self.cached -= len(blocks)
         self.generation += 1
+
+    def _cut_out(self, run: Run, at: int) -> None:
+        if at + 1 == run.end:
+            self._cut(run, at)
+            return
+        run.blocks[at] = GONE
+        if not at:
+            del self._index[run.key]
+
+    def _cut(self, run: Run, end: int) -> None:
+        """The blocks of a run from `end` on are gone."""
+        blocks = run.blocks
+        had_first = blocks[0] != GONE
+        blocks[end : run.end] = [GONE] * (run.end - end)
+        while end and blocks[end - 1] == GONE:
+            end -= 1
+        run.end = end
+        if had_first and not end:
+            del self._index[run.key]
+        if 2 * end * self._piece < len(run.tokens):
+            run.tokens = run.tokens[: end * self._piece]
 
     # --- integrity -------------------------------------------------------------------------------------------------
 
     def check(self, tables: Sequence[Sequence[int]]) -> None:
         """Raises AssertionError unless free + idle + owned = all blocks, the users are these rows' block tables, and
-        exactly the cached blocks can be found."""
+        exactly the cached blocks stand in runs."""
         users = Counter(block for table in tables for block in table)
-        places = sorted([*self._free, *self._idle, *users])
-        cached = [block for block in range(self.total) if self._state[block] != PRIVATE]
+        idle = self.idle()
+        places = sorted([*self._free, *idle, *users])
+        cached = [block for block in range(self.total) if self._run[block] is not None]
+        runs = {id(run): run for run in self._run if run is not None}.values()
+        filed = [(block, run) for run in runs for block in run.blocks if block != GONE]
+        heads = sorted(id(run) for run in runs if run.blocks[0] != GONE)
         problems = [
             (places != list(range(self.total)), f"free, idle and owned are not all blocks: {places}"),
-            (self._users != [users[block] for block in range(self.total)], "users are miscounted"),
-            (sorted(self._index.values()) != cached, "cached blocks are misfiled"),
-            (any(self._state[block] != READY for block in self._idle), "an idle block is not READY"),
-            (any(self._state[block] != PRIVATE for block in self._free), "a free block is cached"),
-            (any(n > 1 and self._state[block] != READY for block, n in users.items()), "an unfinished block is shared"),
-            (any(self._key[block] != key for key, block in self._index.items()), "a key leads elsewhere"),
-            (len({self._name[block] for block in cached}) != len(cached), "two blocks have one name"),
+            ([max(0, n) for n in self._users] != [users[b] for b in range(self.total)], "users are miscounted"),
+            (self._num_idle != len(idle), f"{self._num_idle} blocks are counted as idle, {len(idle)} are"),
+            (self._num_entries != sum(len(blocks) for _, blocks in self._idle), "idle entries are miscounted"),
+            (any(self._run[block] is None for block in idle), "an idle block cannot be found"),
+            (any(self._run[block] is not None for block in self._free), "a free block is cached"),
+            (self._pending != self._pending & set(cached) & set(users), "what nobody computes is pending"),
+            (any(users[block] > 1 for block in self._pending), "an unfinished block is shared"),
+            (any(n > 1 and self._run[block] is None for block, n in users.items()), "a private block is shared"),
+            (self.cached != len(cached), f"{self.cached} blocks are counted as cached, {len(cached)} are"),
+            (sorted(block for block, _ in filed) != cached, "cached blocks are misfiled"),
+            (any(self._run[block] is not run for block, run in filed), "a block stands in another run"),
+            (sorted(id(run) for run in self._index.values()) != heads, "other runs can be found than begin"),
+            (any(run.key != key for key, run in self._index.items()), "a key leads elsewhere"),
+            (any(len(run.tokens) < run.end * self._piece for run in runs), "a block has lost its tokens"),
         ]
         for broken, story in problems:
             if broken:

@@ -16,15 +16,14 @@ known by then: those of prompts with their chunk, generated ones when their row 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan
-from .blocks import PENDING, READY, BlockPool, Match
-from .events import IntColumn, LongColumn, WorkerLimits
+from .blocks import BlockPool, Match
+from .events import IntColumn, LongColumn, WorkerLimits, record
 from .pace import Pace
 from .policy import Policy
 from .requests import Request
@@ -34,7 +33,7 @@ HUGE_SHARE = 0.75
 """Of the tokens left in a step, what a prompt gets that does not fit in: those behind it shall not wait for its end."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Flight:
     """A step without a result yet: which row each of its sampled tokens belongs to."""
 
@@ -46,7 +45,7 @@ class Flight:
     chunk_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Offer:
     """What it would mean to run a request here."""
 
@@ -55,7 +54,7 @@ class Offer:
     """Tokens to compute before its first one, those of others included, and a penalty for load; lower is better."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Commit:
     """What a result added: one entry for each token that still has an owner."""
 
@@ -89,10 +88,10 @@ class Replica:
         self._idle = True
         self.committed_at = 0.0
         """When the last result was entered, as the core says. Every row that decodes got a token then."""
-        self._prefilling: dict[int, None] = {}
-        """Slots in PREFILL, in the order of their admission."""
+        self._prefilling: dict[int, int] = {}
+        """By slot in PREFILL, in the order of their admission: its known tokens that no plan covers yet."""
         self._backlog = 0
-        """Known tokens of these that no plan covers yet."""
+        """Their sum."""
         self._joining: dict[int, None] = {}
         """Slots that the next plan must introduce to the worker."""
         self._leaving: list[int] = []
@@ -126,12 +125,8 @@ class Replica:
 
         The oldest does not count, however huge: the others get their share beside it.
         """
-        return self.rows.has_free_slot and self._backlog - self._oldest_backlog() < self.limits.max_num_batched_tokens
-
-    def _oldest_backlog(self) -> int:
-        for slot in self._prefilling:
-            return int(self.rows.known[slot] - self.rows.planned[slot])
-        return 0
+        oldest = next(iter(self._prefilling.values()), 0)
+        return self.rows.has_free_slot and self._backlog - oldest < self.limits.max_num_batched_tokens
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)
@@ -182,14 +177,14 @@ class Replica:
         except BaseException:
             self.pool.give(blocks)
             raise
-        self._prefilling[slot] = None
+        self._prefilling[slot] = length - shared * block_size
         self._joining[slot] = None
         self._backlog += length - shared * block_size
         if self._caching:
             full = length // block_size
             tokens = request.known[shared * block_size : full * block_size].tobytes()
             self.rows.filed[slot] = full
-            self.rows.name[slot] = self.pool.enter(tokens, match.name, own[: full - shared], PENDING)
+            self.rows.place[slot] = self.pool.enter(tokens, match.place, own[: full - shared], ready=False)
             request.probes.clear()
             if request.cached_tokens is None:
                 request.cached_tokens = min(shared * block_size, request.prompt_length)
@@ -197,25 +192,27 @@ class Replica:
     def release(self, slot: int) -> None:
         """Frees a slot and its blocks, whatever its phase and with any step in flight. Results on their way lose their
         owner."""
-        if self.rows.phase[slot] == PREFILL:
-            del self._prefilling[slot]
-            self._backlog -= int(self.rows.known[slot] - self.rows.planned[slot])
+        rows = self.rows
+        if slot in self._prefilling:
+            self._backlog -= self._prefilling.pop(slot)
         if slot in self._joining:
             del self._joining[slot]  # the worker never heard of it
-        elif self.rows.phase[slot] != ENDING:
+        elif rows.phase[slot] != ENDING:
             self._leaving.append(slot)  # an ENDING slot was put there when its last token was planned
+        blocks = rows.blocks(slot)
         if self._caching:
-            self._file_generated(slot)
-        self.pool.give(self.rows.close(slot))
+            self._file_generated(slot, blocks)
+        rows.close(slot)
+        self.pool.give(blocks)
 
-    def _file_generated(self, slot: int) -> None:
+    def _file_generated(self, slot: int, blocks: list[int]) -> None:
         """Enters the blocks that have become full of committed tokens since the row got its slot."""
         rows, block_size = self.rows, self.limits.block_size
-        filed, request = int(rows.filed[slot]), rows.request[slot]
+        filed = rows.filed[slot]
         full = min(int(rows.known[slot]), int(rows.planned[slot])) // block_size
-        if full > filed and request is not None:
+        if full > filed:
             tokens = rows.history[slot, filed * block_size : full * block_size].tobytes()
-            self.pool.enter(tokens, rows.name[slot], rows.table[slot, filed:full].tolist(), READY)
+            self.pool.enter(tokens, rows.place[slot], blocks[filed:full], ready=True)
 
     def slot_of(self, request: Request) -> int | None:
         """Where a request runs here, or None."""
@@ -359,11 +356,10 @@ class Replica:
         """Slots that compute known tokens in this step, and how many each; `budget` in all."""
         chunk_slot, chunk_length = [], []
         others = len(self._prefilling)
-        for slot in self._prefilling:
+        for slot, length in self._prefilling.items():
             if budget <= 0:
                 break
             others -= 1
-            length = int(self.rows.known[slot] - self.rows.planned[slot])
             if length > budget:
                 length = max(1, int(budget * HUGE_SHARE)) if others else budget
             chunk_slot.append(slot)
@@ -381,26 +377,30 @@ class Replica:
         rows.planned[decoding] = planned
         ending = decoding[planned >= rows.limit[decoding] - 1]
         rows.phase[ending] = ENDING
-        leaving: list[int] = ending.tolist()
-        completed: list[int] = []
-        self._backlog -= sum(chunk_length)
+        if not chunk_slot:
+            return decoding, ending.tolist()
+        slots, lengths = np.array(chunk_slot), np.array(chunk_length, np.int32)
+        before = rows.planned[slots]
+        after = before + lengths
+        rows.planned[slots] = after
+        if self._caching:
+            self._complete_blocks(chunk_slot, before, after)
         for slot, length in zip(chunk_slot, chunk_length, strict=True):
-            before = int(rows.planned[slot])
-            rows.planned[slot] += length
-            if self._caching:
-                block_size = self.limits.block_size
-                self.pool.computed(rows.table[slot, before // block_size : (before + length) // block_size].tolist())
-            if rows.planned[slot] == rows.known[slot]:
-                completed.append(slot)
+            self._backlog -= length
+            self._prefilling[slot] -= length
+            if not self._prefilling[slot]:
                 del self._prefilling[slot]
-                if rows.known[slot] < rows.limit[slot] - 1:
-                    rows.phase[slot] = DECODE
-                else:
-                    rows.phase[slot] = ENDING
-                    leaving.append(slot)
-        if completed:
-            return np.concatenate([decoding, np.array(completed, np.int64)]), leaving
-        return decoding, leaving
+        completed = slots[after == rows.known[slots]]
+        last = rows.limit[completed] <= rows.known[completed] + 1
+        rows.phase[completed] = np.where(last, np.uint8(ENDING), np.uint8(DECODE))
+        return np.concatenate([decoding, completed]), [*ending.tolist(), *completed[last].tolist()]
+
+    def _complete_blocks(self, slots: list[int], before: IntColumn, after: IntColumn) -> None:
+        """Chunks are planned that bring rows from so many tokens to so many."""
+        block_size, table = self.limits.block_size, self.rows.table
+        first, last = (before // block_size).tolist(), (after // block_size).tolist()
+        for slot, start, end in zip(slots, first, last, strict=True):
+            self.pool.computed(table[slot, start:end].tolist())
 
     def _introductions(self) -> dict[str, Any]:
         """The join columns of a plan."""
@@ -440,7 +440,11 @@ class Replica:
                 "slots in PREFILL are misfiled",
             ),
             (len(set(self._leaving)) != len(self._leaving), f"a slot leaves twice: {self._leaving}"),
-            (self._backlog != self._count_backlog(), f"the backlog is {self._count_backlog()}, not {self._backlog}"),
+            (
+                any(left != rows.known[slot] - rows.planned[slot] for slot, left in self._prefilling.items()),
+                f"what is left of prompts is miscounted: {self._prefilling}",
+            ),
+            (self._backlog != sum(self._prefilling.values()), f"the backlog is not {self._backlog}"),
             (bool((rows.known[owned] > rows.limit[owned]).any()), "a row knows more tokens than its limit"),
             (
                 bool((rows.planned[owned] > rows.num_blocks[owned] * self.limits.block_size).any()),
@@ -450,7 +454,3 @@ class Replica:
         for broken, story in problems:
             if broken:
                 raise AssertionError(f"worker {self.worker}: {story}")
-
-    def _count_backlog(self) -> int:
-        slots = list(self._prefilling)
-        return int((self.rows.known[slots] - self.rows.planned[slots]).sum()) if slots else 0

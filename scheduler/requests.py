@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..protocol.messages import Ended
 from ..protocol.sampling import SamplingParams
-from .blocks import Match
+from .blocks import Match, Place, root
 from .events import IntColumn
 
 
@@ -51,7 +51,7 @@ class Request:
         now: float,
         seed: int = 0,
         priority: int = 0,
-        root: bytes = b"r",
+        root: Place = root(""),  # noqa: B008 - a constant
     ) -> None:
         self.number = number
         self.client = client
@@ -70,7 +70,7 @@ class Request:
         """Of this sample."""
         self.priority = priority
         self.root = root
-        """The name that its chain of cached blocks begins with."""
+        """Where its chain of cached blocks begins."""
         self.attempt = 0
         self.losses = 0
         """Attempts that ended with the loss of the worker."""

@@ -15,6 +15,7 @@ import heapq
 
 import numpy as np
 
+from .blocks import Place, root
 from .events import BoolColumn, IntColumn, LongColumn, WorkerLimits
 from .requests import Request
 
@@ -56,10 +57,10 @@ class Rows:
         """Columns of `stops` that any row has used."""
         self.entered = np.zeros(slots, np.int32)
         """Tokens that were known when the row got its slot."""
-        self.filed = np.zeros(slots, np.int32)
-        """Leading blocks whose contents the prefix cache knows, here or in another block."""
-        self.name: list[bytes] = [b""] * slots
-        """By slot: the prefix cache's name of the last of them."""
+        self.filed = [0] * slots
+        """By slot: leading blocks whose contents the prefix cache knows, here or in another block."""
+        self.place: list[Place] = [root("")] * slots
+        """By slot: where in the prefix cache the last of them stands."""
         self.request: list[Request | None] = [None] * slots
         self._free = list(range(slots))
 
@@ -100,16 +101,19 @@ class Rows:
         self.phase[slot] = PREFILL
         return heapq.heappop(self._free)
 
-    def close(self, slot: int) -> list[int]:
-        """Frees a slot; returns its blocks, which are the caller's to give back."""
+    def blocks(self, slot: int) -> list[int]:
+        """The blocks of a row, in order."""
         blocks: list[int] = self.table[slot, : self.num_blocks[slot]].tolist()
+        return blocks
+
+    def close(self, slot: int) -> None:
+        """Frees a slot; its blocks are the caller's to give back."""
         self.phase[slot] = FREE
         self.number[slot] = -1
         self.num_blocks[slot] = 0
         self.request[slot] = None
         self.more_stops.pop(slot, None)
         heapq.heappush(self._free, slot)
-        return blocks
 
     def stopped(self, slots: LongColumn, tokens: IntColumn) -> BoolColumn:
         """Which of these rows got one of their stop tokens, bool like `slots`."""

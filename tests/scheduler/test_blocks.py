@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tandem.scheduler.blocks import PENDING, READY, BlockPool, Match, root
+from tandem.scheduler.blocks import BlockPool, Key, Match, Place, Run, root
 
 from support.profiles import examples
 
@@ -25,47 +25,45 @@ def as_bytes(tokens: list[int]) -> bytes:
     return np.array(tokens, np.int32).tobytes()
 
 
-class SameHash(bytes):
+class SameHash(tuple[Any, ...]):
     """A key that collides with every other."""
 
     def __hash__(self) -> int:
         return 1
 
 
-class CollidingIndex(dict[bytes, int]):
+class CollidingIndex(dict[Key, Run]):
     """A dict in which all keys have one hash."""
 
-    def get(self, key: bytes, default: Any = None) -> Any:
+    def get(self, key: Key, default: Any = None) -> Any:
         return super().get(SameHash(key), default)
 
-    def setdefault(self, key: bytes, default: Any = None) -> Any:
-        return super().setdefault(SameHash(key), default)
-
-    def __setitem__(self, key: bytes, value: int) -> None:
+    def __setitem__(self, key: Key, value: Run) -> None:
         super().__setitem__(SameHash(key), value)
 
-    def __getitem__(self, key: bytes) -> int:
+    def __getitem__(self, key: Key) -> Run:
         return super().__getitem__(SameHash(key))
 
-    def __delitem__(self, key: bytes) -> None:
+    def __delitem__(self, key: Key) -> None:
         super().__delitem__(SameHash(key))
 
     def __contains__(self, key: object) -> bool:
-        assert isinstance(key, bytes)
+        assert isinstance(key, tuple)
         return super().__contains__(SameHash(key))
 
 
 def state_of(pool: BlockPool) -> tuple[Any, ...]:
     """All that a pool remembers, to be compared."""
+    runs = {id(run): run for run in pool._run if run is not None}
     return (
         list(pool._free),
         list(pool._users),
-        bytes(pool._state),
-        list(pool._idle),
-        {bytes(key): block for key, block in pool._index.items()},
-        list(pool._key),
-        list(pool._name),
+        sorted(pool._pending),
+        pool.idle(),
+        sorted((repr(tuple(key)), repr(run.name)) for key, run in pool._index.items()),
+        sorted((repr(run.name), repr(run.key), run.tokens, run.blocks, run.end) for run in runs.values()),
         pool.evictions,
+        pool.cached,
     )
 
 
@@ -76,11 +74,26 @@ class TwinPools:
         self.plain = BlockPool(total, BLOCK)
         self.colliding = BlockPool(total, BLOCK)
         self.colliding._index = CollidingIndex()
+        self._twins: dict[Place, Place] = {}
+        """Places of the colliding pool by those of the plain one."""
 
     def call(self, method: str, *arguments: Any) -> Any:
         result = getattr(self.plain, method)(*arguments)
-        assert getattr(self.colliding, method)(*arguments) == result
+        twin = getattr(self.colliding, method)(
+            *(self._twins.get(a, a) if isinstance(a, tuple) else a for a in arguments)
+        )
+        if isinstance(result, Match):
+            assert (twin.blocks, twin.pending) == (result.blocks, result.pending)
+            self._pair(result.place, twin.place)
+        elif isinstance(result, tuple):
+            self._pair(result, twin)
+        else:
+            assert twin == result
         return result
+
+    def _pair(self, plain: Place, colliding: Place) -> None:
+        assert (colliding[0].name, colliding[1]) == (plain[0].name, plain[1])
+        self._twins[plain] = colliding
 
     def refused(self, method: str, *arguments: Any) -> None:
         """The call raises ValueError and changes nothing."""
@@ -116,9 +129,9 @@ class Row:
     blocks: list[int]
     pieces: list[Piece]
     """Contents of the full ones; those behind are private and not full."""
-    name: bytes
+    place: Place
     last: Cached | str
-    """The model of `name`."""
+    """The model of `place`."""
     filed: int
     computed: int
     """Full blocks that plans have computed."""
@@ -199,7 +212,7 @@ class BlocksMachine(RuleBasedStateMachine):
             self.model.idle = [one for one in self.model.idle if one != block]
         own = self.take(needed)
         shared, _ = self.model.match(salt, pieces[:most])
-        row = Row(match.blocks + own, pieces, match.name, shared[-1] if shared else salt, len(shared), len(shared))
+        row = Row(match.blocks + own, pieces, match.place, shared[-1] if shared else salt, len(shared), len(shared))
         self.rows.append(row)
         self.enter(row, ready=False)
 
@@ -281,7 +294,7 @@ class BlocksMachine(RuleBasedStateMachine):
 
     def enter(self, row: Row, ready: bool) -> None:
         tokens, blocks = self.flat(row.pieces[row.filed :]), row.blocks[row.filed : len(row.pieces)]
-        row.name = self.pools.call("enter", as_bytes(tokens), row.name, blocks, READY if ready else PENDING)
+        row.place = self.pools.call("enter", as_bytes(tokens), row.place, blocks, ready)
         for piece, block in zip(row.pieces[row.filed :], blocks, strict=True):
             row.last = self.model.cached.setdefault((row.last, piece), Cached(row.last, piece, block, ready))
         row.filed = len(row.pieces)
@@ -293,7 +306,7 @@ class BlocksMachine(RuleBasedStateMachine):
         self.pools.check([row.blocks for row in self.rows])
         pool, model = self.pools.plain, self.model
         assert pool.available == len(model.free) + len(model.idle)
-        assert list(pool._idle) == model.idle
+        assert pool.idle() == model.idle
         assert pool.cached == len(model.cached)
         assert pool.evictions == model.evictions
         assert pool.idle_among(range(pool.total)) == pool.available
@@ -309,7 +322,7 @@ TestBlocks.settings = settings(max_examples=examples(ci=200, nightly=20_000), st
 def cached_chain(pool: BlockPool, tokens: list[int], salt: str = "") -> list[int]:
     """Blocks that hold `tokens`, computed and used by nobody."""
     blocks = pool.take(len(tokens) // BLOCK)
-    pool.enter(as_bytes(tokens), root(salt), blocks, READY)
+    pool.enter(as_bytes(tokens), root(salt), blocks, True)
     pool.give(blocks)
     return blocks
 
@@ -363,12 +376,12 @@ def test_the_tail_is_given_away_first_and_the_least_recently_used_chain_before_i
 def test_a_chain_whose_head_was_given_away_is_not_found_by_an_equal_new_head() -> None:
     pool = BlockPool(4, BLOCK)
     head = pool.take(1)
-    name = pool.enter(as_bytes([1, 1]), root(""), head, READY)
+    name = pool.enter(as_bytes([1, 1]), root(""), head, True)
     twin = pool.take(1)  # a second row computed the same head, and its next block was filed behind the first one's
     rest = pool.take(1)
-    behind = pool.enter(as_bytes([1, 1]), root(""), twin, READY)
+    behind = pool.enter(as_bytes([1, 1]), root(""), twin, True)
     assert behind == name
-    pool.enter(as_bytes([2, 2]), behind, rest, READY)
+    pool.enter(as_bytes([2, 2]), behind, rest, True)
     pool.give(head)
     pool.give(twin)
     assert found(pool, [1, 1, 2, 2]) == [head[0], rest[0]]
@@ -377,7 +390,7 @@ def test_a_chain_whose_head_was_given_away_is_not_found_by_an_equal_new_head() -
     assert head[0] in taken
     assert found(pool, [1, 1, 2, 2]) == []
     new = [taken[0]]
-    pool.enter(as_bytes([1, 1]), root(""), new, READY)
+    pool.enter(as_bytes([1, 1]), root(""), new, True)
     assert found(pool, [1, 1, 2, 2]) == new
     pool.check([taken, rest])
 
@@ -385,7 +398,7 @@ def test_a_chain_whose_head_was_given_away_is_not_found_by_an_equal_new_head() -
 def test_what_was_never_computed_is_never_found_and_forgotten_with_its_row() -> None:
     pool = BlockPool(4, BLOCK)
     blocks = pool.take(2)
-    pool.enter(as_bytes([1, 1, 2, 2]), root(""), blocks, PENDING)
+    pool.enter(as_bytes([1, 1, 2, 2]), root(""), blocks, False)
     waiting = pool.match(as_bytes([1, 1, 2, 2]), root(""), 2)
     assert (waiting.blocks, waiting.pending) == ([], True)
     pool.computed(blocks[:1])
@@ -416,7 +429,7 @@ def test_the_generation_grows_whenever_a_match_changes() -> None:
         assert pool.generation > generation
 
     blocks = pool.take(2)
-    after(lambda: pool.enter(query, root(""), blocks, PENDING))
+    after(lambda: pool.enter(query, root(""), blocks, False))
     after(lambda: pool.computed(blocks[:1]))
     after(lambda: pool.computed(blocks[1:]))
     pool.give(blocks)
