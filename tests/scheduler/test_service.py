@@ -423,7 +423,7 @@ def test_a_client_that_goes_or_falls_silent_frees_its_requests() -> None:
             while (await stats_of(observer)).running:  # asking renews its own lease
                 pass
 
-    play(script, client_lease=0.5)
+    play(script, client_lease=2.0)
 
 
 def test_a_silent_worker_loses_its_requests_to_another() -> None:
