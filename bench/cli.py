@@ -165,7 +165,7 @@ class _System:
         if self.connect is not None:
             return {"connect": self.connect}
         address = "ipc:///unused"
-        unused = {"scheduler", "address", "worker_address", "name", "insecure", "log_level", *varied}
+        unused = {"scheduler", "address", "worker_address", "name", "keys", "insecure", "log_level", *varied}
         worker = place_workers(self.options, 1, address)[0].config.model_dump(exclude=unused)
         worker["model"] = self.options.get("model", BUILTIN_NAME)
         scheduler = build(SchedulerConfig, self.options, address=address).model_dump(exclude=unused)

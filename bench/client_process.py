@@ -3,7 +3,7 @@
 A Python client streams some tens of thousands of deliveries a second, which can be less than what it measures, so
 load.py starts as many of these as it is told. JSON lines come on stdin and go to stdout:
 
-    {"address", "insecure", "part", "parts", "load"}  →  {"event": "ready", …what is served}
+    {"address", "keys", "insecure", "part", "parts", "load"}  →  {"event": "ready", …what is served}
     {"run", "concurrency", "due"}, or {"warm_up"}     →  {"event": "prepared"}
     {"start": monotonic seconds}                      →  {"event": "progress", "ended"} …, {"event": "done", …}
 
@@ -152,7 +152,7 @@ async def _hear() -> dict[str, Any]:
 
 async def _serve(first: dict[str, Any]) -> None:
     name = f"tandem bench {first['part']}"
-    async with AsyncClient(first["address"], insecure=first["insecure"], name=name) as client:
+    async with AsyncClient(first["address"], keys=first["keys"], insecure=first["insecure"], name=name) as client:
         load = Load.model_validate(first["load"])
         process = ClientProcess(client, await client.tokenizer(), load, first["part"], first["parts"])
         model = client.model

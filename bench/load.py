@@ -87,6 +87,7 @@ class Clients:
         self._orders = [
             {
                 "address": target.address,
+                "keys": target.keys,
                 "insecure": target.insecure,
                 "part": part,
                 "parts": parts,

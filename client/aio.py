@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
+from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast, overload
 
@@ -49,16 +50,20 @@ class AsyncClient:
         self,
         address: str | None = None,
         *,
+        keys: str | PathLike[str] | None = None,
         insecure: bool = False,
         connect_timeout: float | None = CONNECT_TIMEOUT_S,
         reconnect_timeout: float | None = 10.0,
         max_concurrency: int = MAX_CONCURRENCY,
         name: str = "",
     ) -> None:
-        """Connects to nothing yet. `insecure` admits a tcp address; `connect_timeout` (s) includes waiting for a worker
-        to load the model; a scheduler that cannot be reached for `reconnect_timeout` (s) fails open requests;
-        `max_concurrency` bounds how much of a list of prompts is in flight at once; `name` is for the service's logs.
-        Raises ConfigurationError for an address that cannot be, InvalidRequest for other arguments that cannot."""
+        """Connects to nothing yet. `keys` is the key file that a tcp address needs, or a key directory (default:
+        $TANDEM_KEYS, else ~/.config/tandem/keys); `insecure` does without; `connect_timeout` (s) includes waiting
+        for a worker to load the model; a scheduler that cannot be reached for `reconnect_timeout` (s) fails open
+        requests; `max_concurrency` bounds how much of a list of prompts is in flight at once; `name` is for the
+        service's logs. Raises ConfigurationError for an address that cannot be or lacks its keys, InvalidRequest for
+        other arguments that cannot."""
+        from ..protocol.keys import peer_keys
         from ..protocol.transport import Address, default_address
         from .arguments import require_name, require_whole, seconds
         from .connection import Connection
@@ -68,12 +73,14 @@ class AsyncClient:
                 f"address: expected text like ipc:///directory, got {type(address).__name__}", field="address"
             )
         where = Address(address) if address is not None else default_address()
-        where.require_safe(insecure)
+        if keys is not None and not isinstance(keys, str | PathLike):
+            raise InvalidRequest(f"keys: expected a path, got {type(keys).__name__}", field="keys")
+        found = peer_keys(where, "clients", None if keys is None else fspath(keys), insecure)
         require_whole("max_concurrency", max_concurrency, 1)
         require_name(name)
         self._connect_timeout = seconds("connect_timeout", connect_timeout)
         self._connection = Connection(
-            where, name=name, reconnect_timeout_s=seconds("reconnect_timeout", reconnect_timeout)
+            where, name=name, reconnect_timeout_s=seconds("reconnect_timeout", reconnect_timeout), keys=found
         )
         self._max_concurrency = max_concurrency
         self._opened = False
@@ -83,7 +90,8 @@ class AsyncClient:
     # --- life ------------------------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Waits until the service can take requests. Raises ServiceUnavailable after `connect_timeout`."""
+        """Waits until the service can take requests. Raises ServiceUnavailable after `connect_timeout`, and
+        AuthenticationError as soon as the scheduler has refused our key."""
         if self._opened:
             raise RuntimeError("this client was connected before; make a new one")
         self._opened = True

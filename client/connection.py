@@ -23,6 +23,7 @@ from ..protocol.errors import (
     TandemError,
     VersionMismatch,
 )
+from ..protocol.keys import PeerKeys
 from ..protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -43,6 +44,7 @@ from ..protocol.messages import (
     Welcome,
 )
 from ..protocol.transport import Address, LoopSocket, open_dealer, require_private
+from ..protocol.wires import HANDSHAKE_EVENTS, Handshakes, monitor, read_event
 from .files import FileFetcher
 from .requests import OpenRequests
 from .stream import MAX_UNREAD_TOKENS, History, TokenStream
@@ -59,8 +61,18 @@ MAX_UNSENT_CANCELS = 65_536
 class Connection:
     """See the module. Everything here must be called on the loop that `open` ran on."""
 
-    def __init__(self, address: Address, *, name: str = "", reconnect_timeout_s: float | None = 10.0) -> None:
+    def __init__(
+        self,
+        address: Address,
+        *,
+        name: str = "",
+        reconnect_timeout_s: float | None = 10.0,
+        keys: PeerKeys | None = None,
+    ) -> None:
         self.address = address
+        self._keys = keys
+        self._handshakes = Handshakes(address.url, None if keys is None else keys.public)
+        self._monitor: LoopSocket | None = None
         self._name = name
         self._reconnect_timeout_s = reconnect_timeout_s
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -89,7 +101,8 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         try:
-            dealer = open_dealer(self._context, self.address.endpoint("clients"))
+            watch = None if self.address.is_ipc else self._watch_handshakes
+            dealer = open_dealer(self._context, self.address.endpoint("clients"), self._keys, watch)
             self._socket = LoopSocket(dealer, self._on_frames)
             self._tick()
             await self.ready(patience)
@@ -122,6 +135,9 @@ class Connection:
                 self._socket.send([encode(Goodbye(reason=reason))])
             self._socket.close()
             self._socket = None
+        if self._monitor is not None:
+            self._monitor.close(0)
+            self._monitor = None
         if self._context is not None:
             context, self._context = self._context, None
             context.term()  # waits at most for the socket's linger
@@ -197,6 +213,16 @@ class Connection:
                 return await answer
         except TimeoutError:
             raise ServiceUnavailable(self._why_not_ready(patience)) from None
+
+    # --- whether we are let in ---------------------------------------------------------------------------------------
+
+    def _watch_handshakes(self, dealer: zmq.Socket[bytes]) -> None:
+        self._monitor = LoopSocket(monitor(dealer, HANDSHAKE_EVENTS), self._on_handshake)
+
+    def _on_handshake(self, frames: list[bytes]) -> None:
+        error = self._handshakes.heard(read_event(frames), self._loop.time())
+        if error is not None:
+            self._give_up(error)
 
     # --- what the scheduler says -----------------------------------------------------------------------------------
 

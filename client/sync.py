@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Coroutine, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -44,6 +45,7 @@ class Client:
         self,
         address: str | None = None,
         *,
+        keys: str | PathLike[str] | None = None,
         insecure: bool = False,
         connect_timeout: float | None = CONNECT_TIMEOUT_S,
         reconnect_timeout: float | None = 10.0,
@@ -53,6 +55,7 @@ class Client:
         """As AsyncClient, and connects: raises ServiceUnavailable after `connect_timeout` seconds."""
         self._client = AsyncClient(
             address,
+            keys=keys,
             insecure=insecure,
             connect_timeout=connect_timeout,
             reconnect_timeout=reconnect_timeout,

@@ -26,7 +26,7 @@ def chat(*, connect: str | None, worker_options: Options, sampling: Mapping[str,
         try:
             with (
                 service(connect, worker_options) as target,
-                Client(target.address, insecure=target.insecure, name="tandem chat") as client,
+                Client(target.address, keys=target.keys, insecure=target.insecure, name="tandem chat") as client,
             ):
                 _Conversation(client, target, ending, sampling, system).run()
         except KeyboardInterrupt:

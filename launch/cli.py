@@ -1,5 +1,5 @@
-"""The command line: `tandem serve | generate | chat | demo | stats | bench | scheduler | worker`. Each command's work
-is elsewhere; here are its flags, its help and its exit code (those of `bench` are in bench/cli.py).
+"""The command line: `tandem serve | generate | chat | demo | stats | bench | scheduler | worker | keys`. Each
+command's work is elsewhere; here are its flags, its help and its exit code (those of `bench` are in bench/cli.py).
 
 Exit codes: 0 done, or ended as asked; 1 something failed; 2 the options cannot work; 130 `generate` was interrupted.
 """
@@ -57,6 +57,15 @@ Connect = Annotated[
 RunningService = Annotated[
     str | None, typer.Option("--connect", help="Address of the service (default: $TANDEM_ADDRESS, else your own).")
 ]
+ServiceKeys = Annotated[
+    str | None,
+    typer.Option(
+        "--keys",
+        help="Key file or directory for a tcp address (see `tandem keys`); default: $TANDEM_KEYS or "
+        "~/.config/tandem/keys.",
+    ),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Allow TCP without keys.")]
 SystemMessage = Annotated[str | None, typer.Option("--system", help="The chat's system message.")]
 
 
@@ -183,7 +192,8 @@ def demo(config: ConfigFile = None, **options: Any) -> None:
 @app.command()
 def stats(
     connect: RunningService = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow a TCP address, which is not encrypted.")] = False,
+    keys: ServiceKeys = None,
+    insecure: Insecure = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, max=3_600.0, help="Seconds between readings with --watch.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each reading.")] = False,
@@ -191,7 +201,7 @@ def stats(
     """Show how a running service is: requests, workers, latencies, how long the GPU idles."""
     from .stats import stats as run
 
-    run(connect, insecure=insecure, watch=watch, interval_s=interval, as_json=as_json)
+    run(connect, keys=keys, insecure=insecure, watch=watch, interval_s=interval, as_json=as_json)
 
 
 class _Bench(TyperGroup):
@@ -212,6 +222,26 @@ def _bench_commands() -> dict[str, Any]:
 
 BENCH_HELP = "Measure throughput and latencies: all requests at once, arriving over time, or at several loads."
 app.add_typer(typer.Typer(cls=_Bench, no_args_is_help=True), name="bench", help=BENCH_HELP)
+
+
+class _Keys(TyperGroup):
+    """`tandem keys …`, imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_keys_commands())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _keys_commands().get(cmd_name)
+
+
+def _keys_commands() -> dict[str, Any]:
+    from .keys import app as keys
+
+    return dict(typer.main.get_group(keys).commands)
+
+
+KEYS_HELP = "Make, list, replace and revoke the keys that TCP addresses need."
+app.add_typer(typer.Typer(cls=_Keys, no_args_is_help=True), name="keys", help=KEYS_HELP)
 
 
 def _split(options: dict[str, Any], config: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:

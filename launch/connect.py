@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..protocol.errors import ConfigurationError, ServiceUnavailable, TandemError
+from ..protocol.keys import peer_keys
 from ..protocol.transport import Address, default_address
 from .config import Options
 from .embedded import EmbeddedSystem
@@ -16,7 +17,7 @@ from .progress import StartDisplay, note
 from .signals import interrupt_main_thread, uninterrupted
 from .supervisor import ChildDied
 
-NEUTRAL = ("insecure", "log_level")
+NEUTRAL = ("keys", "insecure", "log_level")
 """Options that do not by themselves ask for a system of one's own."""
 
 
@@ -29,6 +30,8 @@ class Service:
     """A service to connect to."""
 
     address: str
+    keys: str | None
+    """Key file or directory, if one was named."""
     insecure: bool
     embedded: EmbeddedSystem | None
     """The system behind it, if it is our own."""
@@ -55,7 +58,7 @@ def service(
     Call it in the main thread, within ending_interrupts(): if a process of the embedded system dies, the block is
     interrupted and ChildDied raised. Raises ConfigurationError if the options contradict each other.
     """
-    insecure = bool(worker_options.get("insecure"))
+    keys, insecure = worker_options.get("keys"), bool(worker_options.get("insecure"))
     asked = [name for name in worker_options if name not in NEUTRAL]
     if connect is not None:
         if asked:
@@ -63,33 +66,33 @@ def service(
                 f"--connect names a running service, and --{asked[0].replace('_', '-')} is for starting one; "
                 "give one of the two"
             )
-        yield _running(connect, insecure)
+        yield _running(connect, keys, insecure)
         return
     if not asked and not embed:
         address = default_address()
         if os.environ.get("TANDEM_ADDRESS") or _answers(address):
             note(f"Using the service at {address.url}.")
-            yield _running(address.url, insecure)
+            yield _running(address.url, keys, insecure)
             return
     yield from _embedded(worker_options, scheduler_options, data_parallel_size)
 
 
-def running(connect: str | None, insecure: bool) -> Service:
+def running(connect: str | None, keys: str | None, insecure: bool) -> Service:
     """The service that `connect` names, or the one at $TANDEM_ADDRESS, or this user's. Raises ServiceUnavailable at
     once if nobody can be there."""
-    return _running(connect or default_address().url, insecure)
+    return _running(connect or default_address().url, keys, insecure)
 
 
-def _running(url: str, insecure: bool) -> Service:
+def _running(url: str, keys: str | None, insecure: bool) -> Service:
     """A service that was named. Raises ServiceUnavailable at once if nobody can be there."""
     address = Address(url)
-    address.require_safe(insecure)
+    peer_keys(address, "clients", keys, insecure)  # the client reads them itself, but what is wrong comes first
     if not _answers(address):
-        flags = "" if address.is_ipc else " --insecure"
+        flags = " --insecure" if insecure else ""
         raise ServiceUnavailable(
             f"nobody serves at {url}; start a service there with: tandem serve --address {url}{flags}"
         )
-    return Service(url, insecure, None)
+    return Service(url, keys, insecure, None)
 
 
 def _embedded(worker_options: Options, scheduler_options: Options, data_parallel_size: int) -> Iterator[Service]:
@@ -114,7 +117,7 @@ def _embedded(worker_options: Options, scheduler_options: Options, data_parallel
             system.start()
         armed = True
         if system.death is None:
-            yield Service(system.address, insecure=False, embedded=system)
+            yield Service(system.address, keys=None, insecure=False, embedded=system)
     except (KeyboardInterrupt, TandemError):
         if system.death is None:
             raise

@@ -93,7 +93,10 @@ class _Run:
         self._printed = 0
 
     async def run(self) -> int:
-        async with AsyncClient(self._target.address, insecure=self._target.insecure, name="tandem generate") as client:
+        target = self._target
+        async with AsyncClient(
+            target.address, keys=target.keys, insecure=target.insecure, name="tandem generate"
+        ) as client:
             tokenizer = await client.tokenizer()
             if not self._raw and (tokenizer is None or not tokenizer.chat_templates):
                 if self._system is not None:

@@ -79,10 +79,13 @@ def run_worker(options: Options) -> int:
 
 
 def _print_ready(system: System, seconds: float) -> None:
-    where = "" if system.address == default_address().url else f" --connect {system.address}"
-    python = f'"{system.address}"'
-    if not Address(system.address).is_ipc:
+    address = Address(system.address).reachable.url
+    where = "" if address == default_address().url else f" --connect {address}"
+    python = f'"{address}"'
+    if system.scheduler.insecure and not Address(address).is_ipc:
         where, python = f"{where} --insecure", f"{python}, insecure=True"
+    elif system.scheduler.keys is not None:
+        where, python = f"{where} --keys {system.scheduler.keys}", f'{python}, keys="{system.scheduler.keys}"'
     count = f"{system.workers} workers" if system.workers > 1 else "1 worker"
     print(
         f"Serving {system.model_name} at {system.address} ({count}, ready in {seconds:.1f} s). Ctrl-C ends it.\n"

@@ -31,13 +31,21 @@ _LATENCIES = {
 }
 
 
-def stats(connect: str | None, *, insecure: bool, watch: bool, interval_s: float, as_json: bool) -> None:
+def stats(
+    connect: str | None,
+    *,
+    keys: str | None = None,
+    insecure: bool = False,
+    watch: bool,
+    interval_s: float,
+    as_json: bool,
+) -> None:
     """Prints the figures of the service that `connect` names (default: this user's); with `watch` every `interval_s`
     seconds until Ctrl-C, and then rates and shares are those of the time since the last reading."""
-    target = running(connect, insecure)
+    target = running(connect, keys, insecure)
     with (
         ending_interrupts(once=True) as ending,
-        Client(target.address, insecure=insecure, connect_timeout=CONNECT_S, name="tandem stats") as client,
+        Client(target.address, keys=keys, insecure=insecure, connect_timeout=CONNECT_S, name="tandem stats") as client,
     ):
         try:
             if watch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..protocol.errors import ConfigurationError
+from ..protocol.keys import keys_path, server_keys
 from ..protocol.transport import Address, ServiceDirectory
 from ..scheduler.config import SchedulerConfig
 from ..worker.config import WorkerConfig
@@ -53,7 +54,7 @@ class System:
         self._scheduler_options = scheduler
         self._worker_options = worker
         self.scheduler = build(SchedulerConfig, scheduler)
-        Address(self.scheduler.address).require_safe(self.scheduler.insecure)
+        _require_keys(self.scheduler)
         first = place_workers(worker, data_parallel_size, self.address)[0].config
         self.model_name = first.served_model_name or first.model
         """What the workers serve, as clients call it."""
@@ -85,7 +86,11 @@ class System:
         supervisor.start(ChildSpec("scheduler", "tandem.scheduler.main", _arguments(self.scheduler), last=True))
         # Workers connect only once they have loaded a model, long after the scheduler listens.
         where = self.scheduler.worker_address or self.scheduler.address
-        places = place_workers(self._worker_options, self.workers, where)
+        where = Address(where).reachable.url
+        options = self._worker_options
+        if Address(where).is_ipc and "keys" in options:  # these are for the clients' port then
+            options = {**options, "keys": None}
+        places = place_workers(options, self.workers, where)
         for place in places:
             supervisor.start(
                 ChildSpec(place.config.name, "tandem.worker.main", _arguments(place.config), place.environment)
@@ -148,6 +153,15 @@ def visible_gpus(devices: Path = Path("/dev")) -> Sequence[str]:
     )
     # Device files keep their numbers in a container that sees some of them; CUDA counts what it sees from 0.
     return [str(index) for index in range(len(numbers))]
+
+
+def _require_keys(config: SchedulerConfig) -> None:
+    """Raises ConfigurationError if a tcp address needs keys that are not there, or keys are given and nothing needs
+    them."""
+    addresses = [Address(url) for url in (config.address, config.worker_address) if url is not None]
+    for one in [address for address in addresses if not address.is_ipc] or addresses:
+        if one.needs_keys(config.insecure, config.keys):
+            server_keys(keys_path(config.keys))
 
 
 def _arguments(config: SchedulerConfig | WorkerConfig) -> list[str]:

@@ -16,18 +16,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import zmq
 
 from .codec import MAX_MESSAGE_BYTES
 from .errors import ConfigurationError
+from .wires import Wire, wire_of
+
+if TYPE_CHECKING:
+    from .keys import PeerKeys, ServerKeys
 
 Port = Literal["clients", "workers"]
 
 HEARTBEAT_MS = 2_000
 """ZeroMQ's own ping; a peer that is silent for HEARTBEAT_TIMEOUT_MS is disconnected (and reconnects if it lives)."""
 HEARTBEAT_TIMEOUT_MS = 10_000
+HANDSHAKE_MS = 5_000
+"""A connection that has not introduced itself by then is closed, so that half-open ones do not pile up."""
 LINGER_MS = 500
 """How long a closing socket may go on sending what is queued."""
 QUEUE_MESSAGES = 4_096
@@ -76,14 +82,21 @@ class Address:
         """What ZeroMQ binds or connects to. A tcp address is one endpoint, whatever the port."""
         return f"{self.url}/{port}" if self.url.startswith("ipc://") else self.url
 
-    def require_safe(self, insecure: bool) -> None:
-        """Raises ConfigurationError for TCP, loopback included, unless `insecure` was spelled out: anyone who reaches
-        it may use it."""
-        if not self.is_ipc and not insecure:
-            raise ConfigurationError(
-                f"address {self.url!r}: TCP is neither encrypted nor authenticated here; use an ipc:// address, or add "
-                "--insecure to accept that anyone who can reach the port may use the service"
-            )
+    def needs_keys(self, insecure: bool, keys: str | None) -> bool:
+        """Whether sockets here check keys: TCP, loopback included, unless `insecure` was spelled out. Raises
+        ConfigurationError if `keys`, where they are, was given and they would not be used."""
+        if keys is not None and (self.is_ipc or insecure):
+            why = "the directory guards an ipc address" if self.is_ipc else "--insecure means none"
+            raise ConfigurationError(f"address {self.url!r} takes no keys ({why}), but --keys {keys} is given")
+        return not self.is_ipc and not insecure
+
+    @property
+    def reachable(self) -> Address:
+        """Where a process on this machine connects: a host that means all interfaces is the loopback."""
+        for everywhere, loopback in (("tcp://*:", "tcp://127.0.0.1:"), ("tcp://0.0.0.0:", "tcp://127.0.0.1:")):
+            if self.url.startswith(everywhere):
+                return Address(loopback + self.url[len(everywhere) :])
+        return self
 
 
 def default_address(name: str = "default") -> Address:
@@ -149,29 +162,29 @@ class ServiceDirectory:
             return  # somebody keeps something of their own there
 
 
-def make_private(directory: Path) -> None:
-    """Makes a directory, and those above it that are missing, for this user alone. Raises ConfigurationError if it
-    cannot."""
+def make_private(directory: Path, what: str = "address ipc://") -> None:
+    """Makes a directory, and those above it that are missing, for this user alone. Raises ConfigurationError, which
+    begins with `what` and the directory, if it cannot."""
     try:
         for missing in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
             missing.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"address ipc://{directory}: cannot make the directory: {error.strerror}") from error
+        raise ConfigurationError(f"{what}{directory}: cannot make the directory: {error.strerror}") from error
 
 
-def require_private(directory: Path) -> None:
-    """Raises ConfigurationError unless `directory` is a real directory of this user's that nobody else may enter."""
+def require_private(directory: Path, what: str = "address ipc://") -> None:
+    """Raises ConfigurationError, which begins with `what` and the directory, unless it is a real directory of this
+    user's that nobody else may enter."""
     info = os.lstat(directory)
     if not stat.S_ISDIR(info.st_mode):
-        raise ConfigurationError(f"address ipc://{directory}: not a directory")
+        raise ConfigurationError(f"{what}{directory}: not a directory")
     if info.st_uid != os.getuid():
         raise ConfigurationError(
-            f"address ipc://{directory}: the directory belongs to user {info.st_uid}, not to you ({os.getuid()})"
+            f"{what}{directory}: the directory belongs to user {info.st_uid}, not to you ({os.getuid()})"
         )
     if info.st_mode & 0o077:
         raise ConfigurationError(
-            f"address ipc://{directory}: other users may enter it (mode {stat.S_IMODE(info.st_mode):o}); "
-            "run chmod 700 on it"
+            f"{what}{directory}: other users may enter it (mode {stat.S_IMODE(info.st_mode):o}); run chmod 700 on it"
         )
 
 
@@ -181,16 +194,32 @@ def open_router(
     *,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     unread_messages: int = QUEUE_MESSAGES,
+    keys: ServerKeys | None = None,
+    domain: Port = "clients",
+    prepare: Callable[[zmq.Socket[bytes]], None] | None = None,
 ) -> zmq.Socket[bytes]:
     """A bound ROUTER: sends to unknown or full peers raise instead of dropping, and no peer can take over another's
     identity. A peer whose message is larger than `max_message_bytes` is disconnected; one with `unread_messages`
-    waiting here must wait."""
+    waiting here must wait.
+
+    With `keys` it speaks CURVE and nothing else, and the context's ZAP handler is asked who may connect to `domain`;
+    without a handler nobody may. `prepare` is called with the socket before it is bound.
+    """
     socket = context.socket(zmq.ROUTER)
     _configure(socket)
+    socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    if keys is not None:
+        socket.set(zmq.CURVE_SERVER, 1)
+        socket.set(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        socket.set(zmq.ZAP_DOMAIN, domain.encode())
+        socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
     socket.set(zmq.MAXMSGSIZE, max_message_bytes)
     socket.set(zmq.RCVHWM, unread_messages)
     socket.set(zmq.ROUTER_MANDATORY, 1)
     socket.set(zmq.ROUTER_HANDOVER, 0)
+    if prepare is not None:
+        prepare(socket)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -199,11 +228,23 @@ def open_router(
     return socket
 
 
-def open_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+def open_dealer(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    keys: PeerKeys | None = None,
+    prepare: Callable[[zmq.Socket[bytes]], None] | None = None,
+) -> zmq.Socket[bytes]:
     """A connecting DEALER; ZeroMQ connects in the background and reconnects by itself. Queues nothing for a peer that
-    is not there."""
+    is not there. With `keys` it speaks CURVE, and only with the scheduler that has `keys.server`. `prepare` is called
+    with the socket before it connects."""
     socket = context.socket(zmq.DEALER)
     _configure(socket)
+    if keys is not None:
+        socket.set(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        socket.set(zmq.CURVE_SERVERKEY, keys.server.encode())
+    if prepare is not None:
+        prepare(socket)
     socket.set(zmq.IMMEDIATE, 1)
     socket.set(zmq.RECONNECT_IVL, 50)
     socket.set(zmq.RECONNECT_IVL_MAX, 1_000)
@@ -235,6 +276,10 @@ _MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
 _LAST = int(zmq.DONTWAIT)
 
 
+LOCAL = "local"
+"""The sender of a message that came over a socket without keys."""
+
+
 class LoopSocket:
     """A ZeroMQ socket driven by an asyncio loop through callbacks, without a task or future per message.
 
@@ -258,6 +303,10 @@ class LoopSocket:
         self._fd = int(socket.get(zmq.FD))
         self._pending: asyncio.Handle | None = None
         self._closed = False
+        self._keyed = socket.get(zmq.MECHANISM) == zmq.CURVE and bool(socket.get(zmq.CURVE_SERVER))
+        self._first: zmq.Frame | None = None
+        self.sender = LOCAL
+        """Who sent the message that is being handled: the public key (Z85) that its connection proved to have."""
         self._loop.add_reader(self._fd, self._read)
         self._read_soon()
 
@@ -301,7 +350,7 @@ class LoopSocket:
         try:
             while not self._closed and self._loop.time() < until:
                 try:
-                    frames = self._socket.recv_multipart(flags=zmq.DONTWAIT)
+                    frames = self._receive_keyed() if self._keyed else self._socket.recv_multipart(flags=zmq.DONTWAIT)
                 except zmq.Again:
                     return
                 self._on_message(frames)
@@ -309,3 +358,16 @@ class LoopSocket:
             self._read_soon()  # the edge is consumed: what else is waiting would not be announced again
             raise
         self._read_soon()
+
+    def _receive_keyed(self) -> list[bytes]:
+        """Only a Frame, which costs a copy's time, knows who sent it."""
+        self._first = self._socket.recv(zmq.DONTWAIT, copy=False)
+        self.sender = str(self._first.get("User-Id"))
+        frames = [self._first.bytes]
+        while self._socket.get(zmq.RCVMORE):
+            frames.append(self._socket.recv(zmq.DONTWAIT))
+        return frames
+
+    def wire(self) -> Wire | None:
+        """The connection that the message being handled came over; None without keys, or if it has ended."""
+        return None if self._first is None else wire_of(self._first)

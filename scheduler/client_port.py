@@ -26,11 +26,12 @@ from ..protocol.messages import (
     Welcome,
 )
 from ..protocol.transport import LoopSocket, Sent
+from .admission import Admission, Complaints
 from .core import Core
 from .delivery import Delivery
 from .events import Accept, Cancelled, ClientLost, Deliver, Event, Reject, Submitted
 from .files import FileStore
-from .peers import MAX_BACKLOG_BYTES, ClientPeer
+from .peers import MAX_BACKLOG_BYTES, ClientPeer, require_given_route
 from .worker_port import WorkerPort
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ class ClientPort:
         self._retrying = False
         self._delivery = Delivery(epoch, delivery_interval_s)
         self._flushing = False
-        self._complained_at = float("-inf")
+        self._complaints = Complaints(clock)
+        self.admission: Admission | None = None
+        """Who may connect; None where no keys are used."""
         self._socket: LoopSocket | None = None
         self._by_route: dict[bytes, ClientPeer] = {}
         self._by_client: dict[int, ClientPeer] = {}
@@ -94,20 +97,25 @@ class ClientPort:
 
     def on_message(self, frames: list[bytes]) -> None:
         route, data = frames[0], frames[-1]
+        assert self._socket is not None
+        peer = self._sender(route, self._socket.sender)
+        if self.admission is not None and peer is None and not self.admission.check("clients", self._socket):
+            return
         try:
             if len(frames) != 2:
                 raise ProtocolError(f"a message has one frame, not {len(frames) - 1}")
+            if peer is None:
+                require_given_route(route)
             message = decode(data, ClientHello, Submit, Cancel, Ping, AskStats, FetchFile, Goodbye)
         except VersionMismatch as error:
-            self._complain("refused a client: %r", str(error)[:200])
+            self._complaints.warn("refused a client: %r", str(error)[:200])
             self._reply(route, VersionRefused(version=PROTOCOL_VERSION))
             return
         except ProtocolError as error:
-            self._complain("client %s broke the protocol: %r", route.hex(), str(error)[:200])
+            self._complaints.warn("client %s broke the protocol: %r", route.hex(), str(error)[:200])
             self._reply(route, Goodbye(reason=f"protocol error: {error}"[:1_000]))
             self._lose(route)
             return
-        peer = self._by_route.get(route)
         if isinstance(message, ClientHello):
             self._greet(route, message)
         elif peer is None:
@@ -116,17 +124,34 @@ class ClientPort:
             peer.heard_at = self._clock()
             self._handle(peer, message)
 
-    def _complain(self, message: str, *arguments: object) -> None:
-        """Logs what strangers did wrong, at most once a second: they must not fill the disk."""
-        now = self._clock()
-        if now - self._complained_at >= 1.0:
-            self._complained_at = now
-            log.warning(message, *arguments)
+    def _sender(self, route: bytes, key: str) -> ClientPeer | None:
+        """The client that a message is from, if it is one. A route whose client is gone may have been
+        given to another key."""
+        peer = self._by_route.get(route)
+        if peer is not None and peer.key != key:
+            self._lose(route)
+            return None
+        return peer
+
+    def drop_revoked(self) -> None:
+        """Ends the connections of clients whose keys are not admitted any more, and cancels their requests."""
+        assert self.admission is not None
+        for peer in list(self._by_client.values()):
+            if not self.admission.admits("clients", peer.key):
+                log.warning("client %d (%s) is dropped: its key was revoked", peer.client, peer.name)
+                self._send(peer, Goodbye(reason="the key of this client was revoked"))
+                self._lose(peer.routing_id)
+                self.admission.condemn(peer.wire)
 
     def _greet(self, route: bytes, hello: ClientHello) -> None:
+        assert self._socket is not None
         former = self._by_route.get(route)
         self._lose(route)  # a repeated hello starts anew
-        peer = ClientPeer(route, self._next_client, repr(hello.name)[:80], self._clock())
+        key = self._socket.sender
+        name = repr(hello.name)[:80]
+        if self.admission is not None:
+            name += f" with key {self.admission.name('clients', key)}"
+        peer = ClientPeer(route, key, self._next_client, name, self._clock(), wire=self._socket.wire())
         peer.fetched_bytes = 0 if former is None else former.fetched_bytes
         self._next_client += 1
         self._by_route[route] = self._by_client[peer.client] = peer

@@ -19,9 +19,15 @@ class SchedulerConfig(BaseModel):
         str | None,
         Field(description="Where workers connect; with a tcp address they need one of their own."),
     ] = None
+    keys: Annotated[
+        str | None,
+        Field(
+            description="Directory of the keys that tcp addresses need (see `tandem keys`); default: $TANDEM_KEYS or "
+            "~/.config/tandem/keys."
+        ),
+    ] = None
     insecure: Annotated[
-        bool,
-        Field(description="Allow TCP, which is not encrypted or authenticated: anyone who reaches the port is served."),
+        bool, Field(description="Allow TCP without keys: nothing is encrypted, and who reaches the port is served.")
     ] = False
     client_lease: Annotated[
         float,

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from ..protocol.errors import ProtocolError
 from ..protocol.messages import WorkerHello, WorkerStats
+from ..protocol.wires import Wire
 from .metrics import DeviceMeter
 
 MAX_BACKLOG_BYTES = 8 * 1024 * 1024
 """Kept for a client that does not read, beyond ZeroMQ's own queue; then it loses its requests."""
+
+
+def require_given_route(route: bytes) -> None:
+    """Raises ProtocolError unless the ROUTER itself named the peer: what a peer calls itself may be another's name."""
+    if route[:1] != b"\0":
+        raise ProtocolError("a peer must not choose its own routing id")
 
 
 @dataclass(slots=True)
@@ -17,6 +25,8 @@ class ClientPeer:
     """A connected client. `backlog` holds what its full queue did not take, in order."""
 
     routing_id: bytes
+    key: str
+    """What its connection proved to be: a public key, or LOCAL. A route with another key is another peer."""
     client: int
     name: str
     heard_at: float
@@ -24,6 +34,8 @@ class ClientPeer:
     backlog_bytes: int = 0
     fetched_bytes: int = 0
     """Of tokenizer files, on this connection."""
+    wire: Wire | None = None
+    """The connection, where keys are used."""
 
 
 @dataclass(slots=True)
@@ -31,6 +43,8 @@ class WorkerPeer:
     """A worker between its hello and its loss; `registered` once its tokenizer files are here and plans may go out."""
 
     routing_id: bytes
+    key: str
+    """As a ClientPeer's."""
     registration: int
     hello: WorkerHello
     heard_at: float
@@ -38,6 +52,8 @@ class WorkerPeer:
     """Plans may go out; before, its tokenizer files are fetched or those of another worker."""
     waits_for_step: int | None = None
     """The step that it said it waits for when last it was idle, though that had been planned."""
+    wire: Wire | None = None
+    """The connection, where keys are used."""
     meter: DeviceMeter = field(init=False)
     planned: deque[tuple[float, bool]] = field(default_factory=deque)
     """Of each plan without a result: when it was sent, and whether the worker had been idle."""

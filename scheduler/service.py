@@ -10,15 +10,21 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import zmq
 
 from ..protocol.codec import MAX_SUBMISSION_BYTES
 from ..protocol.errors import ConfigurationError
-from ..protocol.transport import Address, LoopSocket, ServiceDirectory, open_router
+from ..protocol.keys import ServerKeys, keys_path, server_keys
+from ..protocol.transport import Address, LoopSocket, Port, ServiceDirectory, open_router
+from .admission import Admission, Complaints
 from .client_port import ClientPort
 from .config import SchedulerConfig
+from .connections import Connections, most_connections
 from .core import Core
 from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendPlan, Trouble
 from .worker_port import WorkerPort
@@ -37,8 +43,6 @@ class Service:
         """Binds the sockets. Raises ConfigurationError if the addresses are unsafe, taken or do not fit together."""
         address = Address(config.address)
         worker_address = Address(config.worker_address or config.address)
-        if not address.is_ipc and worker_address.url == address.url:
-            raise ConfigurationError("with a tcp address, workers need an address of their own: give --worker-address")
         self.epoch = time.time_ns()
         self._loop = asyncio.get_running_loop()
         self._core = Core(self.epoch, config.policy)
@@ -59,22 +63,34 @@ class Service:
             self.epoch, config.worker_lease, self._post, self._loop.time, self._core, self.clients.serve_model
         )
         self.clients.workers = self.workers
+        secure = _with_keys(address, worker_address, config)
+        self._admission: Admission | None = None
+        self._complaints = Complaints(self._loop.time)
         with ExitStack() as opened:
             for one in dict.fromkeys((address, worker_address)):
-                one.require_safe(config.insecure)
                 if one.is_ipc:
                     opened.callback(ServiceDirectory(one.directory).close)
-            clients = open_router(
+            keys = self._open_admission(keys_path(config.keys), context, opened) if secure else None
+            clients = partial(
+                open_router,
                 context,
                 address.endpoint("clients"),
                 max_message_bytes=MAX_SUBMISSION_BYTES,
                 unread_messages=MAX_UNREAD_MESSAGES,
+                keys=keys if address in secure else None,
+                domain="clients",
             )
-            self.clients.attach(LoopSocket(clients, self.clients.on_message, self._loop))
-            opened.callback(self.clients.close, STOPPING)
-            workers = open_router(context, worker_address.endpoint("workers"))
-            self.workers.attach(LoopSocket(workers, self.workers.on_message, self._loop))
-            opened.callback(self.workers.close, STOPPING)
+            self._open_port("clients", self.clients, clients, opened)
+            workers = partial(
+                open_router,
+                context,
+                worker_address.endpoint("workers"),
+                keys=keys if worker_address in secure else None,
+                domain="workers",
+            )
+            self._open_port("workers", self.workers, workers, opened)
+            for where, port in ((address, self.clients), (worker_address, self.workers)):
+                port.admission = self._admission if where in secure else None
             self._opened = opened.pop_all()
         self._housekeeping = self._loop.create_task(self._keep_house(min(config.client_lease, config.worker_lease) / 4))
 
@@ -84,6 +100,38 @@ class Service:
         if self._deadline is not None:
             self._deadline[1].cancel()
         self._opened.close()
+
+    def _open_admission(
+        self, directory: Path, context: zmq.Context[zmq.Socket[bytes]], opened: ExitStack
+    ) -> ServerKeys:
+        """Sees to it that keys are checked, and returns the scheduler's own."""
+        keys = server_keys(directory)
+        self._admission = Admission(directory, context, self._loop)
+        opened.callback(self._admission.close)
+        return keys
+
+    def _open_port(
+        self,
+        name: Port,
+        port: ClientPort | WorkerPort,
+        open_socket: Callable[..., zmq.Socket[bytes]],
+        opened: ExitStack,
+    ) -> None:
+        connections = Connections(name, most_connections(), self._complaints)
+        opened.callback(connections.close)
+        port.attach(LoopSocket(open_socket(prepare=connections.prepare), port.on_message, self._loop))
+        opened.callback(port.close, STOPPING)
+        connections.attach(self._loop)
+
+    def _check_keys(self) -> None:
+        """Cuts off whom the lists of keys do not name any more."""
+        if self._admission is None:
+            return
+        self._admission.execute()
+        if self._admission.reload():
+            for port in (self.clients, self.workers):
+                if port.admission is not None:
+                    port.drop_revoked()
 
     def _post(self, event: Event) -> None:
         """Hands an event to the core with whatever else arrives in this turn of the loop."""
@@ -151,3 +199,13 @@ class Service:
             now = self._loop.time()
             self.clients.expire(now)
             self.workers.expire(now)
+            self._check_keys()
+
+
+def _with_keys(address: Address, worker_address: Address, config: SchedulerConfig) -> set[Address]:
+    """Which of the two check keys. Raises ConfigurationError if keys are given and none of them would."""
+    if not address.is_ipc and worker_address.url == address.url:
+        raise ConfigurationError("with a tcp address, workers need an address of their own: give --worker-address")
+    addresses = {address, worker_address}
+    checked = {one for one in addresses if not one.is_ipc} or addresses
+    return {one for one in checked if one.needs_keys(config.insecure, config.keys)}

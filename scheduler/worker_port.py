@@ -25,10 +25,11 @@ from ..protocol.messages import (
     WorkerWelcome,
 )
 from ..protocol.transport import LoopSocket
+from .admission import Admission, Complaints
 from .core import Core
 from .events import Event, Expel, SendPlan, StepDone, WorkerJoined, WorkerLimits, WorkerLost
 from .files import FileStore
-from .peers import WorkerPeer
+from .peers import WorkerPeer, require_given_route
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ class WorkerPort:
         self._clock = clock
         self._core = core
         self._serve_model = serve_model
+        self._complaints = Complaints(clock)
+        self.admission: Admission | None = None
+        """Who may connect; None where no keys are used."""
         self._socket: LoopSocket | None = None
         self._by_route: dict[bytes, WorkerPeer] = {}
         self._by_registration: dict[int, WorkerPeer] = {}
@@ -94,27 +98,51 @@ class WorkerPort:
 
     def on_message(self, frames: list[bytes]) -> None:
         route = frames[0]
+        assert self._socket is not None
+        peer = self._sender(route, self._socket.sender)
+        if self.admission is not None and peer is None and not self.admission.check("workers", self._socket):
+            return
         try:
             if len(frames) != 2:
                 raise ProtocolError(f"a message has one frame, not {len(frames) - 1}")
+            if peer is None:
+                require_given_route(route)
             message = decode(frames[1], StepResult, Idle, WorkerHello, FileChunk, Goodbye)
             if isinstance(message, WorkerHello):
                 self._greet(route, message)
                 return
-            peer = self._by_route.get(route)
             if peer is None:
                 self._send(route, UnknownPeer(epoch=self._epoch))
                 return
             peer.heard_at = self._clock()
             self._handle(peer, message)
         except VersionMismatch as error:
-            log.warning("refused a worker: %s", error)
+            self._complaints.warn("refused a worker: %s", error)
             self._send(route, VersionRefused(version=PROTOCOL_VERSION))
         except ProtocolError as error:
             self._refuse(route, error)
 
+    def _sender(self, route: bytes, key: str) -> WorkerPeer | None:
+        """The worker that a message is from, if it is one. A route whose worker is gone may have been
+        given to another key."""
+        peer = self._by_route.get(route)
+        if peer is not None and peer.key != key:
+            self._lose(route)
+            return None
+        return peer
+
+    def drop_revoked(self) -> None:
+        """Ends the connections of workers whose keys are not admitted any more; their requests go on elsewhere."""
+        assert self.admission is not None
+        for peer in list(self._by_registration.values()):
+            if not self.admission.admits("workers", peer.key):
+                log.warning("worker %s is dropped: its key was revoked", peer.hello.name)
+                self._send(peer.routing_id, Goodbye(reason="the key of this worker was revoked", final=True))
+                self._lose(peer.routing_id)
+                self.admission.condemn(peer.wire)
+
     def _refuse(self, route: bytes, error: ProtocolError) -> None:
-        log.warning("worker %s is refused: %r", route.hex(), str(error)[:400])
+        self._complaints.warn("worker %s is refused: %r", route.hex(), str(error)[:400])
         self._send(route, Goodbye(reason=str(error)[:1_000], final=True))
         self._lose(route)
 
@@ -152,13 +180,16 @@ class WorkerPort:
     def _greet(self, route: bytes, hello: WorkerHello) -> None:
         """Takes in a worker. Raises ProtocolError, which refuses it, if it does not fit the service or cannot run one
         request."""
+        assert self._socket is not None
+        key = self._socket.sender
         for former in list(self._by_registration.values()):
-            if former.routing_id == route or former.hello.instance == hello.instance:
+            # A worker that connects anew; with another key it would be somebody else who knows its number.
+            if former.routing_id == route or (former.hello.instance == hello.instance and former.key == key):
                 self._lose(former.routing_id)
         if self._model is not None:
             _require_same(hello.name, hello.model, self._model)
         _require_sound(hello)
-        peer = WorkerPeer(route, self._next_registration, hello, self._clock())
+        peer = WorkerPeer(route, key, self._next_registration, hello, self._clock(), wire=self._socket.wire())
         self._next_registration += 1
         self._by_route[route] = self._by_registration[peer.registration] = peer
         self._admit_waiting()

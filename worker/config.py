@@ -15,7 +15,14 @@ class WorkerConfig(BaseModel):
     scheduler: Annotated[
         str, Field(description="The scheduler's address for workers: ipc:///directory or tcp://host:port.")
     ]
-    insecure: Annotated[bool, Field(description="Allow TCP, which is not encrypted or authenticated.")] = False
+    keys: Annotated[
+        str | None,
+        Field(
+            description="Key file or directory for a tcp address (see `tandem keys`); default: $TANDEM_KEYS, else "
+            "~/.config/tandem/keys."
+        ),
+    ] = None
+    insecure: Annotated[bool, Field(description="Allow TCP without keys.")] = False
     name: Annotated[str, Field(max_length=256, description="The worker's name in logs.")] = ""
 
     model: Annotated[

@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from typing import Any, Final
 
@@ -18,8 +19,10 @@ import zmq
 
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ConfigurationError, ProtocolError, VersionMismatch
+from ..protocol.keys import PeerKeys
 from ..protocol.messages import FetchFile, Goodbye, StepPlan, UnknownPeer, VersionRefused, WorkerWelcome
 from ..protocol.transport import LINGER_MS, Address, open_dealer, require_private
+from ..protocol.wires import HANDSHAKE_EVENTS, Event, Handshakes, monitor, read_event
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +51,13 @@ class Link:
     wrong with it then is a Failure in the inbox, as is whatever ends the thread.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, keys: PeerKeys | None = None) -> None:
+        """`keys`: what a tcp address needs, unless it is to be used without."""
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._address = address
+        self._keys = keys
+        self._handshakes = Handshakes(address.url, None if keys is None else keys.public)
+        self._monitor: zmq.Socket[bytes] | None = None
         self._outgoing: deque[bytes] = deque()
         self._lock = threading.Lock()
         self._closed = False
@@ -98,14 +105,20 @@ class Link:
         finally:
             if self._dealer is not None:
                 self._dealer.close(LINGER_MS)
+            if self._monitor is not None:
+                self._monitor.close(0)
 
     def _forward(self) -> None:
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
         if self._dealer is not None:
             poller.register(self._dealer, zmq.POLLIN)
+        if self._monitor is not None:
+            poller.register(self._monitor, zmq.POLLIN)
         while True:
             events = dict(poller.poll(DIRECTORY_EVERY_MS if self._dealer is None else None))
+            if self._monitor is not None and self._monitor in events:
+                self._note_handshake(read_event(self._monitor.recv_multipart()))
             if self._dealer is None:
                 self._dealer = self._connect()
             if self._dealer is not None:
@@ -132,9 +145,19 @@ class Link:
         except OSError as error:
             raise ConfigurationError(f"address {self._address.url!r}: {error.strerror}") from error
         try:
-            return open_dealer(self._context, endpoint)
+            return open_dealer(
+                self._context, endpoint, self._keys, None if self._address.is_ipc else self._watch_handshakes
+            )
         except zmq.ZMQError as error:
             raise ConfigurationError(f"address {self._address.url!r}: cannot connect: {error.strerror}") from error
+
+    def _watch_handshakes(self, dealer: zmq.Socket[bytes]) -> None:
+        self._monitor = monitor(dealer, HANDSHAKE_EVENTS)
+
+    def _note_handshake(self, event: Event) -> None:
+        error = self._handshakes.heard(event, time.monotonic())
+        if error is not None:
+            self.inbox.put(Failure(error))
 
     def _require_private(self) -> None:
         if self._address.is_ipc:

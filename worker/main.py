@@ -41,13 +41,13 @@ def _run(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> int
 def _serve(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> None:
     import logging
 
+    from ..protocol.keys import peer_keys
     from ..protocol.transport import Address
     from .link import Link
 
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     address = Address(config.scheduler)
-    address.require_safe(config.insecure)
-    link = Link(address)
+    link = Link(address, peer_keys(address, "workers", config.keys, config.insecure))
     try:
         status.progress("importing torch and transformers", 0.0)
         from .process import serve

@@ -57,9 +57,22 @@ def test_a_socket_path_that_linux_cannot_take_is_refused_with_the_limit() -> Non
 
 @pytest.mark.parametrize("url", ["tcp://127.0.0.1:5000", "tcp://[::1]:5000", "tcp://example.org:5000"])
 def test_tcp_must_be_asked_for_loopback_included(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="--insecure"):
-        Address(url).require_safe(insecure=False)
-    Address(url).require_safe(insecure=True)
+    assert Address(url).needs_keys(insecure=False, keys=None)
+    assert not Address(url).needs_keys(insecure=True, keys=None)
+
+
+@pytest.mark.parametrize(("url", "insecure"), [("ipc:///run/x", False), ("tcp://127.0.0.1:5000", True)])
+def test_keys_that_would_not_be_used_are_refused(url: str, insecure: bool) -> None:
+    with pytest.raises(ConfigurationError, match="--keys /k"):
+        Address(url).needs_keys(insecure, "/k")
+
+
+@pytest.mark.parametrize(
+    ("bound", "connected"),
+    [("tcp://*:7", "tcp://127.0.0.1:7"), ("tcp://0.0.0.0:7", "tcp://127.0.0.1:7"), ("tcp://gpu1:7", "tcp://gpu1:7")],
+)
+def test_all_interfaces_are_reached_over_the_loopback(bound: str, connected: str) -> None:
+    assert Address(bound).reachable.url == connected
 
 
 def test_the_default_address_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,8 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 import zmq
 
+from tandem.launch.keys import ROLES, KeyDirectory
 from tandem.protocol import messages
 from tandem.protocol.codec import decode, encode
+from tandem.protocol.keys import PeerFile, PeerKeys, read_key_file
 from tandem.protocol.messages import (
     PROTOCOL_VERSION,
     ClientHello,
@@ -33,7 +36,8 @@ from tandem.protocol.messages import (
     WorkerWelcome,
 )
 from tandem.protocol.sampling import SamplingParams
-from tandem.protocol.transport import LoopSocket, Sent, open_dealer
+from tandem.protocol.transport import Address, LoopSocket, Port, Sent, open_dealer
+from tandem.protocol.wires import HANDSHAKE_EVENTS, monitor, read_event
 from tandem.scheduler.config import SchedulerConfig
 from tandem.scheduler.service import Service
 
@@ -63,10 +67,22 @@ async def until(condition: Callable[[], bool]) -> None:
 class Peer:
     """A DEALER whose messages pile up in `got`."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: PeerKeys | None = None) -> None:
+        self.handshakes: list[int] = []
+        """What became of attempts to connect, over TCP: zmq.EVENT_HANDSHAKE_…, zmq.EVENT_DISCONNECTED."""
+        self.monitor: LoopSocket | None = None
         self.got: list[Any] = []
         self.arrived = asyncio.Event()
-        self.socket = LoopSocket(open_dealer(context, endpoint), self._on_frames)
+        watch = self._watch if endpoint.startswith("tcp://") else None
+        self.socket = LoopSocket(open_dealer(context, endpoint, keys, watch), self._on_frames)
+
+    def _watch(self, dealer: zmq.Socket[bytes]) -> None:
+        events = HANDSHAKE_EVENTS | int(zmq.EVENT_DISCONNECTED)
+        self.monitor = LoopSocket(monitor(dealer, events), self._on_monitor)
+
+    def _on_monitor(self, frames: list[bytes]) -> None:
+        self.handshakes.append(read_event(frames).event)
+        self.arrived.set()
 
     def _on_frames(self, frames: list[bytes]) -> None:
         message = decode(frames[0], *EVERYTHING)
@@ -103,6 +119,8 @@ class Peer:
 
     def close(self) -> None:
         self.socket.close(0)
+        if self.monitor is not None:
+            self.monitor.close(0)
 
 
 class ScriptedClient(Peer):
@@ -143,9 +161,10 @@ class ScriptedWorker(Peer):
         endpoint: str,
         instance: int = 1,
         manual: bool = False,
+        keys: PeerKeys | None = None,
         **changes: Any,
     ) -> None:
-        super().__init__(context, endpoint)
+        super().__init__(context, endpoint, keys)
         self.manual = manual
         self.greeting = WorkerHello(
             **{
@@ -210,29 +229,72 @@ class Scene:
 
     service: Service
     address: str
+    worker_address: str
     context: zmq.Context[zmq.Socket[bytes]]
+    folder: Path
+    """For what the test writes; the scheduler's sockets are in `run` below it."""
     peers: list[Peer] = field(default_factory=list)
 
-    def client(self) -> ScriptedClient:
-        made = ScriptedClient(self.context, f"{self.address}/clients")
+    def client(self, keys: PeerKeys | None = None) -> ScriptedClient:
+        made = ScriptedClient(self.context, Address(self.address).endpoint("clients"), keys)
         self.peers.append(made)
         return made
 
-    def worker(self, instance: int = 1, manual: bool = False, **changes: Any) -> ScriptedWorker:
-        made = ScriptedWorker(self.context, f"{self.address}/workers", instance, manual, **changes)
+    def worker(
+        self, instance: int = 1, manual: bool = False, keys: PeerKeys | None = None, **changes: Any
+    ) -> ScriptedWorker:
+        endpoint = Address(self.worker_address).endpoint("workers")
+        made = ScriptedWorker(self.context, endpoint, instance, manual, keys, **changes)
         self.peers.append(made)
         return made
+
+    @property
+    def keys(self) -> Path:
+        """The key directory of a keyed_scene."""
+        return self.folder / "keys"
+
+    def peer_keys(self, port: Port, name: str = "default") -> PeerKeys:
+        """Those of a keyed_scene that have that name."""
+        file = read_key_file(self.keys / port / f"{name}.key", PeerFile)
+        return PeerKeys(file.public, file.secret, file.server)
 
 
 @asynccontextmanager
 async def scene(**options: Any) -> AsyncIterator[Scene]:
     """A scheduler service of its own on the running loop. An exception in one of its callbacks fails the test."""
     folder = Path(tempfile.mkdtemp(prefix="ts-"))
+    try:
+        async with _scene(folder, {"address": f"ipc://{folder}/run", **options}) as made:
+            yield made
+        assert os.listdir(folder) == []
+    finally:
+        shutil.rmtree(folder)
+
+
+@asynccontextmanager
+async def keyed_scene(**options: Any) -> AsyncIterator[Scene]:
+    """The same over TCP, with a key directory as `tandem keys create` makes it."""
+    folder = Path(tempfile.mkdtemp(prefix="ts-"))
+    directory = KeyDirectory(folder / "keys", make=True)
+    directory.create_server()
+    for port in ROLES.values():
+        directory.create(port, "default")
+    clients, workers = free_ports(2)
+    addresses = {"address": f"tcp://127.0.0.1:{clients}", "worker_address": f"tcp://127.0.0.1:{workers}"}
+    try:
+        async with _scene(folder, {"keys": str(directory.path), **addresses, **options}) as made:
+            yield made
+    finally:
+        shutil.rmtree(folder)
+
+
+@asynccontextmanager
+async def _scene(folder: Path, options: dict[str, Any]) -> AsyncIterator[Scene]:
     failures: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, details: failures.append(details))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    address = f"ipc://{folder}/run"
-    made = Scene(Service(SchedulerConfig(address=address, **options), context), address, context)
+    service = Service(SchedulerConfig(**options), context)
+    made = Scene(service, options["address"], options.get("worker_address", options["address"]), context, folder)
     try:
         yield made
     finally:
@@ -240,7 +302,14 @@ async def scene(**options: Any) -> AsyncIterator[Scene]:
             peer.close()
         made.service.close()
         context.term()
-        left = os.listdir(folder)
-        shutil.rmtree(folder)
-    assert left == []
     assert failures == []
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of the loopback that nobody used a moment ago."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
