@@ -27,6 +27,8 @@ from .metrics import read_limits
 from .workloads import Load
 
 INTERRUPTED = 130
+LOGGING = ("log_level", "log_format", "log_requests")
+"""Options that no figure depends on much."""
 HEADING = "The system that is started, without --connect"
 
 # The launcher chooses addresses and names; `--seed` is the load's.
@@ -165,7 +167,7 @@ class _System:
         if self.connect is not None:
             return {"connect": self.connect}
         address = "ipc:///unused"
-        unused = {"scheduler", "address", "worker_address", "name", "keys", "insecure", "log_level", *varied}
+        unused = {"scheduler", "address", "worker_address", "name", "keys", "insecure", *LOGGING, *varied}
         worker = place_workers(self.options, 1, address)[0].config.model_dump(exclude=unused)
         worker["model"] = self.options.get("model", BUILTIN_NAME)
         scheduler = build(SchedulerConfig, self.options, address=address).model_dump(exclude=unused)

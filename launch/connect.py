@@ -17,7 +17,7 @@ from .progress import StartDisplay, note
 from .signals import interrupt_main_thread, uninterrupted
 from .supervisor import ChildDied
 
-NEUTRAL = ("keys", "insecure", "log_level")
+NEUTRAL = ("keys", "insecure", "log_level", "log_format")
 """Options that do not by themselves ask for a system of one's own."""
 
 
@@ -102,9 +102,9 @@ def _embedded(worker_options: Options, scheduler_options: Options, data_parallel
         if armed:
             interrupt_main_thread()
 
-    display = StartDisplay()
-    if "log_level" in worker_options:
-        scheduler_options = {**scheduler_options, "log_level": worker_options["log_level"]}
+    display = StartDisplay(as_written=worker_options.get("log_format") == "json")
+    shared = {name: worker_options[name] for name in ("log_level", "log_format") if name in worker_options}
+    scheduler_options = {**scheduler_options, **shared}
     system = EmbeddedSystem(
         worker_options,
         scheduler_options,

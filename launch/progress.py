@@ -19,12 +19,14 @@ class StartDisplay:
     """A supervisor's listener: a bar for each stage of each process that starts, and what the processes write.
 
     Used in a `with` block while a system starts; afterwards it only passes on what the processes write. On a terminal
-    the bars vanish when the block ends. `quiet` shows no stages, but still what the processes write.
+    the bars vanish when the block ends. `quiet` shows no stages, but still what the processes write; with `as_written`
+    that is not preceded by the process's name.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, as_written: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._quiet = quiet
+        self._as_written = as_written
         self._lock = threading.Lock()  # the supervisor's thread speaks while the owner's opens and closes the bars
         self._bars: Progress | None = None
         self._tasks: dict[str, tuple[str, TaskID]] = {}
@@ -59,7 +61,7 @@ class StartDisplay:
         """A line that a process wrote; called by the supervisor's thread."""
         with self._lock:
             try:
-                self._console.print(Text(f"[{name}] {line}"), soft_wrap=True)
+                self._console.print(Text(line if self._as_written else f"[{name}] {line}"), soft_wrap=True)
             except (OSError, ValueError):
                 return  # our own stderr is gone: nobody is left to read
 

@@ -23,7 +23,7 @@ def serve(options: Options, data_parallel_size: int) -> None:
     """
     options = {"address": default_address().url, **options}
     # The scheduler's options and the workers' share a configuration file and flags; each takes its own.
-    display = StartDisplay()
+    display = StartDisplay(as_written=options.get("log_format") == "json")
     system = System(options, options, data_parallel_size=data_parallel_size, listener=display)
     with ending_interrupts(once=True) as ending:
         began = time.monotonic()

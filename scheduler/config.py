@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..protocol.logs import LogFormat
 from .policy import Policy
 
 
@@ -99,6 +100,8 @@ class SchedulerConfig(BaseModel):
     log_level: Annotated[
         str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
     ] = "info"
+    log_format: Annotated[LogFormat, Field(description="Log lines as text, or as a JSON object each.")] = "text"
+    log_requests: Annotated[bool, Field(description="Log a line for each request when it ends, at level info.")] = True
 
     @property
     def policy(self) -> Policy:

@@ -51,12 +51,14 @@ MAX_PASSED = 64
 """A request that so many have passed is passed no more: everything else waits until there is room for it."""
 
 
+def ignore_end(_request: Request, _ended: Ended) -> None:
+    """Nobody wants to know of requests that end."""
+
+
 class Core:
     """All requests and all workers of one service, and one life of it (`epoch`)."""
 
-    def __init__(
-        self, epoch: int, policy: Policy, on_end: Callable[[Request, Ended], None] = lambda _request, _ended: None
-    ) -> None:
+    def __init__(self, epoch: int, policy: Policy, on_end: Callable[[Request, Ended], None] = ignore_end) -> None:
         """`on_end` is told of each request that ends; it must not call back."""
         self._on_end = on_end
         self._epoch = epoch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import logging
 import signal
 import sys
 
@@ -14,23 +13,24 @@ import zmq
 from pydantic import ValidationError
 
 from ..protocol.errors import ConfigurationError
+from ..protocol.logs import configure
 from ..protocol.status import StatusPipe
 from .config import SchedulerConfig
 from .service import Service
 
-log = logging.getLogger(__name__)
-
 
 def run(config: SchedulerConfig, status: StatusPipe | None = None) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code: 0, or 2 for options that cannot work."""
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     status = status or StatusPipe(None)
+    log_writer = configure("scheduler", config.log_level, config.log_format)
     try:
         return uvloop.run(_serve(config, status))
     except ConfigurationError as error:
         status.error(str(error))
         sys.stderr.write(f"tandem scheduler: {error}\n")
         return 2
+    finally:
+        log_writer.close()
 
 
 async def _serve(config: SchedulerConfig, status: StatusPipe) -> int:

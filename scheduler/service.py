@@ -20,16 +20,19 @@ import zmq
 from ..protocol.codec import MAX_SUBMISSION_BYTES
 from ..protocol.errors import ConfigurationError
 from ..protocol.keys import ServerKeys, keys_path, server_keys
+from ..protocol.messages import Ended
 from ..protocol.transport import Address, LoopSocket, Port, ServiceDirectory, open_router
 from .admission import Admission, Complaints
 from .client_port import ClientPort
 from .config import SchedulerConfig
 from .connections import Connections, most_connections
-from .core import Core
+from .core import Core, ignore_end
 from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendPlan, Trouble
+from .requests import Request
 from .worker_port import WorkerPort
 
 log = logging.getLogger(__name__)
+requests_log = logging.getLogger("tandem.requests")
 
 STOPPING = "the scheduler is stopping"
 MAX_UNREAD_MESSAGES = 64
@@ -45,7 +48,11 @@ class Service:
         worker_address = Address(config.worker_address or config.address)
         self.epoch = time.time_ns()
         self._loop = asyncio.get_running_loop()
-        self._core = Core(self.epoch, config.policy)
+        self._ended: list[tuple[Request, Ended]] = []
+        """Requests that ended and are still to be logged."""
+        logged = config.log_requests and requests_log.isEnabledFor(logging.INFO)
+        note_end = (lambda request, ended: self._ended.append((request, ended))) if logged else ignore_end
+        self._core = Core(self.epoch, config.policy, note_end)
         self._events: list[Event] = []
         self._flushing: asyncio.Handle | None = None
         self._deadline: tuple[float, asyncio.Handle] | None = None
@@ -159,6 +166,30 @@ class Service:
             self._core.counters.plan_time.observe(handled_s)
         self._carry_out(rest)
         self._await_deadline()
+        if self._ended:
+            self._log_ended()
+
+    def _log_ended(self) -> None:
+        """A line for each request that has ended."""
+        pairs, self._ended = self._ended, []
+        for request, ended in pairs:
+            fields = {
+                "request": request.number,
+                "client": request.client,
+                "worker": self.workers.name(request.worker),
+                "reason": ended.reason,
+                "prompt_tokens": ended.prompt_tokens,
+                "cached_tokens": ended.cached_tokens,
+                "output_tokens": ended.completion_tokens,
+                "queue_s": ended.queue_s,
+                "first_token_s": ended.first_token_s,
+                "total_s": ended.total_s,
+                "attempts": ended.attempts,
+                "preemptions": request.preemptions,
+            }
+            if ended.error:
+                fields["error"] = ended.error
+            requests_log.info("request ended", extra={"fields": fields})
 
     def _await_deadline(self) -> None:
         """Sees to it that the core is asked again when the next request must have ended."""

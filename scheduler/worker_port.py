@@ -86,6 +86,11 @@ class WorkerPort:
         if self._socket is not None:
             self._socket.close()
 
+    def name(self, registration: int | None) -> str:
+        """For the log: a worker's name, or its registration once it has gone; empty for none."""
+        peer = None if registration is None else self._by_registration.get(registration)
+        return str(registration or "") if peer is None else peer.hello.name
+
     def stats(self) -> tuple[WorkerStats, ...]:
         found = []
         for peer in self._by_registration.values():

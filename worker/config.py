@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..protocol.logs import LogFormat
+
 
 class WorkerConfig(BaseModel):
     """One worker. Unknown options are refused, and options that do not fit together."""
@@ -85,6 +87,7 @@ class WorkerConfig(BaseModel):
     log_level: Annotated[
         str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
     ] = "info"
+    log_format: Annotated[LogFormat, Field(description="Log lines as text, or as a JSON object each.")] = "text"
 
     @model_validator(mode="after")
     def _fit_together(self) -> WorkerConfig:

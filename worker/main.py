@@ -39,22 +39,24 @@ def _run(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> int
 
 
 def _serve(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> None:
-    import logging
-
     from ..protocol.keys import peer_keys
+    from ..protocol.logs import configure
     from ..protocol.transport import Address
     from .link import Link
 
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    address = Address(config.scheduler)
-    link = Link(address, peer_keys(address, "workers", config.keys, config.insecure))
+    log_writer = configure(config.name or "worker", config.log_level, config.log_format)
     try:
-        status.progress("importing torch and transformers", 0.0)
-        from .process import serve
+        address = Address(config.scheduler)
+        link = Link(address, peer_keys(address, "workers", config.keys, config.insecure))
+        try:
+            status.progress("importing torch and transformers", 0.0)
+            from .process import serve
 
-        serve(config, status, link, stopping)
+            serve(config, status, link, stopping)
+        finally:
+            link.close()
     finally:
-        link.close()
+        log_writer.close()
 
 
 def _explain(error: BaseException, status: StatusPipe) -> int:

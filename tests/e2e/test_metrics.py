@@ -13,6 +13,8 @@ from tandem.client import Client
 from tandem.client.stats import Stats
 from tandem.gateway.metrics import page
 from tandem.launch.embedded import EmbeddedSystem
+from tandem.launch.status import Status
+from tandem.protocol.errors import RequestTimeout
 
 from support.commands import tandem, terminal
 
@@ -107,3 +109,31 @@ def test_stats_of_nobody_is_an_error_in_a_sentence() -> None:
     with tandem("stats", "--connect", "ipc:///nonexistent/run", environment={}) as command:
         assert command.finish() == 1
     assert command.output.startswith("tandem: nobody serves at ipc:///nonexistent/run")
+
+
+def test_a_request_is_one_log_line_when_it_ends() -> None:
+    lines: list[tuple[str, str]] = []
+
+    class Lines:
+        def status(self, name: str, status: Status) -> None:
+            """Not of interest."""
+
+        def output(self, name: str, line: str) -> None:
+            lines.append((name, line))
+
+    loud = {"log_level": "info", "log_format": "json"}
+    with (
+        EmbeddedSystem({"device": "cpu", "threads": 1, "name": "w", **loud}, loud, listener=Lines()) as system,
+        Client(system.address) as client,
+    ):
+        client.generate([[5, 6, 7], [8, 9]], temperature=0, max_tokens=3, ignore_eos=True)
+        with pytest.raises(RequestTimeout):
+            client.generate([5, 6], temperature=0, max_tokens=4_000, ignore_eos=True, timeout=0.05)
+    told = [json.loads(line) for _, line in lines]
+    assert {one["process"] for one in told} == {"scheduler", "w"}
+    ended = sorted((one for one in told if one["message"] == "request ended"), key=lambda one: one["request"])
+    assert [one["reason"] for one in ended] == ["length", "length", "timeout"]
+    for one, prompt in zip(ended[:2], (3, 2), strict=True):
+        assert (one["prompt_tokens"], one["output_tokens"], one["cached_tokens"]) == (prompt, 3, 0)
+        assert (one["worker"], one["attempts"], one["preemptions"], one["level"]) == ("w", 1, 0, "info")
+        assert 0 <= one["queue_s"] <= one["first_token_s"] <= one["total_s"]
