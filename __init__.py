@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .protocol.errors import TandemError as TandemError
     from .protocol.errors import VersionMismatch as VersionMismatch
     from .protocol.sampling import SamplingParams as SamplingParams
+    from .protocol.structured import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "Client",
     "AsyncClient",
     "SamplingParams",
+    "StructuredOutputsParams",
     "ChatOptions",
     "TokensPrompt",
     "CompletionStream",
@@ -75,7 +77,7 @@ def __getattr__(name: str) -> object:
     """Imports what is asked for, so that `import tandem` costs nothing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in (".protocol.errors", ".client", ".protocol.sampling"):
+    for module in (".protocol.errors", ".client", ".protocol.sampling", ".protocol.structured"):
         value: object = getattr(import_module(module, __name__), name, None)
         if value is not None:
             globals()[name] = value

@@ -208,6 +208,10 @@ def _checked(params: SamplingParams) -> SamplingParams:
         values["stop"] = [values["stop"]] if values["stop"] else []
     if values["bad_words"] is None:
         values["bad_words"] = []
+    if params.structured_outputs is not None:
+        from .structured import wire_form
+
+        values["structured_outputs"] = wire_form(params.structured_outputs)
     for name in _NUMBERS:
         if isinstance(values[name], bool | str):
             raise InvalidRequest(

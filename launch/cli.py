@@ -21,6 +21,7 @@ from .config import merged, read_file
 from .options import Group, flags, option_names, with_flags
 from .progress import note
 from .sampling import request_flags, sample_flags, sampling_flags
+from .structured import structured_flags, with_structure
 from .terminal import UNWRITABLE, discard_stdout, prepare_stdio
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ EMBEDDED_FLAGS = flags(
 )
 SAMPLING_FLAGS = [*sampling_flags(), *request_flags()]
 SAMPLE_FLAGS = sample_flags()
+STRUCTURED_FLAGS = structured_flags()
 WORKER_FLAGS = flags(Group(WorkerConfig, "Worker"))
 
 ConfigFile = Annotated[
@@ -139,7 +141,7 @@ def worker(config: ConfigFile = None, **options: Any) -> None:
 
 
 @app.command()
-@with_flags([*SAMPLING_FLAGS, *SAMPLE_FLAGS, *EMBEDDED_FLAGS])
+@with_flags([*SAMPLING_FLAGS, *SAMPLE_FLAGS, *STRUCTURED_FLAGS, *EMBEDDED_FLAGS])
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
     file: Annotated[
@@ -162,7 +164,7 @@ def generate(
         given,
         connect=connect,
         worker_options=worker_options,
-        sampling=sampling,
+        sampling=with_structure(sampling),
         system=system,
         raw=raw,
         as_json=as_json,
@@ -247,7 +249,7 @@ app.add_typer(typer.Typer(cls=_Keys, no_args_is_help=True), name="keys", help=KE
 def _split(options: dict[str, Any], config: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a request says, and the options for a worker, of flags and configuration file together."""
     chosen = merged(options, read_file(config, list(options)) if config else {})
-    sampling_names = set(option_names([*SAMPLING_FLAGS, *SAMPLE_FLAGS]))
+    sampling_names = set(option_names([*SAMPLING_FLAGS, *SAMPLE_FLAGS, *STRUCTURED_FLAGS]))
     sampling = {name: value for name, value in chosen.items() if name in sampling_names}
     return sampling, {name: value for name, value in chosen.items() if name not in sampling_names}
 

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from . import messages
 from .errors import MessageTooLarge, ProtocolError, VersionMismatch
 from .sampling import SamplingParams
+from .structured import StructuredOutputsParams
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """No message is sent or taken over this size."""
@@ -172,6 +173,7 @@ def _field_plan(f: Field[Any], hint: Any) -> _FieldPlan:
 
 
 _CLASSES: tuple[type, ...] = (
+    StructuredOutputsParams,
     SamplingParams,
     *(
         cls

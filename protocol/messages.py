@@ -3,8 +3,8 @@
 client ↔ scheduler       ClientHello, Submit, Cancel, Ping, AskStats, AskDrain, FetchFile  →
                        ← Welcome, Accepted, Refused, Tokens, Suspected, Stats, Draining, FileChunk, UnknownPeer,
                          VersionRefused, Goodbye
-scheduler ↔ worker       WorkerHello, StepResult, Idle, FileChunk, Goodbye  →
-                       ← WorkerWelcome, StepPlan, FetchFile, Leave, UnknownPeer, VersionRefused, Goodbye
+scheduler ↔ worker       WorkerHello, StepResult, GrammarChecked, Idle, FileChunk, Goodbye  →
+                       ← WorkerWelcome, StepPlan, CheckGrammar, FetchFile, Leave, UnknownPeer, VersionRefused, Goodbye
 
 Fields typed `Ints`, `Longs` and `Floats` are columns: one-dimensional little-endian arrays that travel as bytes. Fields
 at their default value do not travel at all. Whatever arrives is checked against these types (see codec.py), so a
@@ -26,8 +26,9 @@ from pydantic import ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from .sampling import SamplingParams
+from .structured import StructuredOutputsParams
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised with every change that an older peer would misread; both ends refuse another version by name."""
 
 
@@ -510,9 +511,25 @@ class StepResult:
     busy_us: Count = 0
     """Device time from the step's first kernel to its last."""
     gap_us: Count = 0
-    """Device time between the end of the last step and the start of this one; 0 after an idle spell."""
+    """Device time between the end of the last step and the start of this one, and within it waiting for the masks of
+    grammars; without the former after an idle spell."""
     kv_tokens: Number = 0
     """Of a step in which all rows decode: tokens whose keys and values they read. 0 for a step with chunks."""
+    failed: Ints = field(default_factory=_no_ints)
+    """Where in `token` stand the tokens of rows whose grammar cannot be followed any further; these tokens mean
+    nothing …"""
+    failed_error: tuple[Text, ...] = ()
+    """… and why that is so."""
+
+
+@message
+class GrammarChecked:
+    """Answers CheckGrammar: what is wrong with the grammar, empty if rows may follow it."""
+
+    epoch: Number
+    registration: Number
+    number: Number
+    error: Text = ""
 
 
 @message
@@ -581,6 +598,11 @@ class StepPlan:
     join_top_p: Floats = field(default_factory=_no_floats)
     join_seed: Longs = field(default_factory=_no_longs)
 
+    grammars: tuple[StructuredOutputsParams, ...] = ()
+    """What joining rows must follow, each one once."""
+    join_grammar: Ints = field(default_factory=_no_ints)
+    """Which of these it is, or -1; not there if no joining row has one."""
+
     grow_slot: Ints = field(default_factory=_no_ints)
     grow_block: Ints = field(default_factory=_no_ints)
     """Block `grow_block[i]` is appended to the block table of `grow_slot[i]`."""
@@ -589,3 +611,14 @@ class StepPlan:
     chunk_length: Ints = field(default_factory=_no_ints)
     """The next `chunk_length[i]` known tokens of `chunk_slot[i]` are computed, beginning after those already
     computed."""
+
+
+@message
+class CheckGrammar:
+    """Asks whether rows can follow a grammar. Plans go on meanwhile."""
+
+    epoch: Number
+    registration: Number
+    number: Number
+    """Of the question, for its answer."""
+    grammar: StructuredOutputsParams

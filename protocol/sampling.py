@@ -7,6 +7,8 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from .structured import StructuredOutputsParams
+
 MAX_STOP_TOKEN_IDS = 128
 """A request may name at most this many stop tokens; they are compared in one matrix for all rows."""
 
@@ -95,6 +97,8 @@ class SamplingParams:
     """Generation ends after any of these, as after the model's own end-of-sequence tokens."""
     ignore_eos: Annotated[bool, Field(strict=True)] = False
     """Go on after the model's end-of-sequence tokens (stop_token_ids still end the request)."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must look like: a JSON schema, a regular expression, a choice, a grammar."""
 
     logprobs: _Logprobs | None = None
     """Tell the log-probability of each token of the output, and those of so many likeliest ones. They are the model's

@@ -2,7 +2,8 @@
 torch.
 
 A request is, from its acceptance to its end, in exactly one place: the waiting queue or a slot of one replica. It ends
-with exactly one `Ended`, in the `Deliver` that brings its last token.
+with exactly one `Ended`, in the `Deliver` that brings its last token. A submission with a grammar that no worker has
+seen yet is not accepted before one has.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import numpy as np
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import NO_INTS, NO_LONGS, Ended, ModelDescription
 from ..protocol.sampling import sample_seed
+from ..protocol.structured import StructuredOutputsParams
 from .blocks import root
 from .deadlines import Deadlines
 from .door import Invalid, find_fault
 from .events import (
     Accept,
     Cancelled,
+    Checked,
     ClientLost,
     Deliver,
     Event,
@@ -35,6 +38,7 @@ from .events import (
     WorkerJoined,
     WorkerLost,
 )
+from .grammars import Grammars, Held
 from .metrics import Counters
 from .policy import Policy
 from .queue import WaitingQueue
@@ -70,6 +74,7 @@ class Core:
         self._deadlines = Deadlines(self._is_open)
         self._next_number = 0
         self._rate = EndingRate()
+        self._grammars = Grammars()
         self.counters = Counters()
         self.model: ModelDescription | None = None
         """What the first worker brought; all others bring the same."""
@@ -95,9 +100,13 @@ class Core:
                     self._worker_joined(event)
                 case WorkerLost():
                     self._worker_lost(event, now, out)
+                case Checked():
+                    held = self._grammars.settle(event.worker, event.number, event.error, now)
+                    self._submit_held(held, now, out)
         for request in self._deadlines.passed(now):
             self.counters.timeouts += 1
             self._withdraw(request, "timeout", now, out)
+        out.extend(self._grammars.dispatch(self._replicas))
         self._plan(now, out)
         return out
 
@@ -147,9 +156,42 @@ class Core:
             # Refused as a whole: every ticket hears the same.
             out.extend(replace(rejected, ticket=event.ticket + i) for i in range(event.n) if rejected is not None)
             return
+        if event.sampling.structured_outputs is not None:
+            unfit = self._grammar_fault(event, event.sampling.structured_outputs, now)
+            if unfit is None:
+                return  # it waits for a worker's word
+            if unfit:
+                out.extend(replace(fault, ticket=event.ticket + i) for fault in unfit for i in range(event.n))
+                return
         for i in range(event.n):
             self._accept(self._request(event, i, model, now), event, now, out)
         self.counters.resumptions += bool(len(event.generated))
+
+    def _grammar_fault(self, event: Submitted, grammar: StructuredOutputsParams, now: float) -> list[Reject] | None:
+        """The refusal of a submission for its grammar, nothing if that is fine; None if the submission has to wait to
+        know."""
+        error = self._grammars.verdict(grammar, now)
+        if error:
+            field = f"structured_outputs.{grammar.kind}"
+            return [self._invalid(event, Invalid(f"{field}: {error}", field, "a grammar that can be followed", ""))]
+        if error is None:
+            over = self._grammars.hold(event, grammar, now)
+            if over is None:
+                return None
+            what, limit = over
+            message = f"{limit} {what} wait to be checked, and no more may"
+            return [self._overloaded(event, message, "structured_outputs", limit, limit, now)]
+        return []
+
+    def _submit_held(self, submissions: Iterable[Held], now: float, out: list[Instruction]) -> None:
+        """Takes in what has waited for a verdict that is known by now, as if it had just come; but time has passed."""
+        for held in submissions:
+            event = held.event
+            if event.timeout_s is not None:
+                event = replace(event, timeout_s=event.timeout_s - (now - held.since))
+            self._submitted(event, now, out)
+            for ticket in held.cancelled:
+                self._cancelled(event.client, ticket, now, out)
 
     def _request(self, event: Submitted, i: int, model: ModelDescription, now: float) -> Request:
         """The request for one of the samples that a submission asks for."""
@@ -193,6 +235,10 @@ class Core:
         taken = event.ticket if event.ticket in open_here else None
         if event.n > 1:
             taken = next((event.ticket + i for i in range(event.n) if event.ticket + i in open_here), None)
+        held_here = self._grammars.held_of(event.client)
+        for other in (held.event for held in held_here):
+            if other.ticket < event.ticket + event.n and event.ticket < other.ticket + other.n:
+                taken = max(event.ticket, other.ticket)
         if taken is not None:
             fault: Invalid | None = Invalid(
                 f"ticket {taken} is in use by another open request of this client", "ticket", "unused", str(taken)
@@ -200,7 +246,11 @@ class Core:
         else:
             fault = find_fault(event, model, self._policy.max_n)
         if fault is None:
-            return self._over_limits(event, len(open_here), now)
+            return self._over_limits(event, len(open_here) + sum(held.event.n for held in held_here), now)
+        return self._invalid(event, fault)
+
+    @staticmethod
+    def _invalid(event: Submitted, fault: Invalid) -> Reject:
         return Reject(
             client=event.client,
             ticket=event.ticket,
@@ -213,8 +263,8 @@ class Core:
 
     def _over_limits(self, event: Submitted, open_here: int, now: float) -> Reject | None:
         policy = self._policy
-        waiting = len(self._queue)
-        tokens = self._queue.tokens + event.n * (len(event.prompt) + len(event.generated))
+        waiting = len(self._queue) + self._grammars.held
+        tokens = self._queue.tokens + self._grammars.held_tokens + event.n * (len(event.prompt) + len(event.generated))
         if waiting + event.n > policy.max_waiting_requests:
             name, most, would = "max_waiting_requests", policy.max_waiting_requests, waiting + event.n
             what = "requests would wait"
@@ -242,8 +292,17 @@ class Core:
 
     def _cancelled(self, client: int, ticket: int, now: float, out: list[Instruction]) -> None:
         request = self._requests.get(client, {}).get(ticket)
-        if request is not None:  # else it ended before the cancel arrived
+        if request is not None:
             self._withdraw(request, "abort", now, out)
+            return
+        held = self._grammars.withdraw(client, ticket)
+        if held is not None:
+            ended = tuple(
+                (client, Ended(ticket=one, reason="abort", prompt_tokens=len(held.event.prompt)))
+                for one in sorted(held.cancelled)
+            )
+            out.append(Deliver(NO_LONGS, NO_LONGS, NO_INTS, NO_INTS, ended))
+        # else it ended before the cancel arrived
 
     def _withdraw(self, request: Request, reason: str, now: float, out: list[Instruction], error: str = "") -> None:
         """Ends an open request wherever it is, with what it has."""
@@ -259,6 +318,7 @@ class Core:
 
     def _client_lost(self, client: int, now: float) -> None:
         to_nobody: list[Instruction] = []
+        self._grammars.forget_client(client)
         for ticket in list(self._requests.get(client, ())):
             self._cancelled(client, ticket, now, to_nobody)
 
@@ -299,6 +359,7 @@ class Core:
         replica = self._replicas.pop(event.worker, None)
         if replica is None:
             return
+        self._submit_held(self._grammars.worker_lost(event.worker, now), now, out)
         self.counters.lost_evictions += replica.pool.evictions
         for request in replica.evict_all():
             request.losses += 1
@@ -313,7 +374,7 @@ class Core:
         if replica is None:
             return  # a late result of a worker that was given up
         try:
-            commit = replica.commit(event.step, event.token, event.busy_us)
+            commit = replica.commit(event.step, event.token, event.busy_us, event.failed)
         except ProtocolError as error:
             out.append(Expel(event.worker, str(error)))
             self._worker_lost(WorkerLost(event.worker), now, out)
@@ -330,21 +391,22 @@ class Core:
             for reason, slots in (("stop", commit.stopped), ("length", commit.exhausted))
             for slot in slots
         )
+        ended += tuple(self._finish(replica, slot, "error", now, error) for slot, error in commit.failed)
         replica.settle()
-        if len(commit.token):
+        if len(commit.token) or ended:
             out.append(self._delivery(commit, ended))
 
     @staticmethod
     def _delivery(commit: Commit, ended: tuple[tuple[int, Ended], ...]) -> Deliver:
         return Deliver(commit.client, commit.ticket, commit.offset, commit.token, ended)
 
-    def _finish(self, replica: Replica, slot: int, reason: str, now: float) -> tuple[int, Ended]:
+    def _finish(self, replica: Replica, slot: int, reason: str, now: float, error: str = "") -> tuple[int, Ended]:
         request = replica.rows.request[slot]
         if request is None:
             raise RuntimeError(f"slot {slot} finished without an owner")
         known = int(replica.rows.known[slot])
         replica.release(slot)
-        return request.client, self._forget(request, reason, known, now)
+        return request.client, self._forget(request, reason, known, now, error)
 
     # --- planning --------------------------------------------------------------------------------------------------
 
@@ -418,6 +480,7 @@ class Core:
 
     def check(self) -> None:
         """Raises AssertionError unless every open request is in exactly one place and every replica's books balance."""
+        self._grammars.check()
         places = [request.number for request in self._queue]
         for replica in self._replicas.values():
             replica.check()

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..protocol.messages import MAX_SAMPLES, ModelDescription
 from ..protocol.sampling import MAX_PROMPT_LOGPROBS_ENTRIES, SamplingParams, text_fields
+from ..protocol.structured import problem
 from .events import IntColumn, Submitted
 
 _NOT_YET = (
@@ -108,11 +109,38 @@ def _bad_sampling(sampling: SamplingParams, prompt_length: int, model: ModelDesc
         if getattr(sampling, field) != getattr(_DEFAULTS, field):
             return Invalid(f"{field} is not supported yet", field, "not given", str(getattr(sampling, field))[:100])
     return (
-        _outside_vocabulary(sampling, model.vocab_size)
+        _bad_structure(sampling, model)
+        or _outside_vocabulary(sampling, model.vocab_size)
         or _bad_min_tokens(sampling)
         or _nothing_left(sampling, model)
         or _too_many_logprobs(sampling, prompt_length)
     )
+
+
+def _bad_structure(sampling: SamplingParams, model: ModelDescription) -> Invalid | None:
+    """What shows without compiling the grammar, which a worker does (see grammars.py)."""
+    wanted = sampling.structured_outputs
+    if wanted is None:
+        return None
+    found = problem(wanted)
+    if found is not None:
+        field = f"structured_outputs.{found.field}"
+        return Invalid(f"{field}: {found.message}", field, found.limit, found.value)
+    if not model.eos_token_ids:
+        return Invalid(
+            f"structured_outputs: {model.name} has no end-of-sequence token, with which such an output ends",
+            "structured_outputs",
+            "none with this model",
+            wanted.kind,
+        )
+    if sampling.ignore_eos:
+        return Invalid(
+            "ignore_eos contradicts structured_outputs: the output ends where its grammar ends",
+            "ignore_eos",
+            "false",
+            "true",
+        )
+    return None
 
 
 def _outside_vocabulary(sampling: SamplingParams, vocab_size: int) -> Invalid | None:

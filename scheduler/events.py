@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..protocol.messages import Ended, ModelDescription, StepPlan
 from ..protocol.sampling import SamplingParams
+from ..protocol.structured import StructuredOutputsParams
 
 IntColumn: TypeAlias = npt.NDArray[np.int32]
 LongColumn: TypeAlias = npt.NDArray[np.int64]
@@ -89,9 +90,20 @@ class StepDone:
     token: IntColumn
     busy_us: int = 0
     """Device time of the step; 0 if it is not known."""
+    failed: tuple[tuple[int, str], ...] = ()
+    """Where in `token` stand tokens that mean nothing, because the row's grammar has failed, and why."""
 
 
-Event: TypeAlias = Submitted | Cancelled | ClientLost | WorkerJoined | WorkerLost | StepDone
+@record
+class Checked:
+    """A worker's answer to SendCheck: what is wrong with the grammar, "" for nothing."""
+
+    worker: int
+    number: int
+    error: str
+
+
+Event: TypeAlias = Submitted | Cancelled | ClientLost | WorkerJoined | WorkerLost | StepDone | Checked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +114,15 @@ Event: TypeAlias = Submitted | Cancelled | ClientLost | WorkerJoined | WorkerLos
 class SendPlan:
     worker: int
     plan: StepPlan
+
+
+@record
+class SendCheck:
+    """Asks a worker whether rows can follow a grammar."""
+
+    worker: int
+    number: int
+    grammar: StructuredOutputsParams
 
 
 @record
@@ -150,4 +171,4 @@ class Trouble:
     story: str
 
 
-Instruction: TypeAlias = SendPlan | Accept | Reject | Deliver | Expel | Trouble
+Instruction: TypeAlias = SendPlan | SendCheck | Accept | Reject | Deliver | Expel | Trouble

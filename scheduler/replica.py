@@ -22,6 +22,7 @@ import numpy as np
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan
+from ..protocol.structured import StructuredOutputsParams
 from .blocks import BlockPool, Match
 from .events import IntColumn, LongColumn, WorkerLimits, record
 from .pace import Pace
@@ -29,6 +30,8 @@ from .policy import Policy
 from .requests import Request
 from .rows import DECODE, ENDING, FREE, PREFILL, Rows
 
+MAX_GRAMMAR_BYTES_A_PLAN = 4 * 1024 * 1024
+"""No more rows join in a plan whose grammars take more than this."""
 HUGE_SHARE = 0.75
 """Of the tokens left in a step, what a prompt gets that does not fit in: those behind it shall not wait for its end."""
 
@@ -69,6 +72,8 @@ class Commit:
     """Slots that sampled one of their stop tokens; still owned."""
     exhausted: LongColumn
     """Slots that reached their limit without one; still owned."""
+    failed: tuple[tuple[int, str], ...]
+    """Slots whose grammar cannot be followed any further, and why; still owned. They have got no token."""
 
 
 class Replica:
@@ -92,8 +97,10 @@ class Replica:
         """By slot in PREFILL, in the order of their admission: its known tokens that no plan covers yet."""
         self._backlog = 0
         """Their sum."""
-        self._joining: dict[int, None] = {}
-        """Slots that the next plan must introduce to the worker."""
+        self._joining: dict[int, int] = {}
+        """Slots that the next plan must introduce to the worker, and the bytes of their grammars."""
+        self._joining_bytes = 0
+        """Of all these grammars."""
         self._leaving: list[int] = []
         """Slots that the worker still takes for owned and the next plan must name."""
 
@@ -121,10 +128,13 @@ class Replica:
 
     @property
     def accepts(self) -> bool:
-        """There is a free slot, and the prompts that are being computed leave room for more of them.
+        """There is a free slot, the prompts that are being computed leave room for more of them, and the grammars of
+        rows that join do not make the next plan huge.
 
-        The oldest does not count, however huge: the others get their share beside it.
+        The oldest prompt does not count, however huge: the others get their share beside it.
         """
+        if self._joining_bytes > MAX_GRAMMAR_BYTES_A_PLAN:
+            return False
         oldest = next(iter(self._prefilling.values()), 0)
         return self.rows.has_free_slot and self._backlog - oldest < self.limits.max_num_batched_tokens
 
@@ -178,7 +188,9 @@ class Replica:
             self.pool.give(blocks)
             raise
         self._prefilling[slot] = length - shared * block_size
-        self._joining[slot] = None
+        grammar = request.sampling.structured_outputs
+        self._joining[slot] = 0 if grammar is None else grammar.size
+        self._joining_bytes += self._joining[slot]
         self._backlog += length - shared * block_size
         if self._caching:
             full = length // block_size
@@ -196,7 +208,7 @@ class Replica:
         if slot in self._prefilling:
             self._backlog -= self._prefilling.pop(slot)
         if slot in self._joining:
-            del self._joining[slot]  # the worker never heard of it
+            self._joining_bytes -= self._joining.pop(slot)  # the worker never heard of it
         elif rows.phase[slot] != ENDING:
             self._leaving.append(slot)  # an ENDING slot was put there when its last token was planned
         blocks = rows.blocks(slot)
@@ -282,12 +294,14 @@ class Replica:
         self._flights.append(flight)
         self._leaving = ending
         self._joining = {}
+        self._joining_bytes = 0
         self._next_step += 1
         self._idle = False
         return plan, preempted
 
-    def commit(self, step: int, token: IntColumn, busy_us: int = 0) -> Commit:
-        """Enters a step's tokens into the rows that still own them. `busy_us`: device time of the step, 0 if unknown.
+    def commit(self, step: int, token: IntColumn, busy_us: int = 0, failed: tuple[tuple[int, str], ...] = ()) -> Commit:
+        """Enters a step's tokens into the rows that still own them. `busy_us`: device time of the step, 0 if unknown;
+        `failed`: places in `token` whose tokens are none, and why.
 
         Raises ProtocolError, having changed nothing, if it is not the result that is due or does not fit the step.
         """
@@ -301,11 +315,18 @@ class Replica:
             )
         if len(token) and not 0 <= int(token.min()) <= int(token.max()) < self.limits.vocab_size:
             raise ProtocolError(f"worker {self.worker} sent a token outside the vocabulary in step {step}")
+        if not all(0 <= position < len(token) for position, _ in failed):
+            raise ProtocolError(f"worker {self.worker} failed rows that step {step} has not sampled for")
         self._flights.popleft()
         self._pace.observe(flight.decode_rows, flight.chunk_tokens, busy_us / 1e6)
 
         rows = self.rows
         owned = (rows.number[flight.slot] == flight.number) & (rows.attempt[flight.slot] == flight.attempt)
+        failures: dict[int, str] = {}
+        for position, error in failed:
+            if owned[position]:
+                owned[position] = False
+                failures[int(flight.slot[position])] = error
         slot, token = flight.slot[owned], token[owned]
         position = rows.known[slot]
         rows.history[slot, position] = token
@@ -322,6 +343,7 @@ class Replica:
             first=slot[position == rows.entered[slot]],
             stopped=slot[stopped],
             exhausted=slot[exhausted & ~stopped],
+            failed=tuple(failures.items()),
         )
 
     def settle(self) -> None:
@@ -422,6 +444,7 @@ class Replica:
             "join_top_k": np.array([max(0, request.sampling.top_k) for request in requests], np.int32),
             "join_top_p": np.array([request.sampling.top_p for request in requests], np.float32),
             "join_seed": np.array([request.seed for request in requests], np.int64),
+            **_join_grammars(requests),
         }
 
     # --- integrity -------------------------------------------------------------------------------------------------
@@ -454,3 +477,13 @@ class Replica:
         for broken, story in problems:
             if broken:
                 raise AssertionError(f"worker {self.worker}: {story}")
+
+
+def _join_grammars(requests: list[Request]) -> dict[str, Any]:
+    """The grammars of joining rows, each one once, and which is whose; nothing if none has one."""
+    index: dict[StructuredOutputsParams, int] = {}
+    which = [
+        -1 if grammar is None else index.setdefault(grammar, len(index))
+        for grammar in (request.sampling.structured_outputs for request in requests)
+    ]
+    return {"grammars": tuple(index), "join_grammar": np.array(which, np.int32)} if index else {}

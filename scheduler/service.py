@@ -27,7 +27,7 @@ from .client_port import ClientPort
 from .config import SchedulerConfig
 from .connections import Connections, most_connections
 from .core import Core, ignore_end
-from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendPlan, Trouble
+from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendCheck, SendPlan, Trouble
 from .requests import Request
 from .worker_port import WorkerPort
 
@@ -216,6 +216,8 @@ class Service:
                         self.clients.accept(instruction)
                     case Reject():
                         self.clients.reject(instruction)
+                    case SendCheck():
+                        self.workers.send_check(instruction)
                     case Expel():
                         self.workers.expel(instruction)
                     case Trouble():

@@ -13,8 +13,10 @@ from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError, VersionMismatch
 from ..protocol.messages import (
     PROTOCOL_VERSION,
+    CheckGrammar,
     FileChunk,
     Goodbye,
+    GrammarChecked,
     Idle,
     ModelDescription,
     StepResult,
@@ -27,7 +29,7 @@ from ..protocol.messages import (
 from ..protocol.transport import LoopSocket
 from .admission import Admission, Complaints
 from .core import Core
-from .events import Event, Expel, SendPlan, StepDone, WorkerJoined, WorkerLimits, WorkerLost
+from .events import Checked, Event, Expel, SendCheck, SendPlan, StepDone, WorkerJoined, WorkerLimits, WorkerLost
 from .files import FileStore
 from .peers import WorkerPeer, require_given_route
 
@@ -112,7 +114,7 @@ class WorkerPort:
                 raise ProtocolError(f"a message has one frame, not {len(frames) - 1}")
             if peer is None:
                 require_given_route(route)
-            message = decode(frames[1], StepResult, Idle, WorkerHello, FileChunk, Goodbye)
+            message = decode(frames[1], StepResult, GrammarChecked, Idle, WorkerHello, FileChunk, Goodbye)
             if isinstance(message, WorkerHello):
                 self._greet(route, message)
                 return
@@ -159,7 +161,13 @@ class WorkerPort:
                     if peer.planned:  # else it answers what was not asked, for which the core expels it
                         sent_at, after_idle = peer.planned.popleft()
                         peer.meter.result(message, time.monotonic(), sent_at, after_idle, len(peer.planned))
-                    self._post(StepDone(peer.registration, message.step, message.token, message.busy_us))
+                    if len(message.failed) != len(message.failed_error):
+                        raise ProtocolError("StepResult: failed and failed_error differ in length")
+                    failed = tuple(zip(message.failed.tolist(), message.failed_error, strict=True))
+                    self._post(StepDone(peer.registration, message.step, message.token, message.busy_us, failed))
+            case GrammarChecked():
+                if (message.epoch, message.registration) == (self._epoch, peer.registration):
+                    self._post(Checked(peer.registration, message.number, message.error))
             case Idle():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
                     self._note_idle(peer, message.step)
@@ -258,6 +266,19 @@ class WorkerPort:
         if not self._send_bytes(peer.routing_id, data):
             log.error("worker %s cannot be reached", peer.hello.name)
             self._lose(peer.routing_id)
+
+    def send_check(self, instruction: SendCheck) -> None:
+        peer = self._by_registration.get(instruction.worker)
+        if peer is not None:
+            question = CheckGrammar(
+                epoch=self._epoch,
+                registration=peer.registration,
+                number=instruction.number,
+                grammar=instruction.grammar,
+            )
+            if not self._send(peer.routing_id, question):
+                log.error("worker %s cannot be reached", peer.hello.name)
+                self._lose(peer.routing_id)
 
     def expel(self, instruction: Expel) -> None:
         peer = self._by_registration.get(instruction.worker)

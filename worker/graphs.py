@@ -3,7 +3,8 @@
 A graph is captured for each of a few numbers of rows; a step takes the next larger one, and rows that only fill it up
 use a slot and a block of their own. A step is two graphs, launched back to back: the forward pass, which also applies
 the step's deltas and advances the lengths, and greedy sampling. Rows that draw random numbers are sampled from by
-ordinary launches behind the first graph. Steps with chunks are no business of this module.
+ordinary launches behind the first graph, as are rows that follow a grammar. Steps with chunks are no business of this
+module.
 
 Graphs read their input from one place on the device, where a copy on the compute stream puts it: so they belong to no
 lane. All share one memory pool, since only one runs at a time.
@@ -25,7 +26,7 @@ from .attention.base import DecodeAttention
 from .batch import Batch
 from .rows import Step
 from .staging import Lane
-from .state import DeviceState
+from .state import DeviceState, StagedMasks
 
 LARGEST_GRAPH: Final = 512
 """Rows of the largest graph, unless another number is given: beyond, a step is long enough to be launched in time."""
@@ -54,6 +55,7 @@ class StagedDecode:
     input: Tensor
     page_starts: NDArray[np.int32]
     kv_lens: NDArray[np.int32]
+    masks: StagedMasks | None
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ class DecodeGraphs:
         at = np.minimum(np.searchsorted(step.row_slot, slots), rows - 1)
         return bool((step.row_slot[at] == slots).all()) and len(np.unique(at)) == len(at)
 
-    def stage(self, step: Step, lane: Lane) -> StagedDecode:
+    def stage(self, step: Step, lane: Lane, masks: StagedMasks | None) -> StagedDecode:
         """Writes a step that `take` accepted into its lane, on the host."""
         rows, state = len(step.row_slot), self._state
         size = self._sizes[bisect_left(self._sizes, rows)]
@@ -121,7 +123,7 @@ class DecodeGraphs:
         np.subtract(kv_lens, (pages - 1) * state.block_size, out=last_page_len)
         page_starts[0] = 0
         np.cumsum(pages, out=page_starts[1:])
-        return StagedDecode(step, lane, size, lane.put(values), page_starts, kv_lens)
+        return StagedDecode(step, lane, size, lane.put(values), page_starts, kv_lens, masks)
 
     @torch.no_grad()
     def run(self, staged: StagedDecode) -> None:
@@ -130,12 +132,12 @@ class DecodeGraphs:
         self._input[: len(staged.input)].copy_(staged.input)
         graph.attention.plan(staged.lane.index, staged.page_starts, staged.kv_lens)
         graph.forward.replay()
-        if staged.step.greedy:
+        if staged.step.greedy and staged.masks is None:
             graph.choose.replay()
             tokens = self._tokens[:rows]
         else:
             slots = self._input[:rows].to(torch.int64)
-            drawn = state.sample(staged.step, graph.hidden[:rows], slots, self._kv_lens[:rows])
+            drawn = state.sample(staged.step, graph.hidden[:rows], slots, self._kv_lens[:rows], staged.masks)
             state.last_token[slots] = drawn
             tokens = drawn
         staged.lane.sampled_device[:rows].copy_(tokens)

@@ -20,7 +20,15 @@ import zmq
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ConfigurationError, ProtocolError, VersionMismatch
 from ..protocol.keys import PeerKeys
-from ..protocol.messages import FetchFile, Goodbye, StepPlan, UnknownPeer, VersionRefused, WorkerWelcome
+from ..protocol.messages import (
+    CheckGrammar,
+    FetchFile,
+    Goodbye,
+    StepPlan,
+    UnknownPeer,
+    VersionRefused,
+    WorkerWelcome,
+)
 from ..protocol.transport import LINGER_MS, Address, open_dealer, require_private
 from ..protocol.wires import HANDSHAKE_EVENTS, Event, Handshakes, monitor, read_event
 
@@ -187,7 +195,9 @@ class Link:
         try:
             if len(frames) != 1:
                 raise ProtocolError(f"the scheduler sent a message of {len(frames)} frames; a message has one")
-            message = decode(frames[0], StepPlan, WorkerWelcome, FetchFile, UnknownPeer, VersionRefused, Goodbye)
+            message = decode(
+                frames[0], StepPlan, WorkerWelcome, CheckGrammar, FetchFile, UnknownPeer, VersionRefused, Goodbye
+            )
         except (ProtocolError, VersionMismatch) as error:
             self.inbox.put(Failure(error))  # and not raised: the scheduler is still to be told
             return

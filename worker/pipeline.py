@@ -6,7 +6,9 @@
     device         … step N ─────────── step N+1 …
 
 The host thread lays out and launches a step as soon as its plan is there, while the step before still runs; the result
-thread sleeps until a step's tokens are in host memory and hands them on. Neither waits for the other.
+thread sleeps until a step's tokens are in host memory and hands them on. Neither waits for the other. A step with rows
+that follow a grammar is launched up to its sampling; the rest follows when the mask thread (grammars/masks.py), which
+needs the tokens of the step before, is done. No other step pays for that.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,11 +25,24 @@ import torch
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan, StepResult
 from .executor import StepEvent, open_executor
+from .grammars.book import GrammarBook
+from .grammars.masks import MaskThread, StepMasks
 from .graphs import DecodeGraphs
+from .launcher import Launcher
 from .model import PagedModel
 from .rows import HostRows, Step
 from .staging import Lane, input_capacity
-from .state import DeviceState, stage
+from .state import DeviceState, stage, stage_masks
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step between its plan and its result."""
+
+    plan: StepPlan
+    step: Step
+    lane: Lane
+    masks: StepMasks | None
 
 
 class Pipeline:
@@ -49,7 +65,9 @@ class Pipeline:
         lookahead: int,
         on_result: Callable[[StepResult], None],
         on_failure: Callable[[BaseException], None],
+        grammars: GrammarBook | None = None,
     ) -> None:
+        """Without `grammars`, rows that are to follow one fail."""
         self._model = model
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -58,12 +76,17 @@ class Pipeline:
         self._width = -(-max_model_len // block_size)
         self._on_result = on_result
         self._on_failure = on_failure
+        self._book = grammars or GrammarBook(None, model.vocab_size, ())
         capacity = input_capacity(slots, num_blocks, max_tokens)
         self._lanes = [
-            Lane(index, inputs=capacity, outputs=slots, device=model.device) for index in range(lookahead + 1)
+            Lane(index, inputs=capacity, outputs=slots, device=model.device, mask_words=self._book.mask_words)
+            for index in range(lookahead + 1)
         ]
         self._executor = open_executor(model.device)
-        self._launched: queue.SimpleQueue[tuple[StepPlan, Lane, int, int, StepEvent] | None] = queue.SimpleQueue()
+        self._launcher = Launcher(self._fail)
+        self._masks: MaskThread | None = None
+        """From the first grammar on."""
+        self._launched: queue.SimpleQueue[tuple[_Flight, StepEvent] | None] = queue.SimpleQueue()
         self._next_step = 0
         self._finished_steps = 0
         self._failure: BaseException | None = None
@@ -78,6 +101,8 @@ class Pipeline:
         """Forgets all rows, for a new registration. Nothing may be in flight (see `drain`)."""
         self._rows = HostRows(self._slots, self._width, self._num_blocks, self._max_tokens)
         self._state.clear()
+        if self._masks is not None:
+            self._masks.reset()
         if self._model.device.type == "cuda":
             # The cache and the state were filled on the default stream, which the compute stream does not wait for.
             torch.cuda.synchronize(self._model.device)
@@ -111,24 +136,48 @@ class Pipeline:
             )
         step = self._rows.apply(plan, self._block_size)
         lane.acquire()
-        sampled = len(step.sampled_rows)
-        event = self._executor.launch(lane, self._staged(step, lane), sampled)
+        flight = _Flight(plan, step, lane, self._masks_of(step, lane))
         self._next_step += 1
-        self._launched.put((plan, lane, sampled, step.kv_tokens, event))
+        waits = flight.masks is not None and len(flight.masks.target) > 0 and self._executor.holds_caller
+        self._launcher.launch(lambda: self._start(flight), waits=waits)
 
     def capture(self, sizes: Sequence[int], progress: Callable[[str, float], None]) -> None:
         """Captures CUDA graphs of decode steps of these numbers of rows. Nothing may be in flight."""
         self._graphs = DecodeGraphs(self._state, sizes, progress)
         self.reset()
 
-    def _staged(self, step: Step, lane: Lane) -> Callable[[], None]:
+    def _masks_of(self, step: Step, lane: Lane) -> StepMasks | None:
+        """Hands the step's grammars over to the mask thread."""
+        if step.grammar is None:
+            return None
+        if self._masks is None:
+            self._masks = MaskThread(self._book)
+        masks = StepMasks(step.grammar, lane.masks(len(step.grammar.slots)))
+        self._masks.put(masks)
+        return masks
+
+    def _start(self, flight: _Flight) -> None:
+        """Queues a step on the device, in plan order."""
+        event = self._executor.launch(flight.lane, self._staged(flight), len(flight.step.sampled_rows))
+        self._launched.put((flight, event))
+
+    def _staged(self, flight: _Flight) -> Callable[[], None]:
         """Writes the step into its lane; returns what launches it."""
-        graphs, state = self._graphs, self._state
+        graphs, state, step, lane = self._graphs, self._state, flight.step, flight.lane
+        masks = stage_masks(step, lane, lambda: self._collect(flight))
         if graphs is not None and graphs.take(step):
-            decode = graphs.stage(step, lane)
+            decode = graphs.stage(step, lane, masks)
             return lambda: graphs.run(decode)
-        staged = stage(step, lane)
+        staged = stage(step, lane, masks)
         return lambda: state.run(staged)
+
+    def _collect(self, flight: _Flight) -> torch.Tensor:
+        """Called between a step's forward pass and its sampling: the masks, on their way to the device."""
+        thread, masks = self._masks, flight.masks
+        if thread is None or masks is None:
+            raise RuntimeError("a step without grammars waits for masks")
+        self._executor.hold(lambda: thread.wait(masks))
+        return flight.lane.send_masks(len(masks.target))
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Waits until everything launched has come to its end and its results are handed on; False if that took longer
@@ -143,9 +192,12 @@ class Pipeline:
         """Ends the threads once what is in flight has come to its end, or leaves them behind after `timeout_s`: they
         cannot be woken from a step that hangs, and do not keep the process alive."""
         end = time.monotonic() + timeout_s
+        self._launcher.close(timeout_s)
         self._launched.put(None)
-        self._thread.join(timeout_s)
+        self._thread.join(max(0.0, end - time.monotonic()))
         self._executor.close(max(0.0, end - time.monotonic()))
+        if self._masks is not None:
+            self._masks.close(max(0.0, end - time.monotonic()))
 
     def _return_results(self) -> None:
         try:
@@ -155,23 +207,38 @@ class Pipeline:
                     self._finished_steps += 1
                     self._progress.notify_all()
         except BaseException as error:  # noqa: BLE001 - reported by the owner of the process, which ends
-            with self._progress:
-                self._failure = error
-                self._progress.notify_all()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._progress:
+            first = self._failure is None
+            self._failure = self._failure or error
+            self._progress.notify_all()
+        if self._masks is not None:
+            self._masks.fail(error)
+        if first:
             self._on_failure(error)
 
-    def _return(self, plan: StepPlan, lane: Lane, sampled: int, kv_tokens: int, event: StepEvent) -> None:
-        busy_us, gap_us = event.wait()
-        token = lane.sampled_host[:sampled].numpy().astype(np.int32, copy=True)
-        lane.release()  # before the result is out: the scheduler answers it with the lane's next plan
-        self._on_result(
-            StepResult(
-                epoch=plan.epoch,
-                registration=plan.registration,
-                step=plan.step,
-                token=token,
-                busy_us=busy_us,
-                gap_us=0 if plan.after_idle else gap_us,
-                kv_tokens=kv_tokens,
-            )
+    def _return(self, flight: _Flight, event: StepEvent) -> None:
+        times = event.wait()
+        plan, masks = flight.plan, flight.masks
+        token = flight.lane.sampled_host[: len(flight.step.sampled_rows)].numpy().astype(np.int32, copy=True)
+        flight.lane.release()  # before the result is out: the scheduler answers it with the lane's next plan
+        result = StepResult(
+            epoch=plan.epoch,
+            registration=plan.registration,
+            step=plan.step,
+            token=token,
+            busy_us=times.busy_us,
+            gap_us=times.held_us + (0 if plan.after_idle else times.gap_us),
+            kv_tokens=flight.step.kv_tokens,
         )
+        if masks is not None and self._masks is not None:
+            self._masks.sampled(masks, token)
+            if masks.failed:
+                result = replace(
+                    result,
+                    failed=np.array([position for position, _ in masks.failed], np.int32),
+                    failed_error=tuple(error for _, error in masks.failed),
+                )
+        self._on_result(result)

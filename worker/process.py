@@ -18,6 +18,8 @@ from . import invariance
 from .compiling import keep_compiled_code
 from .config import WorkerConfig
 from .describe import choose_max_model_len, describe, file_infos
+from .grammars.book import GrammarBook
+from .grammars.checker import GrammarChecker
 from .graphs import LARGEST_GRAPH, graph_sizes
 from .link import Failure, Link
 from .loading import ModelSource, tokenizer_files
@@ -38,6 +40,8 @@ def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSi
     with _full_device_explained():
         hello, model, files = _load(config, status)
         stopping.tell(link.inbox)
+        grammars = GrammarBook(files.get("tokenizer.json"), hello.model.vocab_size, hello.model.eos_token_ids)
+        checker = GrammarChecker(grammars)
         pipeline = Pipeline(
             model,
             num_blocks=hello.num_blocks,
@@ -48,14 +52,16 @@ def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSi
             lookahead=hello.lookahead,
             on_result=link.send,
             on_failure=lambda error: link.inbox.put(Failure(error)),
+            grammars=grammars,
         )
         try:
             if model.compiled:
                 largest = config.max_cudagraph_capture_size or min(config.max_num_seqs, LARGEST_GRAPH)
                 pipeline.capture(graph_sizes(largest), status.progress)
             status.ready(name=hello.name, num_blocks=hello.num_blocks)
-            Session(link, pipeline, hello, files).run()
+            Session(link, pipeline, hello, files, checker).run()
         finally:
+            checker.close()
             pipeline.close(CLOSE_S)
 
 

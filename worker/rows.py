@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan
+from .grammars.slots import GrammarSlots, GrammarStep
 
 IntColumn: TypeAlias = NDArray[np.int32]
 
@@ -46,6 +47,8 @@ class Step:
     """No sampled row draws a random number."""
     any_top_k: bool
     any_top_p: bool
+    grammar: GrammarStep | None
+    """None where no row has anything to do with a grammar."""
 
     @property
     def num_tokens(self) -> int:
@@ -74,6 +77,7 @@ class HostRows:
         self._top_k = np.zeros(slots, np.bool_)
         self._top_p = np.zeros(slots, np.bool_)
         self._tokens: list[IntColumn | None] = [None] * slots
+        self._grammars = GrammarSlots(slots)
 
     def apply(self, plan: StepPlan, block_size: int) -> Step:
         """Moves the columns past `plan` and returns the step's layout.
@@ -116,6 +120,7 @@ class HostRows:
             greedy=not self._samples[sampled_slots].any(),
             any_top_k=bool(self._top_k[sampled_slots].any()),
             any_top_p=bool(self._top_p[sampled_slots].any()),
+            grammar=self._grammars.apply(plan, sampled_slots, len(decoding)),
         )
 
     def _leave(self, slots: IntColumn) -> None:

@@ -37,6 +37,24 @@ class SamplingColumns:
     any_top_p: bool = True
 
 
+@dataclass(slots=True)
+class AllowedTokens:
+    """What the grammars of G of the N rows allow, device tensors."""
+
+    rows: Tensor
+    """[G] int64: which rows they are."""
+    bits: Tensor
+    """[G, W] int32: bit t % 32 of word t // 32 allows token t; at least one in a row."""
+
+
+def allow(logits: Tensor, allowed: AllowedTokens) -> Tensor:
+    """[N, vocab] with -inf for every token that a row's grammar does not allow."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    octets = allowed.bits.view(torch.uint8)  # little-endian words: byte t // 8, bit t % 8
+    kept = ((octets[:, :, None] >> shifts) & 1).flatten(1)[:, : logits.shape[-1]] > 0
+    return logits.index_copy(0, allowed.rows, logits[allowed.rows].masked_fill(~kept, float("-inf")))
+
+
 def greedy(logits: Tensor) -> Tensor:
     """The likeliest token of each row of [N, vocab] (the lowest id among equals): [N] int64."""
     return logits.argmax(dim=-1)

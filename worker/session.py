@@ -11,9 +11,11 @@ from typing import Final
 from ..protocol.errors import ProtocolError, ServiceUnavailable, VersionMismatch
 from ..protocol.messages import (
     PROTOCOL_VERSION,
+    CheckGrammar,
     FetchFile,
     FileChunk,
     Goodbye,
+    GrammarChecked,
     Idle,
     StepPlan,
     UnknownPeer,
@@ -21,6 +23,7 @@ from ..protocol.messages import (
     WorkerHello,
     WorkerWelcome,
 )
+from .grammars.checker import GrammarChecker
 from .link import Failure, Link, Reachable
 from .pipeline import Pipeline
 from .stopping import Stop
@@ -48,11 +51,19 @@ class _Registration:
 class Session:
     """Runs in the host thread, on one Link and one Pipeline."""
 
-    def __init__(self, link: Link, pipeline: Pipeline, hello: WorkerHello, files: dict[str, bytes]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        pipeline: Pipeline,
+        hello: WorkerHello,
+        files: dict[str, bytes],
+        checker: GrammarChecker,
+    ) -> None:
         self._link = link
         self._pipeline = pipeline
         self._hello = hello
         self._files = files
+        self._checker = checker
         self._registered: _Registration | None = None
         """None: a hello is outstanding."""
         self._patience_s = HELLO_AFTER_S
@@ -85,6 +96,8 @@ class Session:
         match message:
             case StepPlan():
                 self._execute(message)
+            case CheckGrammar():
+                self._checker.check(message.grammar, lambda error: self._answer(message, error))
             case WorkerWelcome():
                 self._register(_Registration(message.epoch, message.registration))
             case FetchFile():
@@ -131,6 +144,12 @@ class Session:
         except ProtocolError as error:
             log.exception("plan %d cannot be executed", plan.step)
             self._start_over(str(error))
+
+    def _answer(self, asked: CheckGrammar, error: str) -> None:
+        """Called by the checker's thread. A scheduler that did not ask, or a later registration, ignores it."""
+        self._link.send(
+            GrammarChecked(epoch=asked.epoch, registration=asked.registration, number=asked.number, error=error)
+        )
 
     def _start_over(self, reason: str) -> None:
         """Registers anew once what was launched has ended."""

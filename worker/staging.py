@@ -18,8 +18,9 @@ from torch import Tensor
 class Lane:
     """The buffers of one step in flight: what goes to the device, and what comes back."""
 
-    def __init__(self, index: int, *, inputs: int, outputs: int, device: torch.device) -> None:
-        """`inputs`: int32 values that a step may bring; `outputs`: tokens that it may sample."""
+    def __init__(self, index: int, *, inputs: int, outputs: int, device: torch.device, mask_words: int = 0) -> None:
+        """`inputs`: int32 values that a step may bring; `outputs`: tokens that it may sample; `mask_words`: int32
+        values of one row's grammar mask, 0 where there are no grammars."""
         self.index = index
         pinned = device.type == "cuda"
         self._host = torch.empty(inputs, dtype=torch.int32, pin_memory=pinned)
@@ -28,6 +29,9 @@ class Lane:
         self._used = 0
         self.sampled_device = torch.empty(outputs, dtype=torch.int32, device=device)
         self.sampled_host = torch.empty(outputs, dtype=torch.int32, pin_memory=pinned)
+        self._mask_host = torch.empty((outputs, mask_words), dtype=torch.int32, pin_memory=pinned and mask_words > 0)
+        self._mask_device = torch.empty((outputs, mask_words), dtype=torch.int32, device=device)
+        self._mask_array: NDArray[np.int32] = self._mask_host.numpy()
         self._free = True
 
     @property
@@ -61,6 +65,15 @@ class Lane:
         """Copies what was put to the device, on the current stream."""
         self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
 
+    def masks(self, count: int) -> NDArray[np.int32]:
+        """Where the grammar masks of `count` rows are to be written on the host, before `send_masks`."""
+        return self._mask_array[:count]
+
+    def send_masks(self, count: int) -> Tensor:
+        """Copies them to the device, on the current stream: [count, mask_words] int32."""
+        self._mask_device[:count].copy_(self._mask_host[:count], non_blocking=True)
+        return self._mask_device[:count]
+
     def fetch(self, count: int) -> None:
         """Copies `count` sampled tokens back to the host, on the current stream."""
         self.sampled_host[:count].copy_(self.sampled_device[:count], non_blocking=True)
@@ -69,4 +82,4 @@ class Lane:
 def input_capacity(slots: int, num_blocks: int, max_tokens: int) -> int:
     """Most int32 values that one step can bring: per slot the join columns, rows and samples; block table entries;
     tokens."""
-    return 24 * slots + 2 * (num_blocks + slots) + 4 * max_tokens + 64
+    return 25 * slots + 2 * (num_blocks + slots) + 4 * max_tokens + 64

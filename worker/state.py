@@ -6,6 +6,7 @@ decoding row's input token never visits the host: the step before wrote it to `l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from .batch import Batch
 from .model import PagedModel
 from .rows import Step
-from .sampler import SamplingColumns, sample
+from .sampler import AllowedTokens, SamplingColumns, allow, greedy, sample
 from .staging import Lane
 
 
@@ -40,9 +41,30 @@ class StagedStep:
     chunk_tokens: Tensor
     query_ends: Tensor
     sampled_rows: Tensor
+    masks: StagedMasks | None
 
 
-def stage(step: Step, lane: Lane) -> StagedStep:
+@dataclass(slots=True)
+class StagedMasks:
+    """Grammar masks that the host is still working on."""
+
+    rows: Tensor
+    """[G] int32: those of the sampled rows that have one."""
+    collect: Callable[[], Tensor]
+    """Waits for the host, once; then the masks are on their way to the device: [G, mask_words] int32."""
+
+    def allowed(self) -> AllowedTokens:
+        return AllowedTokens(self.rows.to(torch.int64), self.collect())
+
+
+def stage_masks(step: Step, lane: Lane, collect: Callable[[], Tensor]) -> StagedMasks | None:
+    """None for a step none of whose sampled rows has a grammar."""
+    if step.grammar is None or not len(step.grammar.at):
+        return None
+    return StagedMasks(lane.put(step.grammar.at), collect)
+
+
+def stage(step: Step, lane: Lane, masks: StagedMasks | None) -> StagedStep:
     """Writes a step into its lane, on the host."""
     plan, put = step.plan, lane.put
     return StagedStep(
@@ -63,6 +85,7 @@ def stage(step: Step, lane: Lane) -> StagedStep:
         chunk_tokens=put(step.chunk_tokens),
         query_ends=put(step.query_starts[1:]),
         sampled_rows=put(step.sampled_rows),
+        masks=masks,
     )
 
 
@@ -117,7 +140,7 @@ class DeviceState:
         if count:
             rows = staged.sampled_rows
             last = (staged.query_ends[rows] - 1).to(torch.int64)
-            tokens = self.sample(staged.step, hidden[last], slots[rows], batch.kv_lens[rows])
+            tokens = self.sample(staged.step, hidden[last], slots[rows], batch.kv_lens[rows], staged.masks)
             self.last_token[slots[rows]] = tokens
             staged.lane.sampled_device[:count] = tokens
 
@@ -161,10 +184,16 @@ class DeviceState:
         )
         return batch, slots
 
-    def sample(self, step: Step, hidden: Tensor, slots: Tensor, kv_lens: Tensor) -> Tensor:
-        """A token for each of N rows: hidden [N, hidden], slots [N] int64, kv_lens [N]. Returns [N] int64."""
-        if step.greedy:
+    def sample(self, step: Step, hidden: Tensor, slots: Tensor, kv_lens: Tensor, masks: StagedMasks | None) -> Tensor:
+        """A token for each of N rows: hidden [N, hidden], slots [N] int64, kv_lens [N]. Returns [N] int64. Waits for
+        `masks`, if there are any."""
+        if step.greedy and masks is None:
             return self.model.greedy(hidden)
+        logits = self.model.logits(hidden)
+        if masks is not None:
+            logits = allow(logits, masks.allowed())
+            if step.greedy:
+                return greedy(logits)
         columns = SamplingColumns(
             temperature=self.temperature[slots],
             top_k=self.top_k[slots],
@@ -175,7 +204,7 @@ class DeviceState:
             any_top_k=step.any_top_k,
             any_top_p=step.any_top_p,
         )
-        return sample(self.model.logits(hidden), columns)
+        return sample(logits, columns)
 
 
 def _int64(halves: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def test_every_name_is_there(module: object) -> None:
 def test_the_api_is_this() -> None:
     assert set(tandem.__all__) == set(
         """
-        Client AsyncClient SamplingParams ChatOptions TokensPrompt CompletionStream SyncCompletionStream Completion
+        Client AsyncClient SamplingParams StructuredOutputsParams ChatOptions TokensPrompt CompletionStream
+            SyncCompletionStream Completion
         Choice Chunk Usage Timings TokenLogprob PositionLogprobs TandemError ConfigurationError ServiceUnavailable
         VersionMismatch AuthenticationError ProtocolError OffsetError RequestError InvalidRequest Overloaded
         RequestFailed RequestTimeout RequestCancelled

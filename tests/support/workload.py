@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -56,13 +56,22 @@ def reference(model: PreTrainedModel, wanted: Wanted) -> list[int]:
     return [int(token) for token in out[0, len(wanted.prompt) :]]
 
 
-async def send_staggered(client: AsyncClient, requests: Sequence[Wanted], gap: int = 6) -> list[list[int]]:
+class Sendable(Protocol):
+    """A prompt, and how its answer is to be chosen."""
+
+    @property
+    def prompt(self) -> tuple[int, ...]: ...
+
+    def sampling(self) -> dict[str, Any]: ...
+
+
+async def send_staggered(client: AsyncClient, requests: Sequence[Sendable], gap: int = 6) -> list[list[int]]:
     """Sends request i once `gap` · i tokens have arrived in all (or everything sent so far is over), so that requests
     join batches that already run."""
     arrived, open_requests = 0, 0
     changed = asyncio.Condition()
 
-    async def one(index: int, wanted: Wanted) -> list[int]:
+    async def one(index: int, wanted: Sendable) -> list[int]:
         nonlocal arrived, open_requests
         async with changed:
             await changed.wait_for(lambda: arrived >= gap * index or not open_requests)

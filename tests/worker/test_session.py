@@ -35,6 +35,8 @@ from tandem.protocol.messages import (
 )
 from tandem.protocol.transport import Address, open_router
 from tandem.worker import session as session_module
+from tandem.worker.grammars.book import GrammarBook
+from tandem.worker.grammars.checker import GrammarChecker
 from tandem.worker.link import Failure, Link
 from tandem.worker.model import PagedModel
 from tandem.worker.pipeline import Pipeline
@@ -97,7 +99,8 @@ class Worker:
             on_result=self.link.send,
             on_failure=lambda error: self.link.inbox.put(Failure(error)),
         )
-        self.session = Session(self.link, self.pipeline, hello(), FILES)
+        self.checker = GrammarChecker(GrammarBook(None, model.vocab_size, ()))
+        self.session = Session(self.link, self.pipeline, hello(), FILES, self.checker)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
@@ -117,6 +120,7 @@ class Worker:
     def close(self) -> None:
         self.link.inbox.put(Stop())
         self.end()
+        self.checker.close()
         self.pipeline.close(DEADLINE_S)
         self.link.close()
 

@@ -1,0 +1,1 @@
+"""Structured output: which tokens a grammar allows next. Nothing here imports torch."""

@@ -1,0 +1,206 @@
+"""Which tokens each row's grammar allows next, worked out on the CPU while the device runs the forward pass.
+
+    result N-1  ─ tokens ─┐
+                          ▼
+    mask thread   advance the matchers, fill the masks of step N ──┐
+                                                                   ▼
+    step N        forward pass ─────────────────────────────── sampling
+
+A step's masks need the tokens of the step before, and nothing else does: the forward pass is launched long before they
+are there. A row that is known to be over, or whose grammar has failed, is advanced no more; what it still samples is
+wasted, so any token will do.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from numpy.typing import NDArray
+
+from ...protocol.structured import StructuredOutputsParams
+from .book import GrammarBook
+from .compiler import GrammarError, error_of, raise_error
+from .slots import GrammarStep, JoiningRow
+
+MOST_THREADS: Final = 16
+"""That fill masks of one step side by side."""
+PARALLEL_FROM: Final = 4
+"""Fewer rows are not worth handing to other threads."""
+
+
+@dataclass(slots=True)
+class StepMasks:
+    """The masks of one step's G rows with a grammar. Made for every step in which a row has one, and for the one that
+    it leaves with."""
+
+    rows: GrammarStep
+    target: NDArray[np.int32]
+    """[G, mask_words]: where they are to be written; bit t % 32 of word t // 32 allows token t."""
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    """Where in the step's result a row stands whose grammar has failed, and why. Complete once the masks are."""
+    ready: bool = False
+    tokens: NDArray[np.int32] | None = None
+    """The step's result."""
+
+
+class MaskThread:
+    """Fills the masks of steps, in the order in which they are handed over."""
+
+    def __init__(self, book: GrammarBook) -> None:
+        self._book = book
+        self._executor = LLExecutor(min(MOST_THREADS, max(1, (os.cpu_count() or 1) // 2)))
+        self._matchers: dict[int, LLMatcher | None] = {}
+        """By slot; None: the row is over, or its grammar has failed."""
+        self._wanted: dict[int, StructuredOutputsParams] = {}
+        self._failures: dict[int, str] = {}
+        """By slot: what no step's result has told yet."""
+        self._last: StepMasks | None = None
+        self._steps: queue.SimpleQueue[StepMasks | Callable[[], None] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="masks", daemon=True)
+        self._thread.start()
+
+    # --- for other threads -------------------------------------------------------------------------------------------
+
+    def put(self, step: StepMasks) -> None:
+        """Hands over the next step; waits for nothing."""
+        self._steps.put(step)
+
+    def sampled(self, step: StepMasks, tokens: NDArray[np.int32]) -> None:
+        """The step's result is there."""
+        with self._changed:
+            step.tokens = tokens
+            self._changed.notify_all()
+
+    def wait(self, step: StepMasks) -> None:
+        """Sleeps until the step's masks are written. Raises what the thread raised, or what `fail` was told."""
+        with self._changed:
+            self._changed.wait_for(lambda: step.ready or self._error is not None)
+            if not step.ready and self._error is not None:
+                raise self._error
+
+    def fail(self, error: BaseException) -> None:
+        """No result will come any more: whoever waits is woken."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def reset(self) -> None:
+        """Forgets all rows. Every step that was handed over must have ended."""
+        self._steps.put(self._forget)
+
+    def close(self, timeout_s: float) -> None:
+        self._steps.put(None)
+        self.fail(RuntimeError("the worker is ending"))
+        self._thread.join(timeout_s)
+
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while (step := self._steps.get()) is not None:
+                if isinstance(step, StepMasks):
+                    self._write(step)
+                else:
+                    step()
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for masks
+            self.fail(error)
+
+    def _forget(self) -> None:
+        self._matchers.clear()
+        self._wanted.clear()
+        self._failures.clear()
+        self._last = None
+
+    def _write(self, step: StepMasks) -> None:
+        for slot in step.rows.leave:
+            for of_slot in (self._matchers, self._wanted, self._failures):
+                of_slot.pop(slot, None)
+        for row in step.rows.join:
+            self._wanted[row.slot] = row.wanted
+            self._join(row)
+        if any(step.rows.decodes):
+            self._advance(step)
+        self._fill(step)
+        for slot, position in zip(step.rows.slots, step.rows.at, strict=True):
+            if slot in self._failures:
+                step.failed.append((int(position), self._failures.pop(slot)))
+        self._last = step
+        with self._changed:
+            step.ready = True
+            self._changed.notify_all()
+
+    def _join(self, row: JoiningRow) -> None:
+        try:
+            matcher = self._book.matcher(row.wanted)
+            if row.generated and not matcher.consume_tokens(row.generated):
+                raise_error(matcher)
+            self._matchers[row.slot] = matcher
+        except GrammarError as error:
+            self._give_up(row.slot, str(error))
+
+    def _give_up(self, slot: int, error: str) -> None:
+        """What goes wrong with a grammar ends its own row."""
+        self._matchers[slot] = None
+        self._failures[slot] = f"structured_outputs: the grammar cannot be followed any further: {error}"
+        self._book.discard(self._wanted[slot])
+
+    def _advance(self, step: StepMasks) -> None:
+        """Takes in the tokens of the step before, which sampled for every row that decodes now."""
+        before = self._last
+        if before is None:
+            raise RuntimeError("rows decode that no step has sampled for")
+        with self._changed:
+            self._changed.wait_for(lambda: before.tokens is not None or self._error is not None)
+            if before.tokens is None:
+                raise self._error or RuntimeError("no tokens came")
+            tokens = before.tokens
+        at = zip(before.rows.slots, before.rows.at, strict=True)
+        token_of = {slot: int(tokens[position]) for slot, position in at}
+        moving: list[tuple[int, LLMatcher]] = []
+        for slot, decodes in zip(step.rows.slots, step.rows.decodes, strict=True):
+            matcher = self._matchers[slot]
+            if matcher is None or not decodes:
+                continue
+            if token_of[slot] in self._book.eos_token_ids:
+                self._matchers[slot] = None  # it is over, and the scheduler will say so
+            else:
+                moving.append((slot, matcher))
+        if len(moving) < PARALLEL_FROM:
+            for slot, matcher in moving:
+                matcher.consume_token(token_of[slot])
+        else:
+            self._executor.consume_token_par([(matcher, token_of[slot]) for slot, matcher in moving])
+        for slot, matcher in moving:
+            error = error_of(matcher)
+            if error:
+                self._give_up(slot, error)
+
+    def _fill(self, step: StepMasks) -> None:
+        step.target.fill(-1)
+        rows = [
+            (matcher, index)
+            for index, slot in enumerate(step.rows.slots)
+            if (matcher := self._matchers[slot]) is not None
+        ]
+        if len(rows) < PARALLEL_FROM:
+            for matcher, index in rows:
+                fill_next_token_bitmask(matcher, step.target, index)
+        else:
+            fill_next_token_bitmask_par(self._executor, rows, step.target)
+        for matcher, index in rows:
+            error = error_of(matcher)
+            if not error and not step.target[index].any():
+                error = "no token may come next"
+            if error:
+                step.target[index] = -1
+                self._give_up(step.rows.slots[index], error)
