@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .protocol.errors import AuthenticationError as AuthenticationError
     from .protocol.errors import ConfigurationError as ConfigurationError
     from .protocol.errors import InvalidRequest as InvalidRequest
+    from .protocol.errors import ModelChanged as ModelChanged
     from .protocol.errors import OffsetError as OffsetError
     from .protocol.errors import Overloaded as Overloaded
     from .protocol.errors import ProtocolError as ProtocolError
@@ -68,6 +69,7 @@ __all__ = [
     "InvalidRequest",
     "Overloaded",
     "RequestFailed",
+    "ModelChanged",
     "RequestTimeout",
     "RequestCancelled",
 ]

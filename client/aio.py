@@ -59,10 +59,11 @@ class AsyncClient:
     ) -> None:
         """Connects to nothing yet. `keys` is the key file that a tcp address needs, or a key directory (default:
         $TANDEM_KEYS, else ~/.config/tandem/keys); `insecure` does without; `connect_timeout` (s) includes waiting
-        for a worker to load the model; a scheduler that cannot be reached for `reconnect_timeout` (s) fails open
-        requests; `max_concurrency` bounds how much of a list of prompts is in flight at once; `name` is for the
-        service's logs. Raises ConfigurationError for an address that cannot be or lacks its keys, InvalidRequest for
-        other arguments that cannot."""
+        for a worker to load the model. Open requests go on when a service that was lost comes back; they fail when no
+        scheduler answers for `reconnect_timeout` (s), or one that has no model for `connect_timeout`. `max_concurrency`
+        bounds how much of a list of prompts is in flight at once; `name` is for the service's logs. Raises
+        ConfigurationError for an address that cannot be or lacks its keys, InvalidRequest for other arguments that
+        cannot."""
         from ..protocol.keys import peer_keys
         from ..protocol.transport import Address, default_address
         from .arguments import require_name, require_whole, seconds
@@ -80,7 +81,11 @@ class AsyncClient:
         require_name(name)
         self._connect_timeout = seconds("connect_timeout", connect_timeout)
         self._connection = Connection(
-            where, name=name, reconnect_timeout_s=seconds("reconnect_timeout", reconnect_timeout), keys=found
+            where,
+            name=name,
+            reconnect_timeout_s=seconds("reconnect_timeout", reconnect_timeout),
+            model_timeout_s=self._connect_timeout,
+            keys=found,
         )
         self._max_concurrency = max_concurrency
         self._opened = False

@@ -72,6 +72,11 @@ class FileFetcher:
             fetch.data += chunk.data
         fetch.changed.set()
 
+    def ask_again(self) -> None:
+        """Asks anew for the pieces that are awaited: whoever was asked is gone."""
+        for fetch in self._open.values():
+            fetch.changed.set()
+
     def fail(self, error: TandemError) -> None:
         """Ends all fetches."""
         for fetch in self._open.values():

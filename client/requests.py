@@ -15,9 +15,15 @@ class OpenRequests:
     """The requests of one connection that have not ended, by ticket. Messages for others are dropped: those requests
     were cancelled here while the message was on its way."""
 
-    def __init__(self, cancel: Callable[[TokenStream, TandemError], None]) -> None:
-        """`cancel` ends a request on both ends."""
-        self._cancel = cancel
+    def __init__(
+        self,
+        broken: Callable[[TokenStream, ProtocolError], None],
+        overloaded: Callable[[TokenStream, float], None],
+    ) -> None:
+        """`broken` is told of a request whose stream has a gap or a repeat, `overloaded` of one that is to go on but
+        that the service has no room for, to be tried again after so many seconds. Neither is here any more then."""
+        self._broken = broken
+        self._overloaded = overloaded
         self._streams: dict[int, TokenStream] = {}
         self._stopped: dict[int, TokenStream] = {}
         """Those that their readers ended, until the scheduler says what they took."""
@@ -47,12 +53,17 @@ class OpenRequests:
         self._stopped[stream.ticket] = stream
         return True
 
-    def fail_all(self, error: TandemError) -> None:
-        """Ends every request here; the scheduler is told nothing."""
+    def take_all(self) -> list[TokenStream]:
+        """Removes every request, in the order in which they were sent; of those that were stopped nobody will tell what
+        they took."""
         while self._stopped:
             self._stopped.popitem()[1].settle(None)
         streams, self._streams = self._streams, {}
-        for stream in streams.values():
+        return list(streams.values())
+
+    def fail_all(self, error: TandemError) -> None:
+        """Ends every request here; the scheduler is told nothing."""
+        for stream in self.take_all():
             stream.fail(error)
 
     def handle(self, message: Tokens | Accepted | Refused | Suspected) -> None:
@@ -66,7 +77,11 @@ class OpenRequests:
                     stream.history.epoch, stream.history.number = message.epoch, message.number
             case Refused():
                 stream = self._streams.pop(message.ticket, None)
-                if stream is not None:
+                if stream is None:
+                    return
+                if stream.resumed and message.code == "overloaded":
+                    self._overloaded(stream, message.retry_after_s)
+                else:
                     stream.fail(_refusal(message))
             case Suspected():
                 self._on_suspected(message)
@@ -96,7 +111,8 @@ class OpenRequests:
                 try:
                     stream.push(offset, tokens[begin:end])
                 except OffsetError as error:
-                    self._cancel(stream, error)
+                    del self._streams[ticket]
+                    self._broken(stream, error)
             begin = end
         for ended in message.ended:
             stream = self._streams.pop(ended.ticket, None)
@@ -108,7 +124,7 @@ class OpenRequests:
                 try:
                     stream.end(ended)
                 except ProtocolError as error:
-                    stream.fail(error)
+                    self._broken(stream, error)
 
 
 def _refusal(refused: Refused) -> TandemError:

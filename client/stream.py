@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..protocol.errors import OffsetError, ProtocolError, RequestCancelled, RequestFailed, TandemError
-from ..protocol.messages import CLEARING_TOKENS, Ended, Submit
+from ..protocol.messages import CLEARING_TOKENS, Ended, ModelDescription, Submit
 from ..protocol.sampling import SamplingParams
 
 MAX_UNREAD_TOKENS = 65_536
@@ -38,15 +38,17 @@ class History:
     epoch: int | None = None
     number: int | None = None
     """What the scheduler of `epoch` calls the request, once it accepted it."""
+    model: ModelDescription | None = None
+    """What was served when it was first sent."""
     suspicions: int = 0
     """How often a worker died with this request in its launched steps, as the scheduler told."""
     suspected_at: int = 0
     """Tokens that had been received when it last told so."""
 
-    def submission(self, ticket: int, n: int = 1) -> Submit:
-        """The message that starts the request or, with tokens received, resumes it. With `n` it starts that many
-        samples, of which this is the first; they get tickets from `ticket` on. To be called on the client's loop: what
-        is left until the deadline is counted from now."""
+    def submission(self, ticket: int, n: int = 1, *, resumed: bool = False) -> Submit:
+        """The message that starts the request or, if `resumed`, goes on with it after the tokens received. With `n` it
+        starts that many samples, of which this is the first; they get tickets from `ticket` on. To be called on the
+        client's loop: what is left until the deadline is counted from now."""
         left = None
         if self.deadline is not None:
             left = min(max(self.deadline - asyncio.get_running_loop().time(), SHORTEST_TIMEOUT_S), LONGEST_TIMEOUT_S)
@@ -61,6 +63,7 @@ class History:
             priority=self.priority,
             timeout_s=left,
             cache_salt=self.cache_salt,
+            resumed=resumed,
             suspicions=0 if cleared else self.suspicions,
         )
 
@@ -85,6 +88,12 @@ class TokenStream:
         self.is_stopped = False
         """The reader wants no more: what has arrived is all there is."""
         self.error: TandemError | None = None
+        self.resumed = False
+        """It was sent again, or is to be."""
+        self.repairs = 0
+        """How often it broke and was sent again …"""
+        self.repaired_at = 0
+        """… since so many tokens had been received."""
         self.first_token_at: float | None = None
         """Loop time."""
         self._on_overflow = on_overflow

@@ -68,6 +68,10 @@ class RequestFailed(RequestError):
     """An accepted request could not be finished; tokens that were already delivered stand."""
 
 
+class ModelChanged(RequestFailed):
+    """The service came back with another model, by whose tokens this request cannot go on."""
+
+
 class RequestTimeout(RequestError):
     """The deadline that the caller set passed before the request ended. `completion` is what had come until then (the
     client's Completion, with finish_reason "timeout"), or None if the request had not been sent."""

@@ -1,7 +1,7 @@
 """Everything that Tandem's processes say, grouped by conversation.
 
 client ↔ scheduler       ClientHello, Submit, Cancel, Ping, AskStats, AskDrain, FetchFile  →
-                       ← Welcome, Accepted, Refused, Tokens, Suspected, Stats, Draining, FileChunk, UnknownPeer,
+                       ← Welcome, Accepted, Refused, Tokens, Suspected, Pong, Stats, Draining, FileChunk, UnknownPeer,
                          VersionRefused, Goodbye
 scheduler ↔ worker       WorkerHello, StepResult, GrammarChecked, Idle, FileChunk, Goodbye  →
                        ← WorkerWelcome, StepPlan, CheckGrammar, FetchFile, Leave, UnknownPeer, VersionRefused, Goodbye
@@ -185,6 +185,9 @@ class ClientHello:
 
     version: Count
     name: Name = ""
+    session: Number = 0
+    """Drawn at random by the client when it starts, and a secret of its own: another connection that said the same
+    number was this client's, and what it had asked for ends. 0 for a client that does not come back."""
 
 
 @message
@@ -211,6 +214,8 @@ class Submit:
     """Seconds from its acceptance after which the request ends with reason "timeout", waiting or running."""
     cache_salt: Annotated[str, Field(strict=True, max_length=MAX_SALT_CHARS)] = ""
     """Only requests with the same salt share cached prefixes, so that nobody can time what others have asked."""
+    resumed: Annotated[bool, Field(strict=True)] = False
+    """A scheduler has had this request before, though perhaps no token of it was received: it goes before new work."""
     suspicions: Annotated[int, Field(strict=True, ge=0, le=SUSPICIONS)] = 0
     """Of a resumption: what the last Suspected said, unless CLEARING_TOKENS tokens have come since."""
 
@@ -225,6 +230,9 @@ class Cancel:
 @message
 class Ping:
     """Renews the client's lease."""
+
+    answer: Annotated[bool, Field(strict=True)] = False
+    """A Pong is wanted, because nothing has been heard for a while."""
 
 
 @message
@@ -347,6 +355,13 @@ class Suspected:
 
 
 @message
+class Pong:
+    """Answers a Ping that wants it."""
+
+    epoch: Number
+
+
+@message
 class Draining:
     """Answers AskDrain."""
 
@@ -453,7 +468,8 @@ class Stats:
     refusals: dict[Name, Number] = field(default_factory=dict)
     """Requests that were refused, by code."""
     resumptions: Number = 0
-    """Accepted requests that brought generated tokens along."""
+    """Requests that had begun before they were accepted: in another life of the scheduler, or over another connection
+    of their client."""
     joined_workers: Number = 0
     """Registrations of workers."""
     restarted_workers: Number = 0

@@ -247,7 +247,7 @@ def open_dealer(
         prepare(socket)
     socket.set(zmq.IMMEDIATE, 1)
     socket.set(zmq.RECONNECT_IVL, 50)
-    socket.set(zmq.RECONNECT_IVL_MAX, 1_000)
+    socket.set(zmq.RECONNECT_IVL_MAX, 200)  # milliseconds; streams wait while their scheduler is started again
     socket.connect(endpoint)
     return socket
 

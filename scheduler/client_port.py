@@ -18,6 +18,7 @@ from ..protocol.messages import (
     Goodbye,
     ModelDescription,
     Ping,
+    Pong,
     Refused,
     Stats,
     Submit,
@@ -70,6 +71,8 @@ class ClientPort:
         self._socket: LoopSocket | None = None
         self._by_route: dict[bytes, ClientPeer] = {}
         self._by_client: dict[int, ClientPeer] = {}
+        self._by_session: dict[tuple[str, int], ClientPeer] = {}
+        """By CURVE key and session: nobody else's number is taken for a client's own."""
         self._next_client = 0
         self._model: ModelDescription | None = None
         self._files = FileStore(())
@@ -151,8 +154,15 @@ class ClientPort:
         name = repr(hello.name)[:80]
         if self.admission is not None:
             name += f" with key {self.admission.name('clients', key)}"
-        peer = ClientPeer(route, key, self._next_client, name, self._clock(), wire=self._socket.wire())
+        twin = self._by_session.get((key, hello.session))
+        if twin is not None:  # the client came back before this end noticed that it had gone
+            former = twin
+            log.info("client %d (%s) has a new connection", twin.client, twin.name)
+            self._lose(twin.routing_id)
+        peer = ClientPeer(route, key, self._next_client, name, self._clock(), hello.session, wire=self._socket.wire())
         peer.fetched_bytes = 0 if former is None else former.fetched_bytes
+        if hello.session:
+            self._by_session[key, hello.session] = peer
         self._next_client += 1
         self._by_route[route] = self._by_client[peer.client] = peer
         log.info("client %d %s connected", peer.client, peer.name)
@@ -182,10 +192,14 @@ class ClientPort:
                         priority=message.priority,
                         timeout_s=message.timeout_s,
                         cache_salt=message.cache_salt,
+                        resumed=message.resumed or len(message.generated) > 0,
                     )
                 )
             case Cancel():
                 self._post(Cancelled(peer.client, message.ticket))
+            case Ping():
+                if message.answer:
+                    self._send(peer, Pong(epoch=self._epoch))
             case FetchFile():
                 self._send_chunk(peer, message)
             case AskStats():
@@ -322,4 +336,5 @@ class ClientPort:
         peer = self._by_route.pop(route, None)
         if peer is not None:
             del self._by_client[peer.client]
+            self._by_session.pop((peer.key, peer.session), None)
             self._post(ClientLost(peer.client))

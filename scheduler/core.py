@@ -165,7 +165,7 @@ class Core:
                 return
         for i in range(event.n):
             self._accept(self._request(event, i, model, now), event, now, out)
-        self.counters.resumptions += bool(len(event.generated))
+        self.counters.resumptions += event.resumed
 
     def _grammar_fault(self, event: Submitted, grammar: StructuredOutputsParams, now: float) -> list[Reject] | None:
         """The refusal of a submission for its grammar, nothing if that is fine; None if the submission has to wait to
@@ -213,6 +213,7 @@ class Core:
             seed=0 if sampling.seed is None else sample_seed(sampling.seed, event.sample + i),
             priority=event.priority,
             root=root(event.cache_salt),
+            goes_first=event.resumed,
         )
 
     def _accept(self, request: Request, event: Submitted, now: float, out: list[Instruction]) -> None:

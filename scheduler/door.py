@@ -53,7 +53,7 @@ def find_fault(request: Submitted, model: ModelDescription, max_n: int) -> Inval
 def _bad_count(request: Submitted, max_n: int) -> Invalid | None:
     if request.n > max_n:
         return Invalid(f"n is {request.n}, over the limit of {max_n} samples", "n", str(max_n), str(request.n))
-    if request.n > 1 and len(request.generated):
+    if request.n > 1 and (request.resumed or len(request.generated)):
         return Invalid("a resumption continues one sample, so n must be 1", "n", "1", str(request.n))
     if request.sample + request.n > MAX_SAMPLES:
         last = request.sample + request.n - 1

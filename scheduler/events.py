@@ -58,6 +58,7 @@ class Submitted:
     priority: int = 0
     timeout_s: float | None = None
     cache_salt: str = ""
+    resumed: bool = False
 
 
 @record

@@ -30,6 +30,8 @@ class ClientPeer:
     client: int
     name: str
     heard_at: float
+    session: int = 0
+    """By which the client is known again on another connection; 0 if it is not."""
     backlog: deque[bytes] = field(default_factory=deque)
     backlog_bytes: int = 0
     fetched_bytes: int = 0

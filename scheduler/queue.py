@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from .requests import Request
 
-_Entry: TypeAlias = tuple[float, int, Request]
+_Entry: TypeAlias = tuple[bool, float, int, Request]
 
 
 class WaitingQueue:
@@ -16,6 +16,7 @@ class WaitingQueue:
 
     The order is that of arrival time + priority · aging_s, which never changes. So a request of priority p goes before
     everything of class 0 that arrived over p · aging_s after it, and none starves. A preempted request keeps its place.
+    Requests that another life of the scheduler had begun go before all others, in the same order.
     """
 
     def __init__(self, aging_s: float) -> None:
@@ -30,11 +31,11 @@ class WaitingQueue:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Request]:
-        return (entry[2] for entry in self._waiting.values())
+        return (entry[3] for entry in self._waiting.values())
 
     def push(self, request: Request) -> None:
         rank = request.submitted_at + request.priority * self._aging_s
-        entry = (rank, request.number, request)
+        entry = (not request.goes_first, rank, request.number, request)
         heapq.heappush(self._heap, entry)
         self._waiting[request.number] = entry
         self.tokens += len(request.known)
@@ -43,8 +44,8 @@ class WaitingQueue:
         """The request whose turn is next; it stays in the queue."""
         while self._heap:
             entry = self._heap[0]
-            if self._waiting.get(entry[1]) is entry:
-                return entry[2]
+            if self._waiting.get(entry[2]) is entry:
+                return entry[3]
             heapq.heappop(self._heap)
         return None
 
@@ -56,13 +57,13 @@ class WaitingQueue:
         try:
             while heap and len(found) < most:
                 entry = heapq.heappop(heap)
-                if self._waiting.get(entry[1]) is entry:
+                if self._waiting.get(entry[2]) is entry:
                     found.append(entry)
-                    yield entry[2]
+                    yield entry[3]
         finally:
             if heap is self._heap:  # else `remove` has made a new one of all that wait
                 for entry in found:
-                    if self._waiting.get(entry[1]) is entry:
+                    if self._waiting.get(entry[2]) is entry:
                         heapq.heappush(heap, entry)
 
     def remove(self, request: Request) -> bool:

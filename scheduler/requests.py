@@ -16,6 +16,7 @@ class Request:
         "cached_tokens",
         "client",
         "first_token_at",
+        "goes_first",
         "known",
         "last_token_at",
         "limit",
@@ -52,6 +53,7 @@ class Request:
         seed: int = 0,
         priority: int = 0,
         root: Place = root(""),  # noqa: B008 - a constant
+        goes_first: bool = False,
     ) -> None:
         self.number = number
         self.client = client
@@ -71,6 +73,8 @@ class Request:
         self.priority = priority
         self.root = root
         """Where its chain of cached blocks begins."""
+        self.goes_first = goes_first
+        """It had begun before it was accepted here: it goes before new work."""
         self.attempt = 0
         self.losses = 0
         """Attempts that ended with the loss of the worker."""

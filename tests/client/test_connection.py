@@ -15,7 +15,6 @@ from tandem import (
     AsyncClient,
     ConfigurationError,
     InvalidRequest,
-    OffsetError,
     Overloaded,
     ProtocolError,
     RequestCancelled,
@@ -191,40 +190,6 @@ def test_the_lease_is_renewed() -> None:
 # --- a stream that is not what it should be --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("offset", "kind"), [(5, "gap"), (1, "repeat"), (0, "repeat from the start")])
-def test_gaps_and_repeats_are_refused(offset: int, kind: str) -> None:
-    def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
-        scheduler.begin(submit)
-        if submit.ticket == 0:
-            scheduler.tokens(submit.ticket, [8], offset)
-        else:
-            scheduler.tokens(submit.ticket, [8], 3, [scheduler.end(submit, 4, "length")])
-
-    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
-        broken, whole = client.stream([1, 2]), client.stream([1, 2])
-        with pytest.raises(OffsetError) as info:
-            await broken.result()
-        assert (info.value.expected, info.value.got) == (3, offset)
-        assert broken.history is not None
-        assert broken.history.generated == [5, 6, 7]
-        assert [cancel.ticket for cancel in await scheduler.until(Cancel)] == [0]
-        assert (await whole.result()).token_ids == [5, 6, 7, 8]
-
-    play(scenario, script)
-
-
-def test_a_lost_tail_is_noticed() -> None:
-    def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
-        scheduler.begin(submit)
-        scheduler.tokens(submit.ticket, [], 0, [scheduler.end(submit, 4)])
-
-    async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
-        with pytest.raises(ProtocolError, match="after 4 tokens, 3 arrived"):
-            await client.generate([1])
-
-    play(scenario, script)
-
-
 def test_what_is_stale_or_foreign_is_dropped() -> None:
     def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
         scheduler.tokens(submit.ticket, [9], 0, epoch=scheduler.epoch - 1)
@@ -250,9 +215,9 @@ BROKEN_TOKENS = {
 
 
 @pytest.mark.parametrize("change", BROKEN_TOKENS.values(), ids=BROKEN_TOKENS)
-def test_columns_that_do_not_fit_end_all_requests_but_not_the_client(change: dict[str, Any]) -> None:
+def test_columns_that_do_not_fit_are_asked_for_again(change: dict[str, Any]) -> None:
     def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
-        if submit.ticket == 1:
+        if submit.ticket:
             scheduler.answer(submit)
             return
         whole: dict[str, Any] = {
@@ -264,8 +229,6 @@ def test_columns_that_do_not_fit_end_all_requests_but_not_the_client(change: dic
         scheduler.say(Tokens(epoch=scheduler.epoch, **(whole | change)))
 
     async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
-        with pytest.raises(ProtocolError, match="Tokens"):
-            await client.generate([1])
         assert (await client.generate([1])).text == ANSWER
         assert len(scheduler.of(ClientHello)) == 2  # it greeted anew
 
@@ -344,32 +307,6 @@ def test_overload_is_raised_for_one_and_waited_out_for_a_list() -> None:
 # --- a scheduler that goes away --------------------------------------------------------------------------------------
 
 
-def test_a_scheduler_that_forgot_us_is_greeted_anew() -> None:
-    def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
-        if submit.ticket == 0:
-            scheduler.begin(submit)
-            scheduler.epoch += 1
-            scheduler.say(UnknownPeer(epoch=scheduler.epoch))
-        else:
-            scheduler.answer(submit)
-
-    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
-        lost = client.stream([1, 2], seed=5)
-        with pytest.raises(ServiceUnavailable, match="lost"):
-            await lost.result()
-        history = lost.history
-        assert history is not None
-        resumption = history.submission(ticket=9)
-        assert resumption.ticket == 9
-        assert resumption.generated.tolist() == [5, 6, 7]
-        assert resumption.prompt.tolist() == [1, 2]
-        assert resumption.sampling == scheduler.of(Submit)[0].sampling
-        assert (history.epoch, history.number) == (7, 1)
-        assert (await client.generate([1])).text == ANSWER
-
-    play(scenario, script)
-
-
 def test_a_scheduler_that_restarts_before_it_has_a_model() -> None:
     async def main() -> None:
         async with ScriptedScheduler(model=None, lease_s=0.3) as scheduler:
@@ -386,26 +323,12 @@ def test_a_scheduler_that_restarts_before_it_has_a_model() -> None:
     asyncio.run(main())
 
 
-def test_goodbye_fails_open_requests() -> None:
-    def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
-        scheduler.begin(submit)
-        scheduler.greeting = lambda _: None
-        scheduler.say(Goodbye(reason="maintenance"))
-
-    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
-        with pytest.raises(ServiceUnavailable, match="maintenance"):
-            await client.generate([1])
-        await scheduler.until(ClientHello, 2)
-
-    play(scenario, script)
-
-
 def test_a_scheduler_that_is_gone_fails_open_requests_after_a_while() -> None:
     async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
         stream = client.stream([1])
         await anext(stream)
         scheduler.socket.close()
-        with pytest.raises(ServiceUnavailable, match=r"could not be reached for 0\.1 s"):
+        with pytest.raises(ServiceUnavailable, match=r"could not be reached; there was no service for 0\.1 s"):
             await stream.result()
         waiting = asyncio.create_task(client.generate([1]))
         scheduler.script = ScriptedScheduler.answer

@@ -39,7 +39,7 @@ def test_the_api_is_this() -> None:
             SyncCompletionStream Completion
         Choice Chunk Usage Timings TokenLogprob PositionLogprobs TandemError ConfigurationError ServiceUnavailable
         VersionMismatch AuthenticationError ProtocolError OffsetError RequestError InvalidRequest Overloaded
-        RequestFailed RequestTimeout RequestCancelled
+        RequestFailed RequestTimeout RequestCancelled ModelChanged
         """.split()
     )
 

@@ -20,7 +20,7 @@ def suspected(*rows: tuple[int, int]) -> Suspected:
 
 
 def opened() -> tuple[OpenRequests, TokenStream]:
-    requests = OpenRequests(lambda *_: None)
+    requests = OpenRequests(lambda *_: None, lambda *_: None)
     history = History(np.array([1, 2], np.int32), SamplingParams(temperature=0.0))
     stream = TokenStream(requests.new_tickets(1), history, lambda _: None)
     requests.add(stream)

@@ -28,9 +28,11 @@ from tandem.protocol.messages import (
     Goodbye,
     ModelDescription,
     Ping,
+    Pong,
     Stats,
     Submit,
     Tokens,
+    UnknownPeer,
     Welcome,
 )
 from tandem.protocol.transport import Address, LoopSocket, open_router
@@ -84,11 +86,13 @@ class ScriptedScheduler:
         self.epoch = 7
         self.stats: Stats | None = Stats(epoch=7, running=0, waiting=0, preemptions=0)
         """What AskStats is answered with; None leaves it unanswered."""
+        self.answers_pings = self.answers_fetches = True
         self.received: list[Any] = []
         self.directory = Path(tempfile.mkdtemp(prefix="tandem-test-"))
         self.address = url or f"ipc://{self.directory}"
         self._heard = asyncio.Event()
         self._routes: list[bytes] = []
+        self._known: set[bytes] = set()
         self._number = 0
 
     async def __aenter__(self) -> Self:
@@ -104,6 +108,11 @@ class ScriptedScheduler:
         self.socket.close()
         self._context.term()
         shutil.rmtree(self.directory)
+
+    def restart(self) -> None:
+        """Another life at the same address, which knows nobody."""
+        self.epoch += 1
+        self._known.clear()
 
     # --- what the test sees ----------------------------------------------------------------------------------------
 
@@ -183,15 +192,22 @@ class ScriptedScheduler:
             self._routes.append(route)
         self.received.append(message)
         self._heard.set()
+        if isinstance(message, ClientHello):
+            self._known.add(route)
+            self.greeting(self)
+            return
+        if route not in self._known:
+            self.say(UnknownPeer(epoch=self.epoch))
+            return
         match message:
-            case ClientHello():
-                self.greeting(self)
-            case FetchFile():
+            case FetchFile() if self.answers_fetches:
                 content = self.files[message.name][message.offset : message.offset + self.chunk_bytes]
                 self.say(FileChunk(name=message.name, offset=message.offset, data=content))
             case AskStats():
                 if self.stats is not None:
                     self.say(self.stats)
+            case Ping() if message.answer and self.answers_pings:
+                self.say(Pong(epoch=self.epoch))
             case Submit():
                 self.script(self, message)
 
