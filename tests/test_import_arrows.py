@@ -21,7 +21,7 @@ ARROWS = {
     "scheduler": {"protocol"},
     "worker": {"protocol"},
     "client": {"protocol"},
-    "gateway": {"client"},
+    "gateway": {"client", "protocol"},
     "launch": {"protocol", "scheduler", "worker", "client", "gateway", "bench"},
     "bench": {"protocol", "scheduler", "worker", "client", "gateway", "launch"},
     "": {"protocol", "client", "launch"},  # the root __init__.py, which re-exports

@@ -1,0 +1,149 @@
+"""`/v1/completions`: text or token ids in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal, cast
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..client.completion import CompletionStream
+from ..client.results import Choice, Completion
+from ..client.tokenizer import Tokenizer
+from .backend import Backend
+from .completion_schema import CompletionChoice, CompletionRequest, CompletionResponse
+from .errors import ApiError, refused
+from .generation import Piece, begun, completions, pieces
+from .logprobs import LegacyLogprobs
+from .sse import DONE, EventStream, answered, event
+from .wire import as_dict, json_response, new_id, now, usage_of
+
+
+class Completing:
+    """One request."""
+
+    def __init__(self, backend: Backend, asked: CompletionRequest, tokenizer: Tokenizer | None) -> None:
+        self._asked = asked
+        self._tokenizer = tokenizer
+        self._model = backend.model(asked.model).name
+        self._id, self._created = new_id("cmpl"), now()
+        self._n = asked.n or 1
+        self._prompts = [self._prompt(prompt) for prompt in asked.prompts()]
+        self._prompt_only = asked.max_tokens == 0
+        sampling = {**asked.sampling(), **asked.structure(), "max_tokens": asked.wanted_tokens()}
+        if asked.logprobs is not None:
+            sampling["logprobs"] = asked.logprobs
+            if asked.echo:
+                sampling["prompt_logprobs"] = asked.logprobs
+        if asked.stream_options is not None and not asked.stream:
+            raise refused("stream_options", "only with stream: true")
+        self._streams: list[CompletionStream] = [
+            backend.client.stream(prompt, None, **asked.options(), **sampling) for prompt in self._prompts
+        ]
+
+    def _prompt(self, prompt: str | list[int]) -> str | list[int]:
+        """Text becomes token ids here only where the SDK's own way is not what was asked for."""
+        if isinstance(prompt, str) and self._asked.add_special_tokens is False:
+            if self._tokenizer is None:
+                raise ApiError(400, "prompt: the model comes without a tokenizer; pass token ids", param="prompt")
+            return self._tokenizer.encode(prompt, add_special_tokens=False)
+        return prompt
+
+    def _text_of(self, id_: int) -> str:
+        return "" if self._tokenizer is None else self._tokenizer.decode([id_], skip_special_tokens=False)
+
+    # --- whole -----------------------------------------------------------------------------------------------------
+
+    async def answer(self, request: Request) -> Response:
+        found = await answered(request, completions(self._streams))
+        choices = [
+            self._choice(index, choice, completion)
+            for index, completion in enumerate(found)
+            for choice in completion.choices
+        ]
+        output = 0 if self._prompt_only else None
+        answer = CompletionResponse(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=usage_of(*found, completion_tokens=output),
+        )
+        return json_response(answer)
+
+    def _choice(self, prompt_index: int, choice: Choice, completion: Completion) -> CompletionChoice:
+        echo, only = bool(self._asked.echo), self._prompt_only
+        text = "" if only else choice.text
+        logprobs = None
+        if self._asked.logprobs is not None:
+            logprobs = LegacyLogprobs(self._text_of)
+            if echo:
+                logprobs.add_prompt(completion)
+            if not only:
+                logprobs.add(choice.logprobs or [])
+        return CompletionChoice(
+            index=prompt_index * self._n + choice.index,
+            text=self._echoed(prompt_index, completion) + text if echo else text,
+            logprobs=None if logprobs is None else logprobs.taken(),
+            finish_reason="length" if only else cast(Literal["stop", "length"], choice.finish_reason),
+            stop_reason=None if only else choice.stop_reason,
+            token_ids=([] if only else choice.token_ids) if self._asked.return_token_ids else None,
+            prompt_token_ids=completion.prompt_token_ids if self._asked.return_token_ids else None,
+        )
+
+    def _echoed(self, prompt_index: int, completion: Completion) -> str:
+        prompt = self._asked.prompts()[prompt_index]
+        if isinstance(prompt, str):
+            return prompt
+        if self._tokenizer is None:
+            raise ApiError(400, "echo: the model comes without a tokenizer: token ids have no text", param="echo")
+        skip = self._asked.skip_special_tokens is not False
+        return self._tokenizer.decode(completion.prompt_token_ids, skip)
+
+    # --- streamed --------------------------------------------------------------------------------------------------
+
+    async def stream(self, request: Request) -> Response:
+        if self._asked.echo:
+            raise refused("echo", "not with stream: true; the prompt is known to whoever sent it")
+        found = await answered(request, begun(pieces(self._streams)))
+        return EventStream(self._events(found), lambda error: event({"error": error}) + DONE)
+
+    async def _events(self, found: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+        options = self._asked.stream_options
+        with_usage = options is not None and options.include_usage
+        head: dict[str, Any] = {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+        }
+        logprobs: dict[int, LegacyLogprobs] = {}
+        async for prompt_index, chunk in found:
+            index = prompt_index * self._n + chunk.index
+            choice = {
+                "index": index,
+                "text": chunk.text,
+                "logprobs": None,
+                "finish_reason": chunk.finish_reason,
+                "stop_reason": chunk.stop_reason,
+            }
+            if self._asked.logprobs is not None:
+                growing = logprobs.setdefault(index, LegacyLogprobs(self._text_of))
+                growing.add(chunk.logprobs or [])
+                choice["logprobs"] = as_dict(growing.taken())
+            if self._asked.return_token_ids:
+                choice["token_ids"] = chunk.token_ids
+            yield event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+        if with_usage:
+            used = usage_of(*[await stream.result() for stream in self._streams])
+            yield event({**head, "choices": [], "usage": as_dict(used)})
+        yield DONE
+
+
+async def complete(request: Request, backend: Backend, asked: CompletionRequest) -> Response:
+    """Answers one request."""
+    backend.model(asked.model)
+    tokenizer = await backend.client.tokenizer()
+    completing = Completing(backend, asked, tokenizer)
+    return await (completing.stream(request) if asked.stream else completing.answer(request))

@@ -1,0 +1,68 @@
+"""Options of a gateway process. The command line's flags are generated from these fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
+
+
+class GatewayConfig(BaseModel):
+    """One gateway. Unknown options are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scheduler: Annotated[str, Field(description="The service's address: ipc:///directory or tcp://host:port.")]
+    insecure: Annotated[
+        bool,
+        Field(description="Allow TCP, which is not encrypted or authenticated: anyone who reaches the port is served."),
+    ] = False
+    host: Annotated[str, Field(description="Where HTTP listens: a name or an address of this machine.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535, description="Port of HTTP; 0 picks a free one.")] = 8000
+    ssl_certfile: Annotated[str | None, Field(description="Certificate chain (PEM): HTTPS instead of HTTP.")] = None
+    ssl_keyfile: Annotated[str | None, Field(description="The certificate's private key (PEM).")] = None
+    max_connections: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Open HTTP connections; more are answered with 503 and closed.")
+    ] = 4_096
+    max_request_bytes: Annotated[
+        int, Field(ge=1_024, le=1 << 30, description="Most bytes of an HTTP request's body; more is answered with 413.")
+    ] = 16 << 20
+    read_timeout_s: Annotated[
+        float,
+        Field(gt=0, le=86_400, description="Seconds that a client may take to send a request's head, and its body."),
+    ] = 30.0
+    write_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=86_400,
+            description="Seconds that a client may leave an answer unread before its request is cancelled.",
+        ),
+    ] = 60.0
+    timeout_keep_alive: Annotated[
+        int, Field(ge=1, le=86_400, description="Seconds that an idle HTTP connection stays open.")
+    ] = 30
+    shutdown_timeout: Annotated[
+        float,
+        Field(ge=0, le=86_400, description="Seconds that open HTTP answers have to end after SIGTERM."),
+    ] = 10.0
+    health_stall_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=86_400,
+            description="Seconds without a finished step after which a worker that has work counts as unhealthy.",
+        ),
+    ] = 30.0
+    tool_call_parser: Annotated[
+        ToolCallParser,
+        Field(description="How the model writes tool calls; auto goes by its chat template, none refuses tools."),
+    ] = "auto"
+    trust_request_chat_template: Annotated[
+        bool, Field(description="Let a chat request bring its own chat template (it is rendered in a sandbox).")
+    ] = False
+    log_level: Annotated[
+        str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
+    ] = "info"

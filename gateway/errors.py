@@ -1,0 +1,135 @@
+"""What goes wrong, as OpenAI's API says it: a status and `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from starlette.responses import Response
+
+from ..protocol.errors import (
+    ConfigurationError,
+    InvalidRequest,
+    Overloaded,
+    RequestCancelled,
+    RequestTimeout,
+    ServiceUnavailable,
+    TandemError,
+)
+
+RETRY_AFTER_S = 1
+CLIENT_CLOSED_REQUEST = 499
+LONGEST_VALUE = 100
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer that is no success. `param` is the field that was wrong; `retry_after` is in seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
+        self.body = {"error": {"message": message, "type": kind, "param": param or None, "code": code}}
+
+    def response(self) -> Response:
+        return Response(to_json(self.body), self.status, self.headers, "application/json")
+
+
+def to_json(value: Any) -> bytes:
+    """ASCII: what a client sent and an error repeats may hold anything."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def refused(field: str, why: str, *, code: str | None = None) -> ApiError:
+    """A request that cannot be, by the field that makes it so."""
+    return ApiError(400, f"{field}: {why}", param=field, code=code)
+
+
+def unavailable(why: str, retry_after: float = RETRY_AFTER_S) -> ApiError:
+    return ApiError(503, why, kind="server_error", code="service_unavailable", retry_after=retry_after)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The answer that an exception of the SDK deserves. What is none of its exceptions is ours to mend: 500."""
+    match error:
+        case ApiError():
+            return error
+        case InvalidRequest():
+            return ApiError(400, str(error), param=error.field)
+        case Overloaded():
+            return ApiError(
+                429, str(error), kind="rate_limit_error", code="overloaded", retry_after=error.retry_after
+            )
+        case ServiceUnavailable():
+            return unavailable(str(error))
+        case RequestCancelled():
+            return unavailable(f"the request was ended by the server: {error}")
+        case RequestTimeout():
+            return ApiError(504, str(error), kind="server_error", code="timeout")
+        case ConfigurationError():  # the model lacks what the request needs: a tokenizer, a chat template
+            return ApiError(400, str(error))
+        case TandemError():
+            return ApiError(500, str(error), kind="server_error", code="internal_error")
+    return ApiError(
+        500, "an error of the server's own; its log has the story", kind="server_error", code="internal_error"
+    )
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """The first fault of a body, with the field, what it may be and what it was."""
+    faults = error.errors(include_url=False, include_context=True)
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx'].get('error', first['msg'])}", code="invalid_json")
+    # A field that may be one of several types fails once for each: the types' own names are no part of its place.
+    place = [part for part in first["loc"] if not (isinstance(part, str) and _names_a_type(part))]
+    field = ".".join(str(part) for part in place)
+    if first["type"] == "extra_forbidden":
+        return ApiError(
+            400, f"{field}: this field is not supported here; leave it out", param=field, code="unsupported_field"
+        )
+    if first["type"] == "missing":
+        return ApiError(400, f"{field}: this field is needed", param=field, code="missing_field")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    shown = _shown(first["input"])
+    return ApiError(400, f"{field or 'the body'}: {message}, got {shown}", param=field)
+
+
+def _names_a_type(part: str) -> bool:
+    return "[" in part or part in ("str", "int", "float", "bool") or part[:1].isupper()
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

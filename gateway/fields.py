@@ -1,0 +1,170 @@
+"""What requests have in common: strict types, no unknown fields, and the fields that choose tokens.
+
+Types are checked here; bounds are the SDK's and the scheduler's to check, which name field, limit and value.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+
+from .errors import ApiError, of_validation, refused
+
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+ShortText = Annotated[str, Field(max_length=512)]
+
+M = TypeVar("M", bound="Strict")
+
+
+class Strict(BaseModel):
+    """A part of a request: JSON types are taken as they are, and unknown fields are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", regex_engine="rust-regex")
+
+
+class SamplingFields(Strict):
+    """Named and meant as OpenAI's and vLLM's."""
+
+    temperature: Float | None = None
+    top_p: Float | None = None
+    top_k: int | None = None
+    min_p: Float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    presence_penalty: Float | None = None
+    frequency_penalty: Float | None = None
+    repetition_penalty: Float | None = None
+    logit_bias: dict[str, Float] | None = None
+    allowed_token_ids: list[TokenId] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """Keyword arguments for the SDK: what was given, and nothing else."""
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        if self.logit_bias is not None:
+            given["logit_bias"] = {_token_id(key): value for key, value in self.logit_bias.items()}
+        if self.best_of not in (None, self.n or 1):
+            raise refused("best_of", f"{self.best_of} is not n ({self.n or 1}); ranking samples is not supported")
+        return given
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for the SDK besides sampling parameters."""
+        return {
+            name: value for name in ("n", "priority", "cache_salt") if (value := getattr(self, name)) is not None
+        }
+
+
+_SAMPLING = (
+    "temperature top_p top_k min_p seed stop stop_token_ids ignore_eos min_tokens presence_penalty frequency_penalty "
+    "repetition_penalty allowed_token_ids bad_words include_stop_str_in_output skip_special_tokens prompt_logprobs"
+).split()
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+        raise refused("logit_bias", f"{key[:40]!r} is no token id")
+    return int(key)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class JsonSchemaFormat(Strict):
+    name: ShortText | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's extra field; exactly one is given."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class StructureFields(Strict):
+    """Ways to say what form an answer has."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    def structure(self) -> dict[str, Any]:
+        """The SDK's `structured_outputs` as a keyword argument, if any form is asked for."""
+        found: list[dict[str, Any]] = []
+        if (given := self.structured_outputs) is not None:
+            found.append(given.model_dump(by_alias=True, exclude_none=True))
+        for kind in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{kind}")
+            if value is not None:
+                found.append({kind: value})
+        form = self.response_format
+        if form is not None and form.type == "json_object":
+            found.append({"json_object": True})
+        if form is not None and form.type == "json_schema":
+            if form.json_schema is None or form.json_schema.schema_ is None:
+                raise refused("response_format.json_schema", "needs a schema")
+            found.append({"json": form.json_schema.schema_})
+        if len(found) > 1:
+            raise refused("response_format", "two forms are given for one answer; give one")
+        return {"structured_outputs": found[0]} if found else {}
+
+
+async def read(request: Request, model: type[M], limit: int) -> M:
+    """The body as `model`. Raises ApiError naming what is wrong with it."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(415, f"content-type: expected application/json, got {kind[:80] or 'none'}", param="content-type")
+    body = await read_body(request, limit)
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise of_validation(error) from error
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises ApiError 413 as soon as the body is known to be over `limit` bytes."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise _too_large(limit, f"{declared[:20]} bytes")
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise _too_large(limit, "more")
+    return bytes(body)
+
+
+def _too_large(limit: int, size: str) -> ApiError:
+    return ApiError(
+        413, f"the body has {size}; the limit is {limit} bytes", code="request_too_large", headers={"connection": "close"}
+    )

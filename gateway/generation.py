@@ -1,0 +1,89 @@
+"""One HTTP request's prompts as one stream of pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+from ..client.completion import CompletionStream
+from ..client.results import Chunk, Completion
+
+_T = TypeVar("_T")
+
+WAITING_PIECES = 256
+"""How many pieces of several prompts may wait for a slow reader; then their streams fill up behind them."""
+
+Piece = tuple[int, Chunk]
+"""Which prompt, and the news of one of its samples."""
+
+
+async def pieces(streams: Sequence[CompletionStream]) -> AsyncIterator[Piece]:
+    """The news of all streams as they come. The first failure is raised; however it ends, all requests end with it."""
+    try:
+        if len(streams) == 1:
+            async for chunk in streams[0]:
+                yield 0, chunk
+            return
+        queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(WAITING_PIECES)
+        readers = [asyncio.create_task(_read(index, stream, queue)) for index, stream in enumerate(streams)]
+        try:
+            left = len(readers)
+            while left:
+                found = await queue.get()
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    left -= 1
+                else:
+                    yield found
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+    finally:
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _read(index: int, stream: CompletionStream, queue: asyncio.Queue[Piece | BaseException | None]) -> None:
+    try:
+        async for chunk in stream:
+            await queue.put((index, chunk))
+    except Exception as error:  # noqa: BLE001  (raised by the one who takes it from the queue)
+        await queue.put(error)
+    else:
+        await queue.put(None)
+
+
+async def begun(items: AsyncIterator[_T]) -> AsyncIterator[_T]:
+    """Waits for the first item, so that what refuses the request is raised here; the iterator gives all of them."""
+    try:
+        first = await anext(items)
+    except StopAsyncIteration:
+        return _nothing()
+    return _again(first, items)
+
+
+async def _again(first: _T, rest: AsyncIterator[_T]) -> AsyncIterator[_T]:
+    async with aclosing(rest):  # type: ignore[type-var]
+        yield first
+        async for item in rest:
+            yield item
+
+
+async def _nothing() -> AsyncIterator[_T]:
+    for item in ():
+        yield item
+
+
+async def completions(streams: Sequence[CompletionStream]) -> list[Completion]:
+    """All answers, whole. The first failure is raised and ends the others."""
+    tasks = [asyncio.create_task(stream.collect()) for stream in streams]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,170 @@
+"""What every request passes: its id, the key, and the time that its two ends may take.
+
+A pure ASGI middleware, so that a streamed answer is not touched piece by piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+from collections.abc import Collection
+from typing import Any
+from uuid import uuid4
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error
+from .metrics import GatewayMetrics
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
+"""What needs no key: probes and scrapes."""
+METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
+"""What metrics tell apart."""
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class ClientGone(Exception):
+    """The client left, or reads no more; nobody hears the answer."""
+
+
+class Keys:
+    """API keys, compared in constant time. None means that everybody may."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def admit(self, scope: Scope) -> None:
+        """Raises ApiError 401 unless the request brings one of the keys."""
+        if not self._digests or scope["path"] in OPEN_PATHS:
+            return
+        given = _header(scope, b"authorization")
+        scheme, _, key = given.partition(" ")
+        if scheme.lower() != "bearer":
+            key = _header(scope, b"x-api-key")
+        digest = _digest(key.strip())
+        found = False
+        for known in self._digests:  # all of them, so that the time does not tell which
+            found |= hmac.compare_digest(known, digest)
+        if not found:
+            raise ApiError(
+                401,
+                "a valid API key is needed: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+
+class Guard:
+    """Wraps the application."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: Keys, metrics: GatewayMetrics, read_timeout_s: float, write_timeout_s: float
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+        self._read_timeout_s = read_timeout_s
+        self._write_timeout_s = write_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send, self._read_timeout_s, self._write_timeout_s)
+        began = time.perf_counter()
+        self._metrics.begun()
+        try:
+            self._keys.admit(scope)
+            await self._app(scope, exchange.receive, exchange.send)
+        except (ClientGone, ClientDisconnect):
+            exchange.status = exchange.status or CLIENT_CLOSED_REQUEST
+            exchange.abort()
+        except asyncio.CancelledError:
+            exchange.abort()
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever it is, the client gets an answer, and the log the story)
+            await exchange.fail(error)
+        finally:
+            handler = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.ended(handler, method, exchange.status, time.perf_counter() - began)
+
+
+class _Exchange:
+    """One request and its answer, with their limits of time."""
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, read_timeout_s: float, write_timeout_s: float
+    ) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._write_timeout_s = write_timeout_s
+        self._read_by = asyncio.get_running_loop().time() + read_timeout_s
+        self._body_is_read = False
+        self.status = 0
+        """Of the answer, once it has begun."""
+        given = _header(scope, b"x-request-id")
+        self.request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = self.request_id
+
+    async def receive(self) -> Message:
+        if self._body_is_read:  # what is left to hear is that the client has gone
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._read_by):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(
+                408, "the request's body did not come in time", code="timeout", headers={"connection": "close"}
+            ) from None
+        self._body_is_read = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientGone from None
+
+    async def fail(self, error: Exception) -> None:
+        """Answers with the error, or cuts off an answer that has begun."""
+        answer = as_api_error(error)
+        if answer.status >= 500 and not isinstance(error, ApiError):
+            log.error("request %s: %s", self.request_id, error, exc_info=error)
+        if self.status:
+            self.abort()
+            return
+        try:
+            await answer.response()(self._scope, self.receive, self.send)
+        except ClientGone:
+            self.abort()
+
+    def abort(self) -> None:
+        """Closes the connection, read or not."""
+        abort: Any = self._scope.get("tandem.abort")
+        if abort is not None:
+            abort()
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    for key, value in scope["headers"]:
+        if key == name:
+            text: str = value.decode("latin-1")
+            return text
+    return ""
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,123 @@
+"""`python -m tandem.gateway.main --config-json '{…}'`: a gateway process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import ipaddress
+import logging
+import os
+import signal
+import sys
+
+import uvloop
+from pydantic import ValidationError
+
+from ..protocol.errors import ConfigurationError, TandemError
+from ..protocol.status import StatusPipe
+from .app import make_app
+from .backend import Backend
+from .config import GatewayConfig
+from .guard import Guard, Keys
+from .metrics import GatewayMetrics
+from .server import listen, make_server, url_of
+
+log = logging.getLogger(__name__)
+
+KEY_VARIABLE = "TANDEM_API_KEY"
+"""Environment variable with the API keys, separated by commas: other users of the machine see no environment, but they
+see command lines."""
+
+
+def keys_in_environment() -> list[str]:
+    return [key for part in os.environ.get(KEY_VARIABLE, "").split(",") if (key := part.strip())]
+
+
+def run(config: GatewayConfig, status: StatusPipe | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code: 0, or 2 for options that cannot work."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    status = status or StatusPipe(None)
+    try:
+        return uvloop.run(_serve(config, status))
+    except TandemError as error:
+        status.error(str(error))
+        sys.stderr.write(f"tandem gateway: {error}\n")
+        return 2
+
+
+async def _serve(config: GatewayConfig, status: StatusPipe) -> int:
+    loop = asyncio.get_running_loop()
+    backend, metrics = Backend(config), GatewayMetrics()
+    keys = keys_in_environment()
+    guard = Guard(
+        make_app(config, backend, metrics),
+        keys=Keys(keys),
+        metrics=metrics,
+        read_timeout_s=config.read_timeout_s,
+        write_timeout_s=config.write_timeout_s,
+    )
+    listener = listen(config)
+    try:
+        server = make_server(config, guard)
+    except ConfigurationError:
+        listener.close()
+        raise
+    if not keys and _is_public(listener.getsockname()[0]):
+        log.warning("anyone who reaches %s may use the service: no API key is set", url_of(config, listener))
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    url = url_of(config, listener)
+    log.info("HTTP at %s", url)
+    watching = asyncio.create_task(backend.run())
+    serving = asyncio.create_task(server.serve([listener]))
+    ready = asyncio.create_task(_say_ready(backend, status, url))
+    ending = asyncio.create_task(stopping.wait())
+    gc.collect()
+    gc.freeze()
+    try:
+        await asyncio.wait({watching, serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        # What is open may end; then the client goes, and whatever is still open ends with an error that says so.
+        backend.draining = True
+        server.should_exit = True
+        await asyncio.wait({serving}, timeout=config.shutdown_timeout)
+        await backend.close()
+        await serving
+        if watching.done() and not watching.cancelled():
+            watching.result()
+    finally:
+        for task in (ready, ending, watching):
+            task.cancel()
+        await asyncio.gather(ready, ending, watching, return_exceptions=True)
+        await backend.close()
+    return 0
+
+
+async def _say_ready(backend: Backend, status: StatusPipe, url: str) -> None:
+    await backend.connected.wait()
+    status.ready(url=url)
+
+
+def _is_public(host: str) -> bool:
+    return not ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tandem gateway")
+    parser.add_argument("--config-json", required=True, help="the fields of GatewayConfig as a JSON object")
+    parser.add_argument("--status-fd", type=int, default=None, help="file descriptor that takes status lines (JSON)")
+    arguments = parser.parse_args(argv)
+    status = StatusPipe(arguments.status_fd)
+    try:
+        config = GatewayConfig.model_validate_json(arguments.config_json)
+    except ValidationError as error:
+        status.error(str(error))
+        sys.stderr.write(f"tandem gateway: {error}\n")
+        return 2
+    return run(config, status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""uvicorn, held to limits that it does not have: heads that are too long or too slow, too many connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import resource
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ..protocol.errors import ConfigurationError
+from .config import GatewayConfig
+from .errors import ApiError, unavailable
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers together."""
+SPARE_FILES = 256
+
+
+class Server(uvicorn.Server):
+    """Leaves signals to the process, which knows what to end first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def make_server(config: GatewayConfig, app: ASGIApp) -> Server:
+    """Raises ConfigurationError if the certificate cannot be used."""
+    settings = uvicorn.Config(
+        app,
+        http=_protocol(config),
+        ws="none",
+        loop="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        backlog=2_048,
+        timeout_keep_alive=config.timeout_keep_alive,
+        timeout_graceful_shutdown=int(config.shutdown_timeout) + 5,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+    )
+    try:
+        settings.load()
+    except OSError as error:
+        raise ConfigurationError(f"--ssl-certfile, --ssl-keyfile: cannot be used: {error}") from error
+    _allow_files(config.max_connections + SPARE_FILES)
+    return Server(settings)
+
+
+def listen(config: GatewayConfig) -> socket.socket:
+    """A bound socket. Raises ConfigurationError telling what to do if it cannot be had."""
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigurationError(f"--host {config.host}: {error.strerror}") from error
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(address)
+        listener.listen(2_048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(
+                f"HTTP: port {config.port} of {config.host} is taken by another process; --port names another "
+                "(0 picks a free one)"
+            ) from error
+        raise ConfigurationError(
+            f"HTTP: cannot listen at {config.host} port {config.port}: {error.strerror}"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(config: GatewayConfig, listener: socket.socket) -> str:
+    """Where clients reach it from this machine."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if config.ssl_certfile else 'http'}://{host}:{port}"
+
+
+def _allow_files(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(hard, count)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _protocol(config: GatewayConfig) -> type[HttpToolsProtocol]:
+    class Protocol(_GuardedProtocol):
+        max_connections = config.max_connections
+        head_timeout_s = config.read_timeout_s
+
+    return Protocol
+
+
+class _GuardedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    max_connections: int
+    head_timeout_s: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_bytes = 0
+        self._in_head = True
+        self._head_timer: asyncio.TimerHandle | None = None
+        if len(self.connections) > self.max_connections:
+            self._refuse(unavailable(f"over the limit of {self.max_connections} connections"))
+        else:
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_timer is None:
+                self._await_head()
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(
+                ApiError(431, f"the request's head is over the limit of {MAX_HEAD_BYTES} bytes", code="head_too_large")
+            )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["tandem.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._cancel_head_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head, self._head_bytes = True, 0
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "this is no HTTP request", code="invalid_http"))
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_is_late)
+
+    def _cancel_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            self._refuse(ApiError(408, "the request's head did not come in time", code="timeout"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers outside the application, and closes."""
+        self._cancel_head_timer()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.abort()  # in the midst of another answer
+            return
+        answer = error.response()
+        head = f"HTTP/1.1 {error.status} {_PHRASES.get(error.status, '')}\r\n"
+        fields: list[tuple[bytes, bytes]] = [*answer.raw_headers, (b"connection", b"close")]
+        lines: list[Any] = [head.encode(), *(name + b": " + value + b"\r\n" for name, value in fields)]
+        self.transport.write(b"".join(lines) + b"\r\n" + bytes(answer.body))
+        self.transport.close()
+
+
+_PHRASES = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+}

@@ -1,0 +1,59 @@
+"""What answers have in common."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import Response
+
+from ..client.results import Completion
+from ..client.results import Usage as ClientUsage
+
+
+class Answer(BaseModel):
+    """A part of an answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: int = 0
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+def usage_of(*completions: Completion, completion_tokens: int | None = None) -> Usage:
+    """What these took together; `completion_tokens` if it is known better."""
+    used: list[ClientUsage] = [completion.usage for completion in completions]
+    prompt = sum(one.prompt_tokens for one in used)
+    output = sum(one.completion_tokens for one in used) if completion_tokens is None else completion_tokens
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=output,
+        total_tokens=prompt + output,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(one.cached_tokens for one in used)),
+    )
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid4().hex}"
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def json_response(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(by_alias=True), media_type="application/json")
+
+
+def as_dict(answer: BaseModel) -> dict[str, Any]:
+    return answer.model_dump(by_alias=True)
