@@ -94,14 +94,14 @@ class AsyncClient:
 
     # --- life ------------------------------------------------------------------------------------------------------
 
-    async def connect(self) -> None:
-        """Waits until the service can take requests. Raises ServiceUnavailable after `connect_timeout`, and
-        AuthenticationError as soon as the scheduler has refused our key."""
+    async def connect(self, *, patiently: bool = False) -> None:
+        """Waits until the service can take requests. Raises ServiceUnavailable after `connect_timeout`, unless it is
+        to wait however long that takes, and AuthenticationError as soon as the scheduler has refused our key."""
         if self._opened:
             raise RuntimeError("this client was connected before; make a new one")
         self._opened = True
         self._loop = asyncio.get_running_loop()
-        await self._connection.open(self._connect_timeout)
+        await self._connection.open(None if patiently else self._connect_timeout)
 
     async def close(self) -> None:
         """Cancels what is open and disconnects. Idempotent."""

@@ -205,7 +205,7 @@ _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_pen
 def _checked(params: SamplingParams) -> SamplingParams:
     values = {name: _without_numpy(getattr(params, name)) for name in SAMPLING_FIELDS}
     if values["stop"] is None or isinstance(values["stop"], str):
-        values["stop"] = [values["stop"]] if values["stop"] else []
+        values["stop"] = [] if values["stop"] is None else [values["stop"]]
     if values["bad_words"] is None:
         values["bad_words"] = []
     if params.structured_outputs is not None:

@@ -11,17 +11,19 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
+from ..protocol.errors import TandemError
 from .backend import Backend
 from .chat import chat
 from .chat_schema import ChatRequest, ChatResponse
 from .completion import complete
 from .completion_schema import CompletionRequest, CompletionResponse
 from .config import GatewayConfig
-from .errors import ApiError, ErrorBody, unavailable
+from .errors import CLIENT_CLOSED_REQUEST, ApiError, ErrorBody, as_api_error, unavailable
 from .fields import read
+from .guard import ClientGone
 from .metrics import GatewayMetrics
 from .responses import respond
 from .responses_schema import ResponsesRequest, ResponsesResponse
@@ -140,7 +142,8 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
     app.add_api_route("/metrics", metrics_, methods=["GET"], response_class=PlainTextResponse)
     app.openapi = _with_schemas(app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ApiError, _api_error)
+    for kind in (ApiError, TandemError, ClientGone, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _error)
     return app
 
 
@@ -203,9 +206,10 @@ def _with_schemas(app: FastAPI) -> Callable[[], dict[str, Any]]:
     return openapi
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
+async def _error(_: Request, error: Exception) -> Response:
+    if isinstance(error, ClientGone | ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return as_api_error(error).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

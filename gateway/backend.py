@@ -37,10 +37,9 @@ class Backend:
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
         self._client: AsyncClient | None = None
-        self._connecting: AsyncClient | None = None
         self._workers: dict[int, Progress] = {}
         self._asked_at: float | None = None
-        self._trouble = "the service has not answered yet"
+        self._trouble = "no worker has loaded a model yet, or the service does not run"
         self._model_name = ""
         self.draining = False
         """No new requests are taken."""
@@ -57,18 +56,22 @@ class Backend:
 
     async def _connect(self) -> None:
         client = AsyncClient(
-            self._config.scheduler, insecure=self._config.insecure, connect_timeout=PATIENCE_S, name="gateway"
+            self._config.scheduler,
+            keys=self._config.keys,
+            insecure=self._config.insecure,
+            connect_timeout=PATIENCE_S,
+            name="gateway",
         )
-        self._connecting = client
         try:
-            await client.connect()
+            await client.connect(patiently=True)
             await client.tokenizer()
         except (VersionMismatch, AuthenticationError, ConfigurationError):
             await client.close()
             raise
-        except ServiceUnavailable as error:
+        except ServiceUnavailable as error:  # it went away while its tokenizer was being fetched
             self._trouble = str(error)
             await client.close()
+            await asyncio.sleep(POLL_S)
             return
         except BaseException:
             await client.close()
@@ -90,7 +93,7 @@ class Backend:
         if self.draining:
             raise unavailable("this gateway is shutting down")
         if self._client is None:
-            raise unavailable(f"no model is served yet: {self._trouble}", retry_after=5)
+            raise unavailable(self._trouble, retry_after=5)
         return self._client
 
     def model(self, name: str | None) -> ModelDescription:

@@ -84,7 +84,7 @@ class Chatting:
 
     def __init__(self, backend: Backend, asked: ChatRequest, tokenizer: Tokenizer, config: GatewayConfig) -> None:
         self._asked = asked
-        self._id, self._created = new_id("chatcmpl"), now()
+        self._id, self._created = new_id("chatcmpl-"), now()
         self._model = backend.model(asked.model).name
         if asked.chat_template is not None and not config.trust_request_chat_template:
             raise refused("chat_template", "not taken from requests; --trust-request-chat-template allows it")
@@ -235,7 +235,7 @@ class _Reader:
             return {"content": found}
         if self.calls and not self._several:
             return None  # parallel_tool_calls: false
-        call = AnswerToolCall(id=new_id("call"), function=AnswerFunction(name=found.name, arguments=found.arguments))
+        call = AnswerToolCall(id=new_id("call_"), function=AnswerFunction(name=found.name, arguments=found.arguments))
         self.calls.append(call)
         return {"tool_calls": [{"index": len(self.calls) - 1, **as_dict(call)}]}
 

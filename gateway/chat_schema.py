@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .fields import SamplingFields, ShortText, Strict, StreamOptions, StructureFields
+from .fields import SamplingFields, ShortText, StreamOptions, Strict, StructureFields
 from .logprobs import ChatLogprobs
 from .wire import Answer, Usage
 

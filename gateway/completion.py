@@ -27,7 +27,7 @@ class Completing:
         self._asked = asked
         self._tokenizer = tokenizer
         self._model = backend.model(asked.model).name
-        self._id, self._created = new_id("cmpl"), now()
+        self._id, self._created = new_id("cmpl-"), now()
         self._n = asked.n or 1
         self._prompts = [self._prompt(prompt) for prompt in asked.prompts()]
         self._prompt_only = asked.max_tokens == 0

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ..protocol.logs import LogFormat
+
+KEY_VARIABLE = "TANDEM_API_KEY"
+"""Environment variable with the API keys, separated by commas: other users of the machine see no environment, but they
+see command lines."""
 
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
 
@@ -15,10 +22,14 @@ class GatewayConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     scheduler: Annotated[str, Field(description="The service's address: ipc:///directory or tcp://host:port.")]
-    insecure: Annotated[
-        bool,
-        Field(description="Allow TCP, which is not encrypted or authenticated: anyone who reaches the port is served."),
-    ] = False
+    keys: Annotated[
+        str | None,
+        Field(
+            description="Key file or directory for a tcp address (see `tandem keys`); default: $TANDEM_KEYS, else "
+            "~/.config/tandem/keys."
+        ),
+    ] = None
+    insecure: Annotated[bool, Field(description="Allow TCP without keys.")] = False
     host: Annotated[str, Field(description="Where HTTP listens: a name or an address of this machine.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535, description="Port of HTTP; 0 picks a free one.")] = 8000
     ssl_certfile: Annotated[str | None, Field(description="Certificate chain (PEM): HTTPS instead of HTTP.")] = None
@@ -66,3 +77,9 @@ class GatewayConfig(BaseModel):
     log_level: Annotated[
         str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
     ] = "info"
+    log_format: Annotated[LogFormat, Field(description="Log lines as text, or as a JSON object each.")] = "text"
+
+
+def keys_in_environment() -> list[str]:
+    """The API keys of this process; none means that everybody may."""
+    return [key for part in os.environ.get(KEY_VARIABLE, "").split(",") if (key := part.strip())]

@@ -84,9 +84,7 @@ def as_api_error(error: Exception) -> ApiError:
         case InvalidRequest():
             return ApiError(400, str(error), param=error.field)
         case Overloaded():
-            return ApiError(
-                429, str(error), kind="rate_limit_error", code="overloaded", retry_after=error.retry_after
-            )
+            return ApiError(429, str(error), kind="rate_limit_error", code="overloaded", retry_after=error.retry_after)
         case ServiceUnavailable():
             return unavailable(str(error))
         case RequestCancelled():

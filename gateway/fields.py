@@ -62,9 +62,7 @@ class SamplingFields(Strict):
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for the SDK besides sampling parameters."""
-        return {
-            name: value for name in ("n", "priority", "cache_salt") if (value := getattr(self, name)) is not None
-        }
+        return {name: value for name in ("n", "priority", "cache_salt") if (value := getattr(self, name)) is not None}
 
 
 _SAMPLING = (
@@ -166,5 +164,8 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 def _too_large(limit: int, size: str) -> ApiError:
     return ApiError(
-        413, f"the body has {size}; the limit is {limit} bytes", code="request_too_large", headers={"connection": "close"}
+        413,
+        f"the body has {size}; the limit is {limit} bytes",
+        code="request_too_large",
+        headers={"connection": "close"},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ Piece = tuple[int, Chunk]
 """Which prompt, and the news of one of its samples."""
 
 
-async def pieces(streams: Sequence[CompletionStream]) -> AsyncIterator[Piece]:
+async def pieces(streams: Sequence[CompletionStream]) -> AsyncGenerator[Piece]:
     """The news of all streams as they come. The first failure is raised; however it ends, all requests end with it."""
     try:
         if len(streams) == 1:
@@ -57,25 +57,17 @@ async def _read(index: int, stream: CompletionStream, queue: asyncio.Queue[Piece
         await queue.put(None)
 
 
-async def begun(items: AsyncIterator[_T]) -> AsyncIterator[_T]:
+async def begun(items: AsyncGenerator[_T]) -> AsyncIterator[_T]:
     """Waits for the first item, so that what refuses the request is raised here; the iterator gives all of them."""
-    try:
-        first = await anext(items)
-    except StopAsyncIteration:
-        return _nothing()
+    first = await anext(items)
     return _again(first, items)
 
 
-async def _again(first: _T, rest: AsyncIterator[_T]) -> AsyncIterator[_T]:
-    async with aclosing(rest):  # type: ignore[type-var]
+async def _again(first: _T, rest: AsyncGenerator[_T]) -> AsyncIterator[_T]:
+    async with aclosing(rest):
         yield first
         async for item in rest:
             yield item
-
-
-async def _nothing() -> AsyncIterator[_T]:
-    for item in ():
-        yield item
 
 
 async def completions(streams: Sequence[CompletionStream]) -> list[Completion]:

@@ -111,6 +111,7 @@ class _Exchange:
         self._body_is_read = False
         self.status = 0
         """Of the answer, once it has begun."""
+        self._complete = False
         given = _header(scope, b"x-request-id")
         self.request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.request_id
@@ -132,6 +133,8 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
+        else:
+            self._complete = not message.get("more_body", False)
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._send(message)
@@ -139,10 +142,12 @@ class _Exchange:
             raise ClientGone from None
 
     async def fail(self, error: Exception) -> None:
-        """Answers with the error, or cuts off an answer that has begun."""
+        """Answers with the error, unless that was done, or cuts off an answer that has begun."""
         answer = as_api_error(error)
         if answer.status >= 500 and not isinstance(error, ApiError):
             log.error("request %s: %s", self.request_id, error, exc_info=error)
+        if self._complete:
+            return
         if self.status:
             self.abort()
             return

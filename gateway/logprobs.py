@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..client.results import Completion, PositionLogprobs, TokenLogprob
 from .wire import Answer
@@ -84,15 +85,13 @@ def chat_logprobs(positions: Sequence[PositionLogprobs] | None) -> ChatLogprobs 
         return None
     return ChatLogprobs(
         content=[
-            TokenLogprobContent(
-                **_of(position.token), top_logprobs=[TopLogprob(**_of(one)) for one in position.top]
-            )
+            TokenLogprobContent(**_of(position.token), top_logprobs=[TopLogprob(**_of(one)) for one in position.top])
             for position in positions
         ]
     )
 
 
-def _of(token: TokenLogprob) -> dict[str, object]:
+def _of(token: TokenLogprob) -> dict[str, Any]:
     return {
         "token": token.text,
         "logprob": finite(token.logprob),

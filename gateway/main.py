@@ -7,7 +7,6 @@ import asyncio
 import gc
 import ipaddress
 import logging
-import os
 import signal
 import sys
 
@@ -15,36 +14,31 @@ import uvloop
 from pydantic import ValidationError
 
 from ..protocol.errors import ConfigurationError, TandemError
+from ..protocol.logs import configure
 from ..protocol.status import StatusPipe
 from .app import make_app
 from .backend import Backend
-from .config import GatewayConfig
+from .config import GatewayConfig, keys_in_environment
 from .guard import Guard, Keys
 from .metrics import GatewayMetrics
 from .server import listen, make_server, url_of
 
 log = logging.getLogger(__name__)
 
-KEY_VARIABLE = "TANDEM_API_KEY"
-"""Environment variable with the API keys, separated by commas: other users of the machine see no environment, but they
-see command lines."""
-
-
-def keys_in_environment() -> list[str]:
-    return [key for part in os.environ.get(KEY_VARIABLE, "").split(",") if (key := part.strip())]
-
 
 def run(config: GatewayConfig, status: StatusPipe | None = None) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code: 0, or 2 for options that cannot work."""
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     status = status or StatusPipe(None)
+    log_writer = configure("gateway", config.log_level, config.log_format)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         return uvloop.run(_serve(config, status))
     except TandemError as error:
         status.error(str(error))
         sys.stderr.write(f"tandem gateway: {error}\n")
         return 2
+    finally:
+        log_writer.close()
 
 
 async def _serve(config: GatewayConfig, status: StatusPipe) -> int:

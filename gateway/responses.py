@@ -34,7 +34,7 @@ class Responding:
 
     def __init__(self, backend: Backend, asked: ResponsesRequest, tokenizer: Tokenizer) -> None:
         self._asked = asked
-        self._id, self._message_id, self._created = new_id("resp"), new_id("msg"), now()
+        self._id, self._message_id, self._created = new_id("resp_"), new_id("msg_"), now()
         self._model = backend.model(asked.model).name
         self._text = ""
         self._sequence = 0

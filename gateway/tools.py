@@ -187,7 +187,7 @@ def as_call(text: str, key: str) -> Call | None:
 def _call_of(found: object, *keys: str) -> Call | None:
     if not isinstance(found, dict) or not isinstance(found.get("name"), str) or not found["name"]:
         return None
-    arguments = next((found[key] for key in keys if key in found), {})
+    arguments: Any = next((found[key] for key in keys if key in found), {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

@@ -44,7 +44,7 @@ def usage_of(*completions: Completion, completion_tokens: int | None = None) -> 
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid4().hex}"
+    return prefix + uuid4().hex
 
 
 def now() -> int:

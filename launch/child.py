@@ -27,8 +27,12 @@ class ChildSpec:
     module: str
     arguments: list[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    first: bool = False
+    """Asked to end before all others, which are asked once it has ended."""
     last: bool = False
     """Asked to end only when all others have ended."""
+    grace_s: float = 0.0
+    """How long it may at least take to end, if that is more than the supervisor gives every child."""
 
 
 class Child:

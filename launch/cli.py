@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..gateway.config import GatewayConfig, keys_in_environment
 from ..protocol.errors import ConfigurationError, TandemError
 from ..scheduler.config import SchedulerConfig
 from ..worker.config import WorkerConfig
@@ -35,7 +36,9 @@ app = typer.Typer(
 
 SCHEDULER = Group(SchedulerConfig, "Scheduler")
 WORKER = Group(WorkerConfig, "Worker: model and device", without=("scheduler",))
-SERVE_FLAGS = flags(SCHEDULER, WORKER)
+GATEWAY = Group(GatewayConfig, "HTTP", without=("scheduler",))
+SERVE_FLAGS = flags(SCHEDULER, WORKER, GATEWAY)
+GATEWAY_FLAGS = flags(Group(GatewayConfig, "Gateway"))
 SCHEDULER_FLAGS = flags(SCHEDULER)
 EMBEDDED_FLAGS = flags(
     # `--seed` is the sampling's there, and a worker of one's own needs no name.
@@ -69,6 +72,17 @@ ServiceKeys = Annotated[
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow TCP without keys.")]
 SystemMessage = Annotated[str | None, typer.Option("--system", help="The chat's system message.")]
+
+
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        rich_help_panel="HTTP",
+        help="Key that HTTP requests must bring; may be given several times. $TANDEM_API_KEY (separated by commas) "
+        "shows them to nobody.",
+    ),
+]
 
 
 def main() -> None:
@@ -109,14 +123,21 @@ def serve(
     data_parallel_size: Annotated[
         int | None, typer.Option(help="How many workers; each needs a GPU of its own if it uses one (default 1).")
     ] = None,
+    http: Annotated[
+        bool | None,
+        typer.Option("--http/--no-http", help="OpenAI-compatible HTTP (default: if its packages are installed)."),
+    ] = None,
+    api_key: ApiKey = None,
     **options: Any,
 ) -> None:
-    """Start a scheduler and its workers, and serve until Ctrl-C."""
+    """Start a scheduler, its workers and an HTTP gateway, and serve until Ctrl-C."""
     from .serve import serve as run
 
-    file = read_file(config, [*option_names(SERVE_FLAGS), "data_parallel_size"]) if config else {}
-    chosen = merged({**options, "data_parallel_size": data_parallel_size}, file)
-    run(chosen, _count(chosen.pop("data_parallel_size", 1)))
+    own = {"data_parallel_size": data_parallel_size, "http": http, "api_key": api_key or None}
+    file = read_file(config, [*option_names(SERVE_FLAGS), *own]) if config else {}
+    chosen = merged({**options, **own}, file)
+    http, keys = _switch("http", chosen.pop("http", None)), _keys(chosen.pop("api_key", None))
+    run(chosen, _count(chosen.pop("data_parallel_size", 1)), http=http, api_keys=keys)
 
 
 @app.command()
@@ -138,6 +159,18 @@ def worker(config: ConfigFile = None, **options: Any) -> None:
 
     file = read_file(config, option_names(WORKER_FLAGS)) if config else {}
     leave(run_worker(merged(options, file)))
+
+
+@app.command()
+@with_flags(GATEWAY_FLAGS)
+def gateway(config: ConfigFile = None, api_key: ApiKey = None, **options: Any) -> None:
+    """Run only an HTTP gateway, in this process: for those who place processes themselves."""
+    from .serve import run_gateway
+
+    file = read_file(config, [*option_names(GATEWAY_FLAGS), "api_key"]) if config else {}
+    chosen = merged({**options, "api_key": api_key or None}, file)
+    keys = _keys(chosen.pop("api_key", None))
+    sys.exit(run_gateway(chosen, keys))
 
 
 @app.command()
@@ -252,6 +285,24 @@ def _split(options: dict[str, Any], config: Path | None) -> tuple[dict[str, Any]
     sampling_names = set(option_names([*SAMPLING_FLAGS, *SAMPLE_FLAGS, *STRUCTURED_FLAGS]))
     sampling = {name: value for name, value in chosen.items() if name in sampling_names}
     return sampling, {name: value for name, value in chosen.items() if name not in sampling_names}
+
+
+def _switch(name: str, value: object) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    raise ConfigurationError(f"--{name}: must be true or false, not {value!r}")
+
+
+def _keys(given: object) -> list[str]:
+    """API keys of flags or file, else those of the environment."""
+    keys = [given] if isinstance(given, str) else given
+    if keys is None:
+        return keys_in_environment()
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key.strip() for key in keys):
+        raise ConfigurationError("--api-key: must be text, or a list of texts, none of them empty")
+    if any("," in key for key in keys):
+        raise ConfigurationError("--api-key: a key must not hold a comma")
+    return keys
 
 
 def _count(value: object) -> int:

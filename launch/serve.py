@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
 
+from ..gateway.config import KEY_VARIABLE, GatewayConfig
+from ..protocol.errors import ConfigurationError
+from ..protocol.keys import peer_keys
 from ..protocol.status import StatusPipe
 from ..protocol.transport import Address, default_address
 from ..scheduler.config import SchedulerConfig
@@ -16,15 +21,23 @@ from .status import Ready, StatusLines
 from .system import System, place_workers
 
 
-def serve(options: Options, data_parallel_size: int) -> None:
-    """Runs a scheduler and its workers until Ctrl-C, SIGTERM or SIGHUP, and then returns with nothing left behind.
+def serve(options: Options, data_parallel_size: int, *, http: bool | None, api_keys: Sequence[str]) -> None:
+    """Runs a scheduler, its workers and a gateway until Ctrl-C, SIGTERM or SIGHUP, and then returns with nothing left
+    behind. `http` None: HTTP if its packages are installed.
 
     Raises ConfigurationError for options that cannot work, and ChildDied if a process ends unasked.
     """
     options = {"address": default_address().url, **options}
     # The scheduler's options and the workers' share a configuration file and flags; each takes its own.
     display = StartDisplay(as_written=options.get("log_format") == "json")
-    system = System(options, options, data_parallel_size=data_parallel_size, listener=display)
+    system = System(
+        options,
+        options,
+        data_parallel_size=data_parallel_size,
+        gateway=options if _has_http(options, http, api_keys) else None,
+        api_keys=api_keys,
+        listener=display,
+    )
     with ending_interrupts(once=True) as ending:
         began = time.monotonic()
         try:
@@ -41,6 +54,49 @@ def serve(options: Options, data_parallel_size: int) -> None:
                 if ending.is_last:
                     note("Stopping.")
                 system.stop()
+
+
+def _has_http(options: Options, http: bool | None, api_keys: Sequence[str]) -> bool:
+    """Whether there is to be a gateway. Raises ConfigurationError if it was asked for and cannot be."""
+    asked = [name for name in GatewayConfig.model_fields if name in options and name not in SHARED]
+    if http is False:
+        if asked:
+            raise ConfigurationError(f"--no-http leaves --{asked[0].replace('_', '-')} nothing to be about")
+        return False
+    missing = missing_http_packages()
+    if not missing:
+        return True
+    if http or asked or api_keys:
+        raise ConfigurationError(_no_http(missing))
+    note(f"{_no_http(missing)} Serving without HTTP.")
+    return False
+
+
+SHARED = ("scheduler", "keys", "insecure", "log_level", "log_format")
+"""Options of a gateway that do not by themselves ask for one."""
+
+
+def missing_http_packages() -> list[str]:
+    """Packages of the extra `http` that are not installed."""
+    return [name for name in ("fastapi", "uvicorn", "httptools", "prometheus_client") if find_spec(name) is None]
+
+
+def _no_http(missing: Sequence[str]) -> str:
+    return f"HTTP needs packages that are not installed ({', '.join(missing)}): pip install 'tandem-serve[http]'."
+
+
+def run_gateway(options: Options, api_keys: Sequence[str]) -> int:
+    """Runs a gateway in this process until SIGTERM or SIGINT; returns its exit code."""
+    missing = missing_http_packages()
+    if missing:
+        raise ConfigurationError(_no_http(missing))
+    config = build(GatewayConfig, {"scheduler": default_address().url, **options})
+    peer_keys(Address(config.scheduler), "clients", config.keys, config.insecure)  # what is wrong comes first
+    if api_keys:
+        os.environ[KEY_VARIABLE] = ",".join(api_keys)
+    from ..gateway.main import run
+
+    return run(config)
 
 
 def run_scheduler(options: Options) -> int:
@@ -91,6 +147,7 @@ def _print_ready(system: System, seconds: float) -> None:
         f"Serving {system.model_name} at {system.address} ({count}, ready in {seconds:.1f} s). Ctrl-C ends it.\n"
         f"  chat      tandem chat{where}\n"
         f'  a prompt  tandem generate{where} "What is 17 + 25?"\n'
-        f"  Python    tandem.Client({python})",
+        f"  Python    tandem.Client({python})"
+        + ("" if system.http_url is None else f"\n  HTTP      {system.http_url}/v1"),
         flush=True,
     )

@@ -227,12 +227,14 @@ class Supervisor:
 
     def _ask_to_end(self) -> None:
         """SIGTERM to those whose turn it is."""
-        turn = [child for child in self._children.values() if not child.spec.last] or list(self._children.values())
+        left = list(self._children.values())
+        turn = [child for child in left if child.spec.first] or [child for child in left if not child.spec.last] or left
         for child in turn:
             if not child.asked_to_end:
                 child.asked_to_end = True
                 child.process.terminate()
-                self._kill_at = time.monotonic() + self._grace_s
+                grace_s = max(self._grace_s, child.spec.grace_s) if self.death is None else self._grace_s
+                self._kill_at = time.monotonic() + grace_s
 
     def _tell_owner(self) -> None:
         try:

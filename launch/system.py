@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..gateway.config import KEY_VARIABLE, GatewayConfig
 from ..protocol.errors import ConfigurationError
 from ..protocol.keys import keys_path, server_keys
 from ..protocol.transport import Address, ServiceDirectory
@@ -21,6 +22,9 @@ from .supervisor import GRACE_S, ChildDied, Listener, Supervisor
 
 BUILTIN_NAME = "tandem-builtin"
 SCHEDULER_READY_S = 60.0
+GATEWAY = "gateway"
+GATEWAY_READY_S = 60.0
+"""After the workers are ready."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,13 @@ class System:
         worker: Options,
         *,
         data_parallel_size: int = 1,
+        gateway: Options | None = None,
+        api_keys: Sequence[str] = (),
         listener: Listener,
         on_death: Callable[[ChildDied], None] | None = None,
     ) -> None:
-        """Checks the options, and starts nothing. `scheduler` must hold an address. Raises ConfigurationError."""
+        """Checks the options, and starts nothing. `scheduler` must hold an address; without `gateway` there is no HTTP.
+        Raises ConfigurationError."""
         self._workers_directory: PrivateDirectory | None = None
         self._supervisor: Supervisor | None = None
         self._listener = listener
@@ -55,6 +62,10 @@ class System:
         self._worker_options = worker
         self.scheduler = build(SchedulerConfig, scheduler)
         _require_keys(self.scheduler)
+        self._gateway: GatewayConfig | None = None
+        self._api_keys = api_keys
+        if gateway is not None:
+            self._gateway = _gateway_config(gateway, Address(self.address).reachable)
         first = place_workers(worker, data_parallel_size, self.address)[0].config
         self.model_name = first.served_model_name or first.model
         """What the workers serve, as clients call it."""
@@ -64,6 +75,12 @@ class System:
     def address(self) -> str:
         """Where clients connect."""
         return self.scheduler.address
+
+    @property
+    def http_url(self) -> str | None:
+        """Where HTTP is served; None before `start`, or without a gateway."""
+        ready = None if self._supervisor is None else self._supervisor.ready.get(GATEWAY)
+        return None if ready is None else str(ready.details.get("url"))
 
     @property
     def death(self) -> ChildDied | None:
@@ -84,6 +101,8 @@ class System:
             self.scheduler = self.scheduler.model_copy(update={"worker_address": address})
         self._supervisor = supervisor = Supervisor(self._listener, self._on_death)
         supervisor.start(ChildSpec("scheduler", "tandem.scheduler.main", _arguments(self.scheduler), last=True))
+        if self._gateway is not None:  # before the workers: a port that is taken must show before a model is loaded
+            supervisor.start(_gateway_spec(self._gateway, self._api_keys))
         # Workers connect only once they have loaded a model, long after the scheduler listens.
         where = self.scheduler.worker_address or self.scheduler.address
         where = Address(where).reachable.url
@@ -96,7 +115,10 @@ class System:
                 ChildSpec(place.config.name, "tandem.worker.main", _arguments(place.config), place.environment)
             )
         supervisor.wait_ready("scheduler", SCHEDULER_READY_S)
-        return [supervisor.wait_ready(place.config.name) for place in places]
+        ready = [supervisor.wait_ready(place.config.name) for place in places]
+        if self._gateway is not None:
+            supervisor.wait_ready(GATEWAY, GATEWAY_READY_S)
+        return ready
 
     def wait_for_death(self, timeout_s: float | None = None) -> ChildDied | None:
         """Blocks until a process ends unasked, or for `timeout_s`."""
@@ -127,8 +149,9 @@ def place_workers(options: Options, count: int, address: str) -> list[WorkerPlac
         if given.get("served_model_name") is None:
             given["served_model_name"] = BUILTIN_NAME
     names = [name] if count == 1 else [f"{name}-{index}" for index in range(count)]
-    if "scheduler" in names:
-        raise ConfigurationError("--name: 'scheduler' names the scheduler already")
+    for taken in ("scheduler", GATEWAY):
+        if taken in names:
+            raise ConfigurationError(f"--name: {taken!r} names the {taken} already")
     configs = [build(WorkerConfig, {**given, "name": one, "scheduler": address}) for one in names]
     gpus = [] if count == 1 or configs[0].device == "cpu" else visible_gpus()
     if not gpus:
@@ -164,7 +187,21 @@ def _require_keys(config: SchedulerConfig) -> None:
             server_keys(keys_path(config.keys))
 
 
-def _arguments(config: SchedulerConfig | WorkerConfig) -> list[str]:
+def _gateway_config(options: Options, address: Address) -> GatewayConfig:
+    """For a gateway beside the scheduler at `address`."""
+    own = {"keys": None} if address.is_ipc else {}  # keys are for the workers' port then
+    return build(GatewayConfig, {**options, **own, "scheduler": address.url})
+
+
+def _gateway_spec(config: GatewayConfig, api_keys: Sequence[str]) -> ChildSpec:
+    """Ends first, so that what it streams may end. Keys go by the environment: anybody sees command lines."""
+    environment = {KEY_VARIABLE: ",".join(api_keys)} if api_keys else {}
+    arguments = _arguments(config)
+    grace_s = config.shutdown_timeout + GRACE_S
+    return ChildSpec(GATEWAY, "tandem.gateway.main", arguments, environment, first=True, grace_s=grace_s)
+
+
+def _arguments(config: SchedulerConfig | WorkerConfig | GatewayConfig) -> list[str]:
     return ["--config-json", config.model_dump_json()]
 
 

@@ -163,7 +163,7 @@ def test_a_scheduler_that_leaves_does_not_take_a_found_end_away() -> None:
 
 
 @pytest.mark.parametrize(
-    "stop", [[""], ["x" * (MAX_STOP_CHARS + 1)], ["x"] * (MAX_STOP_STRINGS + 1), [3], 3, [["x"]]], ids=str
+    "stop", ["", [""], ["x" * (MAX_STOP_CHARS + 1)], ["x"] * (MAX_STOP_STRINGS + 1), [3], 3, [["x"]]], ids=str
 )
 def test_stop_strings_that_cannot_be(stop: Any) -> None:
     async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
