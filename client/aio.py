@@ -336,7 +336,15 @@ class AsyncClient:
     ) -> Started:
         from ..protocol.sampling import without_text
         from .completion import Sample, Started, TextEnd
-        from .prompts import is_chat, require_length, require_random, resolve_sampling, to_token_ids
+        from .logprobs import LogprobReader
+        from .prompts import (
+            is_chat,
+            require_length,
+            require_random,
+            resolve_sampling,
+            to_token_ids,
+            with_bad_words,
+        )
         from .stream import History
         from .tokenizer import LONG_TEXT
 
@@ -352,6 +360,7 @@ class AsyncClient:
                 field="stop",
                 value=list(checked.stop),
             )
+        checked = with_bad_words(checked, tokenizer)
         if is_chat(prompt) or (isinstance(prompt, str) and len(prompt) >= LONG_TEXT):  # on another thread
             ids = await asyncio.to_thread(to_token_ids, prompt, tokenizer, chat)
         else:
@@ -376,6 +385,7 @@ class AsyncClient:
         named = frozenset(checked.stop_token_ids)
         end = TextEnd(eos | named, named - eos, checked.stop, checked.include_stop_str_in_output)
         skip = checked.skip_special_tokens
+        logprobs = LogprobReader(tokenizer)
         return Started(
             samples=[
                 Sample(
@@ -384,6 +394,7 @@ class AsyncClient:
                     None if tokenizer is None else tokenizer.detokenizer(context, skip),
                     end,
                     self._connection.stop,
+                    logprobs,
                 )
                 for index, tokens in enumerate(streams)
             ],

@@ -9,11 +9,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar, cast
 
 from ..protocol.errors import RequestCancelled, RequestTimeout, TandemError
-from .results import Choice, Chunk, Completion, FinishReason, Timings, Usage
+from .results import Choice, Chunk, Completion, FinishReason, PositionLogprobs, Timings, Usage
 from .stopping import StopStrings
 
 if TYPE_CHECKING:
     from .detokenizer import Detokenizer
+    from .logprobs import LogprobReader
     from .stream import History, TokenStream
 
 _T = TypeVar("_T")
@@ -50,6 +51,7 @@ class Sample:
         detokenizer: Detokenizer | None,
         end: TextEnd,
         stop: Callable[[TokenStream], None],
+        logprobs: LogprobReader,
     ) -> None:
         """Without a detokenizer (the model has no tokenizer) all text is empty. `stop` ends the request well."""
         self.index = index
@@ -59,6 +61,7 @@ class Sample:
         self._detokenizer = detokenizer
         self._end = end
         self._stop = stop
+        self._logprobs = logprobs
         self._stops = None if not end.stops else StopStrings(end.stops, include=end.include)
         self._kept: int | None = None
         """How many tokens there are up to the end of a stop string that was found."""
@@ -100,13 +103,14 @@ class Sample:
         text = self._push(ids)
         if self._kept is None:
             if tokens.ended is None or tokens.offset < len(tokens.history.generated):
-                return Chunk(text, ids, offset, None, self.index)
+                return Chunk(text, ids, offset, None, self.index, None, self.logprobs(offset, offset + len(ids)))
             text += self._finish()
         if self._kept is not None:
             ids = ids[: self._kept - offset]
             self._stop(tokens)
             await tokens.settled(SETTLE_S)
-        return Chunk(text, ids, offset, self.reason, self.index, self.stop_reason)
+        logprobs = self.logprobs(offset, offset + len(ids))
+        return Chunk(text, ids, offset, self.reason, self.index, self.stop_reason, logprobs)
 
     def read_rest(self) -> None:
         """Takes what has come for all there will be."""
@@ -115,7 +119,19 @@ class Sample:
             self._finish()
 
     def choice(self) -> Choice:
-        return Choice(self.index, self.text, self.token_ids, self.reason, self.stop_reason)
+        logprobs = self.logprobs(0, self._kept)
+        return Choice(self.index, self.text, self.token_ids, self.reason, self.stop_reason, logprobs)
+
+    def logprobs(self, begin: int, end: int | None) -> list[PositionLogprobs] | None:
+        """Of the tokens from `begin` to `end`; None if they were not asked for."""
+        history = self.tokens.history
+        return None if history.sampling.logprobs is None else self._logprobs.positions(history.told[begin:end])
+
+    @property
+    def prompt_logprobs(self) -> list[PositionLogprobs | None] | None:
+        """As far as they came; None if they were not asked for."""
+        history = self.tokens.history
+        return [None, *self._logprobs.positions(history.prompt_told)] if history.wants_prompt_told else None
 
     def _push(self, ids: list[int], offset: int | None = None) -> str:
         """The text of the next tokens, which are those just read or begin at `offset`."""
@@ -403,6 +419,8 @@ class CompletionStream:
             ),
             prompt_token_ids=history.prompt.tolist(),
             seed=history.sampling.seed,
+            logprobs=choices[0].logprobs,
+            prompt_logprobs=started.samples[0].prompt_logprobs,
         )
 
     def _abandon(self, error: TandemError) -> None:

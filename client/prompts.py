@@ -15,7 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..protocol.errors import ConfigurationError, InvalidRequest
 from ..protocol.messages import ModelDescription
-from ..protocol.sampling import MAX_SEED, SAMPLING_FIELDS, SamplingParams
+from ..protocol.sampling import (
+    MAX_BAD_SEQUENCE_TOKENS,
+    MAX_BAD_SEQUENCES,
+    MAX_SEED,
+    SAMPLING_FIELDS,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -181,6 +187,43 @@ def resolve_sampling(
     if checked.seed is None:
         checked = replace(checked, seed=secrets.randbelow(MAX_SEED + 1))
     return checked
+
+
+def with_bad_words(sampling: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
+    """The parameters with the token sequences of their bad words, as vLLM makes them: of each word as it begins a text,
+    and as it follows a space where that is another token. Raises InvalidRequest for words that cannot be."""
+    if not sampling.bad_words:
+        return sampling
+    if tokenizer is None:
+        raise InvalidRequest(
+            "bad_words: the model comes without a tokenizer, so words are no tokens; use bad_words_token_ids",
+            field="bad_words",
+            value=list(sampling.bad_words),
+        )
+    sequences = list(sampling.bad_words_token_ids)
+    for word in sampling.bad_words:
+        alone, after_space = (
+            tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)) for prefix in ("", " ")
+        )
+        if not alone or len(alone) > MAX_BAD_SEQUENCE_TOKENS:
+            raise InvalidRequest(
+                f"bad_words: {word!r:.100} is {len(alone)} tokens, must be 1 to {MAX_BAD_SEQUENCE_TOKENS}",
+                field="bad_words",
+                limit=MAX_BAD_SEQUENCE_TOKENS,
+                value=len(alone),
+            )
+        sequences.append(alone)
+        if len(after_space) == len(alone) and after_space[0] != alone[0]:
+            sequences.append(after_space)
+    if len(sequences) > MAX_BAD_SEQUENCES:
+        raise InvalidRequest(
+            f"bad_words: with bad_words_token_ids they are {len(sequences)} sequences of tokens, over the limit of "
+            f"{MAX_BAD_SEQUENCES}",
+            field="bad_words",
+            limit=MAX_BAD_SEQUENCES,
+            value=len(sequences),
+        )
+    return replace(sampling, bad_words_token_ids=tuple(sequences))
 
 
 def require_random(sampling: SamplingParams, n: int) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..protocol.errors import InvalidRequest, OffsetError, Overloaded, ProtocolError, RequestFailed, TandemError
+from ..protocol.errors import InvalidRequest, Overloaded, ProtocolError, RequestFailed, TandemError
 from ..protocol.messages import SUSPICIONS, Accepted, Refused, Suspected, Tokens
+from .logprobs import told_of_prompts, told_of_tokens
 from .stream import TokenStream
 
 
@@ -102,6 +103,15 @@ class OpenRequests:
             raise ProtocolError("Tokens: the columns do not fit together")
         if (rows and int(count.min()) < 1) or (len(token) and int(token.min()) < 0):
             raise ProtocolError("Tokens: a count below 1 or a negative token")
+        told = told_of_tokens(message) if len(message.entries) else None
+        for ticket, position, positions in told_of_prompts(message):
+            stream = self._streams.get(ticket)
+            if stream is not None:
+                try:
+                    stream.push_prompt(position, positions)
+                except ProtocolError as error:
+                    del self._streams[ticket]
+                    self._broken(stream, error)
         borders = np.cumsum(count).tolist()
         tokens = token.tolist()
         begin = 0
@@ -109,8 +119,8 @@ class OpenRequests:
             stream = self._streams.get(ticket)
             if stream is not None:
                 try:
-                    stream.push(offset, tokens[begin:end])
-                except OffsetError as error:
+                    stream.push(offset, tokens[begin:end], () if told is None else told[begin:end])
+                except ProtocolError as error:
                     del self._streams[ticket]
                     self._broken(stream, error)
             begin = end

@@ -48,7 +48,8 @@ class TokenLogprob:
     logprob: float
     """Natural logarithm of its probability."""
     rank: int
-    """1 for the likeliest token of the vocabulary; tokens as likely as this one count as before it."""
+    """How many tokens of the vocabulary are at least as likely, itself among them: 1 for the likeliest. In a list of
+    the likeliest, the place in it."""
     text: str
     """The token on its own; special tokens too. Empty if the model has no tokenizer."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ..protocol.errors import OffsetError, ProtocolError, RequestCancelled, RequestFailed, TandemError
 from ..protocol.messages import CLEARING_TOKENS, Ended, ModelDescription, Submit
 from ..protocol.sampling import SamplingParams
+from .logprobs import Told
 
 MAX_UNREAD_TOKENS = 65_536
 """A reader that leaves more tokens than this unread loses its request."""
@@ -35,6 +36,10 @@ class History:
     """Loop time at which the scheduler is to end it."""
     generated: list[int] = field(default_factory=list)
     """Tokens received so far, read or not."""
+    told: list[Told] = field(default_factory=list)
+    """Log-probabilities of each of them, if they were asked for."""
+    prompt_told: list[Told] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, if they were asked for. Complete before the first token comes."""
     epoch: int | None = None
     number: int | None = None
     """What the scheduler of `epoch` calls the request, once it accepted it."""
@@ -44,6 +49,11 @@ class History:
     """How often a worker died with this request in its launched steps, as the scheduler told."""
     suspected_at: int = 0
     """Tokens that had been received when it last told so."""
+
+    @property
+    def wants_prompt_told(self) -> bool:
+        """The prompt is told with the first of its samples."""
+        return self.sampling.prompt_logprobs is not None and self.sample == 0
 
     def submission(self, ticket: int, n: int = 1, *, resumed: bool = False) -> Submit:
         """The message that starts the request or, if `resumed`, goes on with it after the tokens received. With `n` it
@@ -125,11 +135,19 @@ class TokenStream:
 
     # --- the connection's side -------------------------------------------------------------------------------------
 
-    def push(self, offset: int, tokens: list[int]) -> None:
-        """Takes tokens that begin at `offset`. Raises OffsetError for a gap or a repeat, and takes none then."""
-        generated = self.history.generated
+    def push(self, offset: int, tokens: list[int], told: Sequence[Told | None] = ()) -> None:
+        """Takes tokens that begin at `offset`, and what is told of each. Raises OffsetError for a gap or a repeat,
+        ProtocolError if something is missing, and takes none then."""
+        history, generated = self.history, self.history.generated
         if offset != len(generated):
             raise OffsetError(len(generated), offset)
+        if history.wants_prompt_told and len(history.prompt_told) != len(history.prompt) - 1:
+            raise ProtocolError("stream broken: tokens came before the log-probabilities of the prompt")
+        if history.sampling.logprobs is not None:
+            known = [one for one in told if one is not None]
+            if len(known) != len(tokens):
+                raise ProtocolError(f"stream broken: tokens came without their log-probabilities at offset {offset}")
+            history.told.extend(known)
         if self.first_token_at is None:
             self.first_token_at = asyncio.get_running_loop().time()
         generated.extend(tokens)
@@ -143,6 +161,17 @@ class TokenStream:
             )
             self._on_overflow(self)
         self._wake()
+
+    def push_prompt(self, position: int, told: list[Told]) -> None:
+        """Takes what is told of the prompt's tokens from `position` on; from the first one on, it begins anew. Raises
+        ProtocolError for a gap or for what was not asked for, and takes nothing then."""
+        history = self.history
+        known = history.prompt_told
+        if position == 1:
+            known.clear()
+        if position != len(known) + 1 or position + len(told) > len(history.prompt) or not history.wants_prompt_told:
+            raise ProtocolError(f"stream broken: log-probabilities of the prompt came for position {position}")
+        known.extend(told)
 
     def end(self, ended: Ended) -> None:
         """Takes the request's end. Raises ProtocolError if it has another number of tokens than arrived."""

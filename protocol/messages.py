@@ -326,7 +326,7 @@ class Tokens:
     """For each token, how many log-probabilities are told: its own, then those of the likeliest, in order; 0 where they
     were not asked for. Not there if nobody asked."""
     rank: Ints = field(default_factory=_no_ints)
-    """For each token that has any: its rank in the vocabulary, from 1."""
+    """For each token its rank in the vocabulary, from 1, if it has any; else 0. Not there if nobody asked."""
     entry_token: Ints = field(default_factory=_no_ints)
     entry_logprob: Floats = field(default_factory=_no_floats)
     """The log-probabilities, of all tokens in a row."""
@@ -537,6 +537,17 @@ class StepResult:
     failed_error: tuple[Text, ...] = ()
     """… and why that is so."""
 
+    rank: Ints = field(default_factory=_no_ints)
+    """Of each sampled token whose row has logprobs: its rank in the vocabulary, from 1."""
+    entry_token: Ints = field(default_factory=_no_ints)
+    entry_logprob: Floats = field(default_factory=_no_floats)
+    """Log-probabilities of these tokens, logprobs + 1 for each: its own, then those of the likeliest, in order."""
+    prompt_rank: Ints = field(default_factory=_no_ints)
+    prompt_entry_token: Ints = field(default_factory=_no_ints)
+    prompt_entry_logprob: Floats = field(default_factory=_no_floats)
+    """The same of tokens of prompts, prompt_logprobs + 1 for each: those that the step's chunks foretell, in the order
+    of the chunks. A chunk of tokens a to b foretells a + 1 to b + 1, as far as they are in the prompt."""
+
 
 @message
 class GrammarChecked:
@@ -618,6 +629,36 @@ class StepPlan:
     """What joining rows must follow, each one once."""
     join_grammar: Ints = field(default_factory=_no_ints)
     """Which of these it is, or -1; not there if no joining row has one."""
+
+    # Of the joining rows, those that use what few use. Each column of slots names some of them, in any order.
+    min_p_slot: Ints = field(default_factory=_no_ints)
+    min_p: Floats = field(default_factory=_no_floats)
+    penalty_slot: Ints = field(default_factory=_no_ints)
+    penalty: Floats = field(default_factory=_no_floats)
+    """Three for each: repetition, presence, frequency."""
+    bias_slot: Ints = field(default_factory=_no_ints)
+    bias_count: Ints = field(default_factory=_no_ints)
+    bias_token: Ints = field(default_factory=_no_ints)
+    bias: Floats = field(default_factory=_no_floats)
+    """`bias_count` for each, of these tokens."""
+    allowed_slot: Ints = field(default_factory=_no_ints)
+    allowed_mask: Ints = field(default_factory=_no_ints)
+    """For each the bits of the whole vocabulary, 32 tokens a word, the lowest id in the lowest bit."""
+    min_tokens_slot: Ints = field(default_factory=_no_ints)
+    min_tokens: Ints = field(default_factory=_no_ints)
+    min_tokens_stops: Ints = field(default_factory=_no_ints)
+    """How many tokens each must not choose before; `min_tokens_stop` is their concatenation."""
+    min_tokens_stop: Ints = field(default_factory=_no_ints)
+    bad_words_slot: Ints = field(default_factory=_no_ints)
+    """One entry for each sequence."""
+    bad_words_length: Ints = field(default_factory=_no_ints)
+    bad_words_token: Ints = field(default_factory=_no_ints)
+    logprobs_slot: Ints = field(default_factory=_no_ints)
+    logprobs: Ints = field(default_factory=_no_ints)
+    """How many of the likeliest tokens are told with each token that is sampled."""
+    prompt_logprobs_slot: Ints = field(default_factory=_no_ints)
+    prompt_logprobs: Ints = field(default_factory=_no_ints)
+    """How many are told with each token of the prompt, as the chunk is computed that foretells it."""
 
     grow_slot: Ints = field(default_factory=_no_ints)
     grow_block: Ints = field(default_factory=_no_ints)

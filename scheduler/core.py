@@ -39,6 +39,7 @@ from .events import (
     WorkerLost,
 )
 from .grammars import Grammars, Held
+from .joining import is_rare
 from .metrics import Counters
 from .policy import Policy
 from .queue import WaitingQueue
@@ -196,6 +197,8 @@ class Core:
     def _request(self, event: Submitted, i: int, model: ModelDescription, now: float) -> Request:
         """The request for one of the samples that a submission asks for."""
         sampling = event.sampling
+        if sampling.prompt_logprobs is not None and event.sample + i:
+            sampling = replace(sampling, prompt_logprobs=None)  # the prompt is told once, with sample 0
         limit = model.max_model_len
         if sampling.max_tokens is not None:
             limit = min(limit, len(event.prompt) + sampling.max_tokens)
@@ -214,6 +217,8 @@ class Core:
             priority=event.priority,
             root=root(event.cache_salt),
             goes_first=event.resumed,
+            rare=is_rare(sampling),
+            held_back=(tuple({*model.eos_token_ids, *sampling.stop_token_ids}) if sampling.min_tokens else ()),
         )
 
     def _accept(self, request: Request, event: Submitted, now: float, out: list[Instruction]) -> None:
@@ -375,7 +380,7 @@ class Core:
         if replica is None:
             return  # a late result of a worker that was given up
         try:
-            commit = replica.commit(event.step, event.token, event.busy_us, event.failed)
+            commit = replica.commit(event.step, event.token, event.busy_us, event.failed, event.told)
         except ProtocolError as error:
             out.append(Expel(event.worker, str(error)))
             self._worker_lost(WorkerLost(event.worker), now, out)
@@ -394,12 +399,14 @@ class Core:
         )
         ended += tuple(self._finish(replica, slot, "error", now, error) for slot, error in commit.failed)
         replica.settle()
-        if len(commit.token) or ended:
+        if len(commit.token) or ended or commit.prompts:
             out.append(self._delivery(commit, ended))
 
     @staticmethod
     def _delivery(commit: Commit, ended: tuple[tuple[int, Ended], ...]) -> Deliver:
-        return Deliver(commit.client, commit.ticket, commit.offset, commit.token, ended)
+        return Deliver(
+            commit.client, commit.ticket, commit.offset, commit.token, ended, commit.logprobs, commit.prompts
+        )
 
     def _finish(self, replica: Replica, slot: int, reason: str, now: float, error: str = "") -> tuple[int, Ended]:
         request = replica.rows.request[slot]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..protocol.codec import encode, encode_tokens
 from ..protocol.messages import Ended, Tokens
 from .events import BoolColumn, Deliver, IntColumn, LongColumn
+from .logprobs import Logprobs, PromptLogprobs, concatenate, no_logprobs
 
 EAGER_MESSAGES = 32
 """So many of an interval go out at once."""
@@ -29,12 +31,15 @@ class Rows:
     ticket: LongColumn
     offset: IntColumn
     token: IntColumn
+    logprobs: Logprobs | None
+    """None if nobody asked."""
 
     def where(self, mask: BoolColumn) -> Rows:
-        return Rows(self.client[mask], self.ticket[mask], self.offset[mask], self.token[mask])
+        logprobs = None if self.logprobs is None else self.logprobs.take(np.flatnonzero(mask))
+        return Rows(self.client[mask], self.ticket[mask], self.offset[mask], self.token[mask], logprobs)
 
 
-NOTHING = Rows(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32))
+NOTHING = Rows(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32), None)
 
 
 class Delivery:
@@ -57,7 +62,13 @@ class Delivery:
         ended: dict[int, list[Ended]] = {}
         for client, end in deliver.ended:
             ended.setdefault(client, []).append(end)
-        rows = Rows(deliver.client, deliver.ticket, deliver.offset, deliver.token)
+        rows = Rows(deliver.client, deliver.ticket, deliver.offset, deliver.token, deliver.logprobs)
+        if deliver.prompts:  # never held: their requests' first tokens, which they must precede, are not either
+            of_prompts = [(prompt.client, _prompt_message(self._epoch, prompt)) for prompt in deliver.prompts]
+            return of_prompts + self._add(rows, ended, now)
+        return self._add(rows, ended, now)
+
+    def _add(self, rows: Rows, ended: dict[int, list[Ended]], now: float) -> list[tuple[int, bytes]]:
         if now >= self._until and not self._held:
             busy = now < self._busy_until
             self._until = now + self._interval_s
@@ -92,13 +103,16 @@ class Delivery:
             np.concatenate([part.ticket for part in parts]),
             np.concatenate([part.offset for part in parts]),
             np.concatenate([part.token for part in parts]),
+            None
+            if all(part.logprobs is None for part in parts)
+            else concatenate([part.logprobs or no_logprobs(len(part.token)) for part in parts]),
         )
 
     def _messages(self, rows: Rows, ended: dict[int, list[Ended]]) -> list[tuple[int, bytes]]:
         messages = []
-        for client, ticket, offset, count, token in _by_client(rows):
+        for client, ticket, offset, count, token, logprobs in _by_client(rows):
             ends = ended.pop(client, None)
-            if ends is None:
+            if ends is None and logprobs is None:
                 messages.append((client, encode_tokens(self._epoch, ticket, offset, count, token)))
             else:
                 tokens = Tokens(
@@ -107,7 +121,8 @@ class Delivery:
                     offset=np.frombuffer(offset, np.int32),
                     count=np.frombuffer(count, np.int32),
                     token=np.frombuffer(token, np.int32),
-                    ended=tuple(ends),
+                    ended=tuple(ends or ()),
+                    **(logprobs or {}),
                 )
                 messages.append((client, encode(tokens)))
         for client, ends in ended.items():
@@ -116,8 +131,24 @@ class Delivery:
         return messages
 
 
-def _by_client(rows: Rows) -> Iterator[tuple[int, bytes, bytes, bytes, bytes]]:
-    """Each client with its columns of a Tokens message, little-endian: ticket, offset, count, token."""
+def _prompt_message(epoch: int, prompt: PromptLogprobs) -> bytes:
+    return encode(
+        Tokens(
+            epoch=epoch,
+            prompt_ticket=np.array([prompt.ticket], np.int64),
+            prompt_position=np.array([prompt.position], np.int32),
+            prompt_count=np.array([len(prompt.rank)], np.int32),
+            prompt_entries=np.array([prompt.entries], np.int32),
+            prompt_rank=prompt.rank,
+            prompt_entry_token=prompt.token,
+            prompt_entry_logprob=prompt.logprob,
+        )
+    )
+
+
+def _by_client(rows: Rows) -> Iterator[tuple[int, bytes, bytes, bytes, bytes, dict[str, Any] | None]]:
+    """Each client with its columns of a Tokens message, little-endian: ticket, offset, count, token; and those of
+    log-probabilities, if it has any."""
     if not len(rows.client):
         return
     order = np.lexsort((rows.ticket, rows.client))  # stable: a request's tokens stay in order
@@ -132,6 +163,19 @@ def _by_client(rows: Rows) -> Iterator[tuple[int, bytes, bytes, bytes, bytes]]:
     borders = [*first_requests.tolist(), len(starts)]
     tickets, offsets = ticket[starts].tobytes(), rows.offset[order][starts].tobytes()
     count, tokens = counts.tobytes(), rows.token[order].tobytes()
+    logprobs = None if rows.logprobs is None else rows.logprobs.take(order)
     for i, name in enumerate(names):
         a, b, c, d = borders[i], borders[i + 1], row_borders[i], row_borders[i + 1]
-        yield name, tickets[8 * a : 8 * b], offsets[4 * a : 4 * b], count[4 * a : 4 * b], tokens[4 * c : 4 * d]
+        told = None if logprobs is None else _columns(logprobs.take(np.arange(c, d)))
+        yield name, tickets[8 * a : 8 * b], offsets[4 * a : 4 * b], count[4 * a : 4 * b], tokens[4 * c : 4 * d], told
+
+
+def _columns(logprobs: Logprobs) -> dict[str, Any] | None:
+    if not len(logprobs.token):
+        return None
+    return {
+        "entries": logprobs.entries,
+        "rank": logprobs.rank,
+        "entry_token": logprobs.token,
+        "entry_logprob": logprobs.logprob,
+    }

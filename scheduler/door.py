@@ -13,20 +13,6 @@ from ..protocol.sampling import MAX_PROMPT_LOGPROBS_ENTRIES, SamplingParams, tex
 from ..protocol.structured import problem
 from .events import IntColumn, Submitted
 
-_NOT_YET = (
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words_token_ids",
-    "min_tokens",
-    "logprobs",
-    "prompt_logprobs",
-)
-_DEFAULTS = SamplingParams()
-
 
 @dataclass(frozen=True, slots=True)
 class Invalid:
@@ -105,9 +91,6 @@ def _bad_sampling(sampling: SamplingParams, prompt_length: int, model: ModelDesc
             "0 to 2^63 - 1",
             "none",
         )
-    for field in _NOT_YET:
-        if getattr(sampling, field) != getattr(_DEFAULTS, field):
-            return Invalid(f"{field} is not supported yet", field, "not given", str(getattr(sampling, field))[:100])
     return (
         _bad_structure(sampling, model)
         or _outside_vocabulary(sampling, model.vocab_size)

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar, dataclass_transform
-
-import numpy as np
-import numpy.typing as npt
+from typing import TypeAlias
 
 from ..protocol.messages import Ended, ModelDescription, StepPlan
 from ..protocol.sampling import SamplingParams
 from ..protocol.structured import StructuredOutputsParams
-
-IntColumn: TypeAlias = npt.NDArray[np.int32]
-LongColumn: TypeAlias = npt.NDArray[np.int64]
-BoolColumn: TypeAlias = npt.NDArray[np.bool_]
-
-
-_T = TypeVar("_T")
-
-
-@dataclass_transform(frozen_default=True)
-def record(cls: type[_T]) -> type[_T]:
-    """Makes a dataclass whose fields nobody assigns to. The type checker sees to that: at run time a frozen class takes
-    three times as long to make."""
-    return dataclass(slots=True)(cls)
+from .logprobs import Logprobs, PromptLogprobs, StepLogprobs
+from .records import BoolColumn as BoolColumn
+from .records import IntColumn as IntColumn
+from .records import LongColumn as LongColumn
+from .records import record as record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +81,8 @@ class StepDone:
     """Device time of the step; 0 if it is not known."""
     failed: tuple[tuple[int, str], ...] = ()
     """Where in `token` stand tokens that mean nothing, because the row's grammar has failed, and why."""
+    told: StepLogprobs | None = None
+    """None: nothing."""
 
 
 @record
@@ -155,6 +145,10 @@ class Deliver:
     offset: IntColumn
     token: IntColumn
     ended: tuple[tuple[int, Ended], ...] = ()
+    logprobs: Logprobs | None = None
+    """Of the tokens; None if nobody asked."""
+    prompts: tuple[PromptLogprobs, ...] = ()
+    """To be told before the tokens."""
 
 
 @record

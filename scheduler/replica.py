@@ -25,6 +25,8 @@ from ..protocol.messages import StepPlan
 from ..protocol.structured import StructuredOutputsParams
 from .blocks import BlockPool, Match
 from .events import IntColumn, LongColumn, WorkerLimits, record
+from .joining import rare_columns
+from .logprobs import NOTHING_TOLD, Logprobs, PromptLogprobs, PromptPart, StepLogprobs
 from .pace import Pace
 from .policy import Policy
 from .requests import Request
@@ -46,6 +48,9 @@ class Flight:
     attempt: IntColumn
     decode_rows: int
     chunk_tokens: int
+    entries: IntColumn | None
+    """Log-probabilities that each token comes with; None if none does."""
+    prompts: list[PromptPart]
 
 
 @record
@@ -74,6 +79,9 @@ class Commit:
     """Slots that reached their limit without one; still owned."""
     failed: tuple[tuple[int, str], ...]
     """Slots whose grammar cannot be followed any further, and why; still owned. They have got no token."""
+    logprobs: Logprobs | None
+    """Of these tokens; None if nobody asked."""
+    prompts: tuple[PromptLogprobs, ...]
 
 
 class Replica:
@@ -162,7 +170,7 @@ class Replica:
 
     def _match(self, request: Request) -> Match:
         """What the prefix cache holds of it: never all, since its last token must be computed to get the next one."""
-        if not self._caching:
+        if not self._caching or request.tells_prompt:
             return Match([], request.root, False)
         probe = request.probes.get(self.worker)
         if probe is not None and probe[0] == self.pool.generation:
@@ -282,6 +290,7 @@ class Replica:
             chunk_length=np.array(chunk_length, np.int32),
             **self._introductions(),
         )
+        prompts = self._prompt_parts(chunk_slot, chunk_length) if rows.prompt_entries else []
         sampled, ending = self._advance(decoding, chunk_slot, chunk_length)
         flight = Flight(
             step=self._next_step,
@@ -290,6 +299,8 @@ class Replica:
             attempt=rows.attempt[sampled],
             decode_rows=len(decoding),
             chunk_tokens=sum(chunk_length),
+            entries=rows.entries[sampled] if rows.telling else None,
+            prompts=prompts,
         )
         self._flights.append(flight)
         self._leaving = ending
@@ -299,7 +310,14 @@ class Replica:
         self._idle = False
         return plan, preempted
 
-    def commit(self, step: int, token: IntColumn, busy_us: int = 0, failed: tuple[tuple[int, str], ...] = ()) -> Commit:
+    def commit(
+        self,
+        step: int,
+        token: IntColumn,
+        busy_us: int = 0,
+        failed: tuple[tuple[int, str], ...] = (),
+        told: StepLogprobs | None = None,
+    ) -> Commit:
         """Enters a step's tokens into the rows that still own them. `busy_us`: device time of the step, 0 if unknown;
         `failed`: places in `token` whose tokens are none, and why.
 
@@ -317,6 +335,9 @@ class Replica:
             raise ProtocolError(f"worker {self.worker} sent a token outside the vocabulary in step {step}")
         if not all(0 <= position < len(token) for position, _ in failed):
             raise ProtocolError(f"worker {self.worker} failed rows that step {step} has not sampled for")
+        if flight.entries is not None or flight.prompts or told is not None:
+            told = told or NOTHING_TOLD
+            told.require(flight.entries, flight.prompts, self.limits.vocab_size)
         self._flights.popleft()
         self._pace.observe(flight.decode_rows, flight.chunk_tokens, busy_us / 1e6)
 
@@ -344,7 +365,40 @@ class Replica:
             stopped=slot[stopped],
             exhausted=slot[exhausted & ~stopped],
             failed=tuple(failures.items()),
+            logprobs=None
+            if told is None or flight.entries is None
+            else told.of_tokens(flight.entries).take(np.flatnonzero(owned)),
+            prompts=() if told is None else self._commit_prompts(flight.prompts, told),
         )
+
+    def _commit_prompts(self, parts: list[PromptPart], told: StepLogprobs) -> tuple[PromptLogprobs, ...]:
+        """What of these parts has an owner, and was not told by an attempt before."""
+        found = []
+        position = value = 0
+        for part in parts:
+            first, first_value = position, value
+            position += part.count
+            value += part.count * part.entries
+            request = self.rows.request[part.slot]
+            if request is None or (request.number, request.attempt) != (part.number, part.attempt):
+                continue
+            again = min(max(0, request.prompt_told - part.position), part.count)
+            if again == part.count:
+                continue
+            request.prompt_told = part.position + part.count
+            values = slice(first_value + again * part.entries, value)
+            found.append(
+                PromptLogprobs(
+                    request.client,
+                    request.ticket,
+                    part.position + again,
+                    part.entries,
+                    told.prompt_rank[first + again : position],
+                    told.prompt_token[values],
+                    told.prompt_logprob[values],
+                )
+            )
+        return tuple(found)
 
     def settle(self) -> None:
         """To be called once a commit's finished rows are released: without rows the next plan follows an idle spell."""
@@ -388,6 +442,17 @@ class Replica:
             chunk_length.append(length)
             budget -= length
         return chunk_slot, chunk_length
+
+    def _prompt_parts(self, slots: list[int], lengths: list[int]) -> list[PromptPart]:
+        """What the chunks of a plan tell of prompts; the rows have not advanced yet."""
+        rows, parts = self.rows, []
+        for slot, length in zip(slots, lengths, strict=True):
+            first = int(rows.planned[slot]) + 1
+            count = min(first + length, int(rows.prompt_length[slot])) - first
+            if slot in rows.prompt_entries and count > 0:
+                number, attempt = int(rows.number[slot]), int(rows.attempt[slot])
+                parts.append(PromptPart(slot, number, attempt, first, count, rows.prompt_entries[slot]))
+        return parts
 
     def _advance(
         self, decoding: LongColumn, chunk_slot: list[int], chunk_length: list[int]
@@ -445,6 +510,7 @@ class Replica:
             "join_top_p": np.array([request.sampling.top_p for request in requests], np.float32),
             "join_seed": np.array([request.seed for request in requests], np.int64),
             **_join_grammars(requests),
+            **rare_columns(slots, requests, self.limits.vocab_size),
         }
 
     # --- integrity -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ class Request:
         "client",
         "first_token_at",
         "goes_first",
+        "held_back",
         "known",
         "last_token_at",
         "limit",
@@ -27,6 +28,8 @@ class Request:
         "priority",
         "probes",
         "prompt_length",
+        "prompt_told",
+        "rare",
         "resumed",
         "root",
         "sampling",
@@ -54,6 +57,8 @@ class Request:
         priority: int = 0,
         root: Place = root(""),  # noqa: B008 - a constant
         goes_first: bool = False,
+        rare: bool = False,
+        held_back: tuple[int, ...] = (),
     ) -> None:
         self.number = number
         self.client = client
@@ -68,6 +73,13 @@ class Request:
         self.sampling = sampling
         self.stops = stops
         """Tokens that end it: its own, and the model's unless it ignores them."""
+        self.rare = rare
+        """It uses sampling parameters that need columns of their own; see joining.py."""
+        self.held_back = held_back
+        """Tokens that must not come before `min_tokens` are generated."""
+        self.prompt_told = prompt_length if len(known) > prompt_length else 1
+        """Positions of the prompt whose log-probabilities were sent, if they are asked for; the first has none. They
+        come before the first token."""
         self.seed = seed
         """Of this sample."""
         self.priority = priority
@@ -92,6 +104,11 @@ class Request:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         """Of a request that lost its place, once it had tokens."""
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Log-probabilities of the prompt are still to be computed: all of it, whatever is cached."""
+        return self.sampling.prompt_logprobs is not None and self.prompt_told < self.prompt_length
 
     def ended(self, reason: str, known: int, now: float, error: str = "") -> Ended:
         """The message that ends it, having `known` tokens."""

@@ -61,6 +61,12 @@ class Rows:
         """By slot: leading blocks whose contents the prefix cache knows, here or in another block."""
         self.place: list[Place] = [root("")] * slots
         """By slot: where in the prefix cache the last of them stands."""
+        self.entries = np.zeros(slots, np.int32)
+        """Log-probabilities that each token of the row comes with; 0 if they are not asked for."""
+        self.telling = 0
+        """Rows that have them."""
+        self.prompt_entries: dict[int, int] = {}
+        """By slot: log-probabilities to be told of each token of the prompt."""
         self.request: list[Request | None] = [None] * slots
         self._free = list(range(slots))
 
@@ -97,6 +103,12 @@ class Rows:
             self._stop_columns = max(self._stop_columns, len(request.stops))
         else:
             self.more_stops[slot] = frozenset(request.stops)
+        self.entries[slot] = 0
+        if request.sampling.logprobs is not None:
+            self.entries[slot] = request.sampling.logprobs + 1
+            self.telling += 1
+        if request.tells_prompt and request.sampling.prompt_logprobs is not None:
+            self.prompt_entries[slot] = request.sampling.prompt_logprobs + 1
         self.request[slot] = request
         self.phase[slot] = PREFILL
         return heapq.heappop(self._free)
@@ -113,6 +125,10 @@ class Rows:
         self.num_blocks[slot] = 0
         self.request[slot] = None
         self.more_stops.pop(slot, None)
+        self.prompt_entries.pop(slot, None)
+        if self.entries[slot]:
+            self.entries[slot] = 0
+            self.telling -= 1
         heapq.heappush(self._free, slot)
 
     def stopped(self, slots: LongColumn, tokens: IntColumn) -> BoolColumn:

@@ -31,6 +31,7 @@ from .admission import Admission, Complaints
 from .core import Core
 from .events import Checked, Event, Expel, SendCheck, SendPlan, StepDone, WorkerJoined, WorkerLimits, WorkerLost
 from .files import FileStore
+from .logprobs import StepLogprobs
 from .peers import WorkerPeer, require_given_route
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,8 @@ class WorkerPort:
                     if len(message.failed) != len(message.failed_error):
                         raise ProtocolError("StepResult: failed and failed_error differ in length")
                     failed = tuple(zip(message.failed.tolist(), message.failed_error, strict=True))
-                    self._post(StepDone(peer.registration, message.step, message.token, message.busy_us, failed))
+                    told = _told(message)
+                    self._post(StepDone(peer.registration, message.step, message.token, message.busy_us, failed, told))
             case GrammarChecked():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
                     self._post(Checked(peer.registration, message.number, message.error))
@@ -314,6 +316,14 @@ class WorkerPort:
         if self._fetching is peer:
             self._fetching = None
             self._admit_waiting()
+
+
+def _told(result: StepResult) -> StepLogprobs | None:
+    columns = (
+        result.rank, result.entry_token, result.entry_logprob, result.prompt_rank, result.prompt_entry_token,
+        result.prompt_entry_logprob,
+    )  # fmt: skip
+    return StepLogprobs(*columns) if any(map(len, columns)) else None
 
 
 def _require_sound(hello: WorkerHello) -> None:

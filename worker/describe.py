@@ -15,7 +15,7 @@ from .model import PagedModel
 
 SAMPLES: Final = 33
 SAMPLE_BYTES: Final = 64 * 1024
-_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p")
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def describe(config: WorkerConfig, source: ModelSource, model: PagedModel, max_model_len: int) -> ModelDescription:
@@ -52,15 +52,16 @@ def choose_max_model_len(config: WorkerConfig, model: PagedModel) -> int:
 
 
 def default_sampling(source: ModelSource) -> dict[str, float | int]:
-    """temperature, top_k and top_p of generation_config.json, where they are given; greedy if it says do_sample:
-    false."""
+    """temperature, top_k, top_p, min_p and repetition_penalty of generation_config.json, where they are given; greedy
+    if it says do_sample: false."""
     path = local_folder(source) / "generation_config.json"
     if not path.is_file():
         return {}
     given = json.loads(path.read_text())
+    found = {name: given[name] for name in _SAMPLING_DEFAULTS if isinstance(given.get(name), int | float)}
     if given.get("do_sample") is False:
-        return {"temperature": 0.0}
-    return {name: given[name] for name in _SAMPLING_DEFAULTS if isinstance(given.get(name), int | float)}
+        return {"temperature": 0.0, **{name: found[name] for name in ("repetition_penalty",) if name in found}}
+    return found
 
 
 def fingerprint(source: ModelSource) -> str:

@@ -26,7 +26,7 @@ from .attention.base import DecodeAttention
 from .batch import Batch
 from .rows import Step
 from .staging import Lane
-from .state import DeviceState, StagedMasks
+from .state import DeviceState, StagedFeatures, StagedMasks, stage_features
 
 LARGEST_GRAPH: Final = 512
 """Rows of the largest graph, unless another number is given: beyond, a step is long enough to be launched in time."""
@@ -56,6 +56,7 @@ class StagedDecode:
     page_starts: NDArray[np.int32]
     kv_lens: NDArray[np.int32]
     masks: StagedMasks | None
+    features: StagedFeatures | None
 
 
 @dataclass(slots=True)
@@ -123,7 +124,8 @@ class DecodeGraphs:
         np.subtract(kv_lens, (pages - 1) * state.block_size, out=last_page_len)
         page_starts[0] = 0
         np.cumsum(pages, out=page_starts[1:])
-        return StagedDecode(step, lane, size, lane.put(values), page_starts, kv_lens, masks)
+        features = stage_features(step, lane)
+        return StagedDecode(step, lane, size, lane.put(values), page_starts, kv_lens, masks, features)
 
     @torch.no_grad()
     def run(self, staged: StagedDecode) -> None:
@@ -137,7 +139,15 @@ class DecodeGraphs:
             tokens = self._tokens[:rows]
         else:
             slots = self._input[:rows].to(torch.int64)
-            drawn = state.sample(staged.step, graph.hidden[:rows], slots, self._kv_lens[:rows], staged.masks)
+            drawn = state.sample(
+                staged.step,
+                graph.hidden[:rows],
+                slots,
+                self._kv_lens[:rows],
+                staged.masks,
+                staged.features,
+                staged.lane,
+            )
             state.last_token[slots] = drawn
             tokens = drawn
         staged.lane.sampled_device[:rows].copy_(tokens)

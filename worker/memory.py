@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import nn
 
+from .adjustments import table_bytes
 from .config import WorkerConfig
 from .loading import LoadError
 from .model import PagedModel
@@ -109,6 +110,7 @@ def _free_cuda_bytes(
     peak = _peak_bytes(model, lambda: run_largest_step(config, model, max_model_len))
     if model.compiled:  # CUDA graphs keep the memory of the largest decode step to themselves
         peak += _peak_bytes(model, lambda: run_largest_decode(config, model)) + GRAPH_BYTES
+    peak += table_bytes(config.max_num_seqs, model.vocab_size)
     used = total - before
     share = GPU_MEMORY_UTILIZATION if config.gpu_memory_utilization is None else config.gpu_memory_utilization
     allowed = int(total * share)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,12 @@ import torch
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan, StepResult
 from .executor import StepEvent, open_executor
+from .features import StepFeatures
 from .grammars.book import GrammarBook
 from .grammars.masks import MaskThread, StepMasks
 from .graphs import DecodeGraphs
 from .launcher import Launcher
+from .logprobs import unpack
 from .model import PagedModel
 from .rows import HostRows, Step
 from .staging import Lane, input_capacity
@@ -99,7 +102,7 @@ class Pipeline:
 
     def reset(self) -> None:
         """Forgets all rows, for a new registration. Nothing may be in flight (see `drain`)."""
-        self._rows = HostRows(self._slots, self._width, self._num_blocks, self._max_tokens)
+        self._rows = HostRows(self._slots, self._width, self._num_blocks, self._max_tokens, self._model.vocab_size)
         self._state.clear()
         if self._masks is not None:
             self._masks.reset()
@@ -223,6 +226,7 @@ class Pipeline:
         times = event.wait()
         plan, masks = flight.plan, flight.masks
         token = flight.lane.sampled_host[: len(flight.step.sampled_rows)].numpy().astype(np.int32, copy=True)
+        told = {} if flight.step.features is None else _told(flight.step.features, flight.lane)
         flight.lane.release()  # before the result is out: the scheduler answers it with the lane's next plan
         result = StepResult(
             epoch=plan.epoch,
@@ -232,6 +236,7 @@ class Pipeline:
             busy_us=times.busy_us,
             gap_us=times.held_us + (0 if plan.after_idle else times.gap_us),
             kv_tokens=flight.step.kv_tokens,
+            **told,
         )
         if masks is not None and self._masks is not None:
             self._masks.sampled(masks, token)
@@ -242,3 +247,18 @@ class Pipeline:
                     failed_error=tuple(error for _, error in masks.failed),
                 )
         self._on_result(result)
+
+
+def _told(features: StepFeatures, lane: Lane) -> dict[str, Any]:
+    """The result's columns of log-probabilities."""
+    columns: dict[str, Any] = {}
+    if lane.told is not None:
+        told = unpack(lane.told.numpy(), features.told_entries)
+        columns |= {"rank": told.rank, "entry_token": told.token, "entry_logprob": told.logprob}
+    prompt = features.prompt
+    if prompt is not None and lane.prompt_told is not None:
+        told = unpack(lane.prompt_told.numpy(), np.repeat(prompt.entries, prompt.positions).astype(np.int32))
+        columns |= {
+            "prompt_rank": told.rank, "prompt_entry_token": told.token, "prompt_entry_logprob": told.logprob,
+        }  # fmt: skip
+    return columns

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan
+from .features import FeatureJoins, HostFeatures, StepFeatures
 from .grammars.slots import GrammarSlots, GrammarStep
 
 IntColumn: TypeAlias = NDArray[np.int32]
@@ -44,11 +45,15 @@ class Step:
     sampled_rows: IntColumn
     """[N]: rows whose last token is sampled from: all decoding rows, and chunks that end their row's known tokens."""
     greedy: bool
-    """No sampled row draws a random number."""
+    """No sampled row draws a random number or has features."""
     any_top_k: bool
     any_top_p: bool
     grammar: GrammarStep | None
     """None where no row has anything to do with a grammar."""
+    features: StepFeatures | None
+    """None: no row uses any."""
+    joins: FeatureJoins | None
+    """What joining rows change in the tables of features; None: nothing."""
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +68,7 @@ class Step:
 class HostRows:
     """Slot-indexed columns of what the plans so far have made of the device batch."""
 
-    def __init__(self, slots: int, width: int, num_blocks: int, max_tokens: int) -> None:
+    def __init__(self, slots: int, width: int, num_blocks: int, max_tokens: int, vocab_size: int) -> None:
         self.slots = slots
         self.width = width
         """Columns of the block table."""
@@ -78,6 +83,7 @@ class HostRows:
         self._top_p = np.zeros(slots, np.bool_)
         self._tokens: list[IntColumn | None] = [None] * slots
         self._grammars = GrammarSlots(slots)
+        self._features = HostFeatures(slots, vocab_size)
 
     def apply(self, plan: StepPlan, block_size: int) -> Step:
         """Moves the columns past `plan` and returns the step's layout.
@@ -86,9 +92,11 @@ class HostRows:
         """
         self._leave(plan.leave)
         joined_index, joined_block = self._join(plan)
+        joins = self._features.join(plan) if len(plan.join_slot) else None
         grown_index = self._grow(plan)
         decoding = np.flatnonzero(self._decoding).astype(np.int32)
         chunk_tokens = self._chunk_tokens(plan)
+        prompt = self._features.prompt_part(plan, self._computed[plan.chunk_slot], len(decoding), self._tokens)
         row_slot = np.concatenate([decoding, plan.chunk_slot])
         lengths = np.concatenate([np.ones(len(decoding), np.int32), plan.chunk_length])
         query_starts = np.zeros(len(row_slot) + 1, np.int32)
@@ -105,6 +113,8 @@ class HostRows:
         sampled_rows = self._sampled_rows(plan, len(decoding))
         row_of_token = np.repeat(np.arange(len(row_slot), dtype=np.int32), lengths)
         sampled_slots = row_slot[sampled_rows]
+        draws = bool(self._samples[sampled_slots].any())
+        features = self._features.step(sampled_slots, kv_lens[sampled_rows], draws, prompt)
         return Step(
             plan=plan,
             table_index=np.concatenate([joined_index, grown_index]),
@@ -117,16 +127,19 @@ class HostRows:
             token_in_row=np.arange(total, dtype=np.int32) - query_starts[row_of_token],
             chunk_tokens=chunk_tokens,
             sampled_rows=sampled_rows,
-            greedy=not self._samples[sampled_slots].any(),
+            greedy=not draws and features is None,
             any_top_k=bool(self._top_k[sampled_slots].any()),
             any_top_p=bool(self._top_p[sampled_slots].any()),
             grammar=self._grammars.apply(plan, sampled_slots, len(decoding)),
+            features=features,
+            joins=joins,
         )
 
     def _leave(self, slots: IntColumn) -> None:
         self._require(slots, owned=True, what="leave")
         self._owned[slots] = False
         self._decoding[slots] = False
+        self._features.leave(slots)
         for slot in slots:
             self._tokens[slot] = None
 

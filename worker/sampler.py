@@ -1,25 +1,32 @@
 """Choosing tokens from logits: greedy, or sampled with a counter-based random number.
 
 A token's random number depends on (seed, sample index, output position) alone, and every operation works row by row, so
-a row's token does not depend on its batch. Temperature comes first, then top-k, then top-p (vLLM's order); the token is
-found by inverting the cumulative distribution over the vocabulary.
+a row's token does not depend on its batch. The order is vLLM's: temperature, min-p, top-k, top-p. Probabilities become
+whole numbers before they are added up: such sums are exact, so that neither their order nor the device decides where
+a border falls. The token is found by inverting the cumulative distribution over the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (vLLM's limit): dividing by them would overflow."""
+WEIGHT_BITS: Final = 36
+"""A probability p weighs p · 2 ** WEIGHT_BITS, rounded down; a row's sum times 24 random bits stays below 2 ** 63."""
+TOP_P_SLACK: Final = 2.0**-20
+"""A probability that is short of top_p by so little, relatively, has reached it: float32 is no more exact."""
 
 
 @dataclass(slots=True)
 class SamplingColumns:
-    """Sampling parameters of N rows, device tensors. The two flags are what the host knows of the columns; True is
-    always right, False spares the sort."""
+    """Sampling parameters of N rows, device tensors. The flags are what the host knows of the columns; True is always
+    right, False spares work."""
 
     temperature: Tensor
     """[N] float32; below `GREEDY_BELOW`: greedy."""
@@ -33,6 +40,8 @@ class SamplingColumns:
     """[N] int32: which of a request's `n` samples."""
     position: Tensor
     """[N] int32: how many tokens this sample has generated before."""
+    min_p: Tensor | None = None
+    """[N] float32 in [0, 1]; 0: off. None: no row uses it."""
     any_top_k: bool = True
     any_top_p: bool = True
 
@@ -64,13 +73,9 @@ def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
     """One token per row of float32 logits [N, vocab]: [N] int64. Does not wait for the device."""
     is_greedy = columns.temperature < GREEDY_BELOW
     scaled = logits / torch.where(is_greedy, 1.0, columns.temperature)[:, None]
-    if columns.any_top_k or columns.any_top_p:
-        scaled = scaled.masked_fill(~_kept(scaled, columns.top_k, columns.top_p), float("-inf"))
-    cumulative = _row_cumsum(torch.softmax(scaled, dim=-1))
-    total = cumulative[:, -1]
-    drawn = uniform(columns.seed, columns.sample_index, columns.position) * total
-    # Rounding may lift drawn to total, beyond the last token.
-    drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))
+    cumulative = _weights(scaled, columns).cumsum(-1)
+    bits = _random_bits(columns.seed, columns.sample_index, columns.position)
+    drawn = (cumulative[:, -1] * bits) >> _RANDOM_BITS  # below the row's sum
     tokens = torch.searchsorted(cumulative, drawn[:, None], right=True).squeeze(1)
     tokens = tokens.clamp_max(logits.shape[-1] - 1)  # only NaN logits get there
     return torch.where(is_greedy, greedy(logits), tokens)
@@ -78,30 +83,94 @@ def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
 
 def uniform(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor:
     """[N] float32 in [0, 1), multiples of 2**-24: a hash of the counters, the same bits on every device."""
+    return _random_bits(seed, sample_index, position).to(torch.float32) * 2.0**-_RANDOM_BITS
+
+
+_RANDOM_BITS = 24
+
+
+def _random_bits(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor:
+    """[N] int64 in [0, 2**24)."""
     state = _mix(seed + _signed(_GAMMA))
     state = _mix(state + (sample_index.to(torch.int64) + 1) * _signed(_GAMMA))
     state = _mix(state + (position.to(torch.int64) + 1) * _signed(_GAMMA))
-    return _shift_right(state, 40).to(torch.float32) * 2.0**-24
+    return _shift_right(state, 64 - _RANDOM_BITS)
 
 
-def _kept(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """[N, vocab] bool: the tokens that top-k, then top-p over what top-k left, keep. Never empty in a row."""
-    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    vocab = logits.shape[-1]
-    rank = torch.arange(vocab, device=logits.device)
-    kept = rank < torch.where(top_k > 0, top_k, vocab)[:, None]
-    probabilities = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
-    before = _row_cumsum(probabilities) - probabilities
-    kept &= (before < top_p[:, None]) | (top_p >= 1.0)[:, None] | (rank == 0)
-    return torch.zeros_like(kept).scatter_(-1, order, kept)
+def _weights(scaled: Tensor, columns: SamplingColumns) -> Tensor:
+    """[N, vocab] int64: how likely each token is to be drawn, 0 for those that are filtered out. Never 0 for a whole
+    row, unless its logits hold NaN."""
+    probabilities = torch.softmax(scaled, dim=-1)
+    weights = (probabilities * 2.0**WEIGHT_BITS).to(torch.int64)
+    if columns.min_p is not None:
+        least = probabilities.amax(dim=-1) * columns.min_p
+        weights = weights.masked_fill(probabilities < least[:, None], 0)
+    if not (columns.any_top_k or columns.any_top_p):
+        return weights
+    top_k = columns.top_k if columns.any_top_k else None
+    top_p = columns.top_p if columns.any_top_p else None
+    # A sort is one pass over memory after the other; a GPU finds a border faster by counting, a CPU by sorting.
+    return (likeliest_by_search if scaled.is_cuda else likeliest_by_sort)(scaled, weights, top_k, top_p)
 
 
-def _row_cumsum(values: Tensor) -> Tensor:
-    """Cumulative sums of each row of [N, V]. A single CUDA row would take another algorithm than a row among many,
-    one whose rounding varies from run to run, so it is given company."""
-    if values.is_cuda and values.shape[0] == 1:
-        return values.expand(2, -1).contiguous().cumsum(-1)[:1]
-    return values.cumsum(-1)
+def likeliest_by_sort(logits: Tensor, weights: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """Weights with 0 for what top-k, and then top-p of the rest, leave out; of equal logits the lowest ids stay.
+
+    logits float32 [N, vocab], weights int64 [N, vocab], top_k int32 [N] (0: all), top_p float32 [N].
+    """
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    ordered = weights.gather(-1, order)
+    if top_k is not None:
+        vocab = logits.shape[-1]
+        rank = torch.arange(vocab, device=logits.device)
+        ordered = ordered.masked_fill(rank >= torch.where(top_k > 0, top_k, vocab)[:, None], 0)
+    if top_p is not None:
+        reached = ordered.cumsum(-1)
+        ordered = ordered.masked_fill(reached - ordered >= _needed(reached[:, -1], top_p)[:, None], 0)
+    return torch.zeros_like(weights).scatter_(-1, order, ordered)
+
+
+def likeliest_by_search(logits: Tensor, weights: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """What `likeliest_by_sort` gives, found in a fixed number of passes that only compare and count."""
+    keys = ordered_bits(logits)
+    if top_k is not None:
+        needed = torch.where(top_k > 0, top_k, logits.shape[-1]).to(torch.int64).clamp_max(logits.shape[-1])
+        border = _border(keys, lambda at_least: at_least.sum(-1), needed)
+        above, equal = keys > border[:, None], keys == border[:, None]
+        left = needed - above.sum(-1)
+        weights = weights.masked_fill(~(above | (equal & (equal.cumsum(-1) <= left[:, None]))), 0)
+    if top_p is not None:
+        needed = _needed(weights.sum(-1), top_p)
+        kept = weights  # for the closure
+        border = _border(keys, lambda at_least: torch.where(at_least, kept, 0).sum(-1), needed)
+        above, equal = keys > border[:, None], (keys == border[:, None]) & (weights > 0)
+        of_one = torch.where(equal, weights, 0).amax(-1).clamp_min(1)
+        left = needed - torch.where(above, weights, 0).sum(-1)
+        most = (left + of_one - 1) // of_one
+        weights = weights.masked_fill(~(above | (equal & (equal.cumsum(-1) <= most[:, None]))), 0)
+    return weights
+
+
+def _needed(total: Tensor, top_p: Tensor) -> Tensor:
+    """[N] int64: the weight at which top_p of the total is reached, at least 1."""
+    share = top_p.to(torch.float64) * (1.0 - TOP_P_SLACK)
+    needed = (total.to(torch.float64) * share).ceil().to(torch.int64).clamp_min(1)
+    return torch.where(top_p >= 1.0, total.clamp_min(1), needed)
+
+
+def _border(keys: Tensor, measure: Callable[[Tensor], Tensor], needed: Tensor) -> Tensor:
+    """[N] int32: each row's largest key for which the `measure` of the tokens with at least that key is `needed`."""
+    border = torch.full((keys.shape[0],), -(2**31), dtype=torch.int32, device=keys.device)
+    for bit in range(31, -1, -1):
+        higher = border + (1 << bit) if bit < 31 else torch.zeros_like(border)
+        border = torch.where(measure(keys >= higher[:, None]) >= needed, higher, border)
+    return border
+
+
+def ordered_bits(values: Tensor) -> Tensor:
+    """int32 with the order of the float32 values; 0.0 and -0.0 are equal."""
+    bits = (values + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 _GAMMA = 0x9E3779B97F4A7C15

@@ -7,6 +7,7 @@ there are lookahead + 1 lanes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,12 @@ class Lane:
         self._mask_device = torch.empty((outputs, mask_words), dtype=torch.int32, device=device)
         self._mask_array: NDArray[np.int32] = self._mask_host.numpy()
         self._free = True
+        self.told: Tensor | None = None
+        """The host's copy of the log-probabilities that the step's tokens come with; see logprobs.tell."""
+        self.prompt_told: Tensor | None = None
+        """The same of tokens of prompts."""
+        self._brought: list[tuple[Tensor, Tensor]] = []
+        self._taken: list[tuple[Tensor, Tensor]] = []
 
     @property
     def free(self) -> bool:
@@ -48,6 +55,8 @@ class Lane:
 
     def release(self) -> None:
         """The copies of the lane's step have completed. May be called from another thread than `acquire`."""
+        self._brought, self._taken = [], []
+        self.told = self.prompt_told = None
         self._free = True
 
     def put(self, values: NDArray[Any]) -> Tensor:
@@ -61,9 +70,28 @@ class Lane:
         self._used = end
         return view
 
+    def bring(self, arrays: Sequence[NDArray[np.int32]]) -> list[Tensor]:
+        """As `put`, for what few steps have and what has no bound: it gets memory of its own, until the lane is
+        released. Returns the device's flat views, int32."""
+        sizes = [array.size for array in arrays]
+        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self._device.is_cuda)
+        np.concatenate([array.reshape(-1) for array in arrays], out=host.numpy())
+        device = torch.empty(len(host), dtype=torch.int32, device=self._device.device)
+        self._brought.append((host, device))
+        return list(device.split(sizes))
+
     def send(self) -> None:
         """Copies what was put to the device, on the current stream."""
         self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
+        for host, device in self._brought:
+            device.copy_(host, non_blocking=True)
+
+    def take(self, values: Tensor) -> Tensor:
+        """Sees to it that int32 values which the step has computed come back with its tokens; returns the host memory
+        where they will be."""
+        host = torch.empty(values.shape, dtype=torch.int32, pin_memory=values.is_cuda)
+        self._taken.append((host, values))
+        return host
 
     def masks(self, count: int) -> NDArray[np.int32]:
         """Where the grammar masks of `count` rows are to be written on the host, before `send_masks`."""
@@ -75,8 +103,10 @@ class Lane:
         return self._mask_device[:count]
 
     def fetch(self, count: int) -> None:
-        """Copies `count` sampled tokens back to the host, on the current stream."""
+        """Copies `count` sampled tokens back to the host, on the current stream, and what was taken."""
         self.sampled_host[:count].copy_(self.sampled_device[:count], non_blocking=True)
+        for host, values in self._taken:
+            host.copy_(values, non_blocking=True)
 
 
 def input_capacity(slots: int, num_blocks: int, max_tokens: int) -> int:

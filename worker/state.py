@@ -8,16 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .adjustments import Adjustments, StagedJoins, stage_joins
 from .batch import Batch
+from .logprobs import tell
 from .model import PagedModel
 from .rows import Step
 from .sampler import AllowedTokens, SamplingColumns, allow, greedy, sample
 from .staging import Lane
+
+PROMPT_PIECE: Final = 128
+"""Positions of prompts whose logits are computed at once, to have their log-probabilities told; no more than there are
+slots, whose logits there is room for."""
+
+
+@dataclass(slots=True)
+class StagedFeatures:
+    """What the features of a step's rows need on the device beside their tables, int32."""
+
+    told_rows: Tensor
+    prompt_index: Tensor
+    prompt_target: Tensor
+    likeliest: int
+    """Of each position of prompts."""
+
+
+def stage_features(step: Step, lane: Lane) -> StagedFeatures | None:
+    """Writes it into the step's lane; None if there is nothing."""
+    features = step.features
+    if features is None or not (len(features.told_rows) or features.prompt is not None):
+        return None
+    prompt = features.prompt
+    nothing = features.told_rows[:0]
+    index, target = (nothing, nothing) if prompt is None else (prompt.token_index, prompt.target)
+    told_rows, prompt_index, prompt_target = lane.bring([features.told_rows, index, target])
+    likeliest = 0 if prompt is None else max(prompt.entries) - 1
+    return StagedFeatures(told_rows, prompt_index, prompt_target, likeliest)
 
 
 @dataclass(slots=True)
@@ -42,6 +73,8 @@ class StagedStep:
     query_ends: Tensor
     sampled_rows: Tensor
     masks: StagedMasks | None
+    joins: StagedJoins | None
+    features: StagedFeatures | None
 
 
 @dataclass(slots=True)
@@ -86,6 +119,8 @@ def stage(step: Step, lane: Lane, masks: StagedMasks | None) -> StagedStep:
         query_ends=put(step.query_starts[1:]),
         sampled_rows=put(step.sampled_rows),
         masks=masks,
+        joins=None if step.joins is None else stage_joins(step.joins, lane),
+        features=stage_features(step, lane),
     )
 
 
@@ -113,6 +148,7 @@ class DeviceState:
         self.top_k = column(torch.int32)
         self.top_p = column(torch.float32)
         self.seed = column(torch.int64)
+        self.adjustments = Adjustments(slots, model.vocab_size, device)
 
     def clear(self) -> None:
         """As new, in the same memory, which captured graphs know."""
@@ -128,6 +164,7 @@ class DeviceState:
         )
         for column in columns:
             column.zero_()
+        self.adjustments.clear()
 
     @torch.no_grad()
     def run(self, staged: StagedStep) -> None:
@@ -136,11 +173,21 @@ class DeviceState:
         self._apply(staged)
         batch, slots = self._prepare(staged)
         hidden = self.model.hidden(batch)
+        if staged.features is not None and len(staged.features.prompt_index):
+            self._tell_prompts(staged.features, hidden, staged.lane)
         count = len(staged.step.sampled_rows)
         if count:
             rows = staged.sampled_rows
             last = (staged.query_ends[rows] - 1).to(torch.int64)
-            tokens = self.sample(staged.step, hidden[last], slots[rows], batch.kv_lens[rows], staged.masks)
+            tokens = self.sample(
+                staged.step,
+                hidden[last],
+                slots[rows],
+                batch.kv_lens[rows],
+                staged.masks,
+                staged.features,
+                staged.lane,
+            )
             self.last_token[slots[rows]] = tokens
             staged.lane.sampled_device[:count] = tokens
 
@@ -155,6 +202,8 @@ class DeviceState:
             self.top_k[slots] = staged.join_top_k
             self.top_p[slots] = staged.join_top_p.view(torch.float32)
             self.seed[slots] = _int64(staged.join_seed)
+        if staged.joins is not None:
+            self.adjustments.join(staged.joins)
 
     def _prepare(self, staged: StagedStep) -> tuple[Batch, Tensor]:
         """The batch that the model computes, and its rows' slots ([R] int64). Advances `length`."""
@@ -184,27 +233,59 @@ class DeviceState:
         )
         return batch, slots
 
-    def sample(self, step: Step, hidden: Tensor, slots: Tensor, kv_lens: Tensor, masks: StagedMasks | None) -> Tensor:
+    def sample(
+        self,
+        step: Step,
+        hidden: Tensor,
+        slots: Tensor,
+        kv_lens: Tensor,
+        masks: StagedMasks | None,
+        staged: StagedFeatures | None,
+        lane: Lane,
+    ) -> Tensor:
         """A token for each of N rows: hidden [N, hidden], slots [N] int64, kv_lens [N]. Returns [N] int64. Waits for
-        `masks`, if there are any."""
+        `masks`, if there are any. Log-probabilities that were asked for come back through the lane."""
         if step.greedy and masks is None:
             return self.model.greedy(hidden)
-        logits = self.model.logits(hidden)
+        features = step.features
+        position = kv_lens - self.prompt_length[slots]
+        logits = given = self.model.logits(hidden)
         if masks is not None:
             logits = allow(logits, masks.allowed())
-            if step.greedy:
-                return greedy(logits)
-        columns = SamplingColumns(
-            temperature=self.temperature[slots],
-            top_k=self.top_k[slots],
-            top_p=self.top_p[slots],
-            seed=self.seed[slots],
-            sample_index=torch.zeros_like(kv_lens),
-            position=kv_lens - self.prompt_length[slots],
-            any_top_k=step.any_top_k,
-            any_top_p=step.any_top_p,
-        )
-        return sample(logits, columns)
+        if features is not None and features.adjusts:
+            logits = self.adjustments.apply(features, logits, slots, position)
+        if step.greedy or (features is not None and not features.draws):
+            tokens = greedy(logits)
+        else:
+            columns = SamplingColumns(
+                temperature=self.temperature[slots],
+                top_k=self.top_k[slots],
+                top_p=self.top_p[slots],
+                min_p=self.adjustments.min_p(slots) if features is not None and features.min_p else None,
+                seed=self.seed[slots],
+                sample_index=torch.zeros_like(kv_lens),
+                position=position,
+                any_top_k=step.any_top_k,
+                any_top_p=step.any_top_p,
+            )
+            tokens = sample(logits, columns)
+        if features is not None:
+            self.adjustments.note(features, slots, position, tokens)
+            if staged is not None and len(features.told_rows):
+                rows = staged.told_rows.to(torch.int64)
+                likeliest = int(features.told_entries.max()) - 1
+                lane.told = lane.take(tell(given[rows], tokens[rows], likeliest))
+        return tokens
+
+    def _tell_prompts(self, staged: StagedFeatures, hidden: Tensor, lane: Lane) -> None:
+        """Log-probabilities of the tokens that chunks of prompts consist of, in pieces, for the memory."""
+        piece = min(PROMPT_PIECE, self.slots)
+        likeliest = staged.likeliest
+        parts = [
+            tell(self.model.logits(hidden[index.to(torch.int64)]), target, likeliest)
+            for index, target in zip(staged.prompt_index.split(piece), staged.prompt_target.split(piece), strict=True)
+        ]
+        lane.prompt_told = lane.take(torch.cat(parts))
 
 
 def _int64(halves: Tensor) -> Tensor:

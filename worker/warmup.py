@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..protocol.sampling import MAX_LOGPROBS
+from .adjustments import penalise, take_away
 from .batch import Batch
 from .config import WorkerConfig
+from .features import mask_words
 from .loading import LoadError
+from .logprobs import tell
 from .model import PagedModel
 from .sampler import SamplingColumns, sample
 
@@ -161,16 +165,21 @@ def _synchronize(device: torch.device) -> None:
 
 
 def run_step(model: PagedModel, batch: Batch) -> None:
-    """A whole step with both kinds of sampling."""
+    """A whole step with both kinds of sampling, and with log-probabilities."""
     device, rows = model.device, batch.num_rows
     last = torch.as_tensor(batch.query_starts[1:] - 1, dtype=torch.int64, device=device)
     hidden_rows = model.hidden(batch)[last]
     logits = model.logits(hidden_rows)
     model.greedy(hidden_rows)
+    masks = torch.full((rows, mask_words(model.vocab_size)), -1, dtype=torch.int32, device=device)
+    seen = torch.zeros((rows, model.vocab_size), dtype=torch.int16, device=device)
+    ones = torch.ones(rows, device=device)
+    tell(logits, batch.token_ids[:1].expand(rows), MAX_LOGPROBS)
+    logits = penalise(take_away(logits, masks), seen, ones, ones, ones)
     sample(
         logits,
         SamplingColumns(
-            temperature=torch.ones(rows, device=device),
+            temperature=ones,
             top_k=torch.ones(rows, dtype=torch.int32, device=device),
             top_p=torch.full((rows,), 0.5, device=device),
             seed=torch.zeros(rows, dtype=torch.int64, device=device),

@@ -249,6 +249,6 @@ def test_a_lane_is_not_written_before_its_step_is_over() -> None:
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(plan: StepPlan, story: str) -> None:
-    rows = HostRows(slots=4, width=8, num_blocks=32, max_tokens=64)
+    rows = HostRows(slots=4, width=8, num_blocks=32, max_tokens=64, vocab_size=160)
     with pytest.raises(ProtocolError, match=story):
         rows.apply(plan, BLOCK_SIZE)
