@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ from ..worker.config import WorkerConfig
 from . import report
 from .load import Benchmark, Measuring, Pace
 from .metrics import read_limits
+from .trace import SystemTrace, Wanted, load
 from .workloads import Load
 
 INTERRUPTED = 130
@@ -31,9 +33,9 @@ LOGGING = ("log_level", "log_format", "log_requests")
 """Options that no figure depends on much."""
 HEADING = "The system that is started, without --connect"
 
-# The launcher chooses addresses and names; `--seed` is the load's.
-WORKER = Group(WorkerConfig, HEADING, without=("scheduler", "name", "seed"))
-SCHEDULER = Group(SchedulerConfig, HEADING, without=("address", "worker_address"))
+# The launcher chooses addresses and names, and `--trace` a directory; `--seed` is the load's.
+WORKER = Group(WorkerConfig, HEADING, without=("scheduler", "name", "seed", "trace_dir"))
+SCHEDULER = Group(SchedulerConfig, HEADING, without=("address", "worker_address", "trace_dir"))
 SYSTEM_FLAGS = flags(WORKER, SCHEDULER)
 OFFLINE_SYSTEM_FLAGS = [flag for flag in SYSTEM_FLAGS if flag.name != "lookahead"]  # it may be given several times
 LOAD_FLAGS = flags(Group(Load, "Load"))
@@ -49,6 +51,13 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file with the system's options, named like the flags.")
 ]
 Out = Annotated[str | None, typer.Option(help="JSON file to write the report to.")]
+Trace = Annotated[
+    str | None,
+    typer.Option("--trace", help="File for Perfetto: what each process, thread and stream did when, on one clock."),
+]
+Timeline = Annotated[
+    str | None, typer.Option("--timeline", help="Picture of some steps in every track of the trace (matplotlib).")
+]
 Goodput = Annotated[
     list[str] | None,
     typer.Option(
@@ -72,15 +81,19 @@ def offline(
     data_parallel_size: Replicas = None,
     config: ConfigFile = None,
     out: Out = None,
+    trace: Trace = None,
+    timeline: Timeline = None,
     **options: Any,
 ) -> None:
     """All requests at once: throughput, and how long the device idles between steps."""
     system = _system(connect, data_parallel_size, config, {**options, "lookahead": lookahead or None})
-    report.check_writable(out)
+    report.check_writable(("--out", out))
+    pictures = Wanted(trace, timeline)
+    pictures.check(connect)
     depths: Any = system.options.pop("lookahead", _DEFAULT_LOOKAHEAD)
     varied = [{"lookahead": depth} for depth in (depths if isinstance(depths, list) else [depths])]
     benchmark = _benchmark(options, [Pace()], [], keep_arrivals=False)
-    results = _measure(system, benchmark, varied if connect is None else [{}])
+    results = _measure(system, benchmark, varied if connect is None else [{}], pictures)
     console = report.console()
     if connect is None:
         report.show_points(console, "lookahead", results)
@@ -98,13 +111,17 @@ def serve(
     data_parallel_size: Replicas = None,
     config: ConfigFile = None,
     out: Out = None,
+    trace: Trace = None,
+    timeline: Timeline = None,
     **options: Any,
 ) -> None:
     """Requests that arrive over time: latencies as their clients see them, throughput, goodput."""
     system = _system(connect, data_parallel_size, config, options)
-    report.check_writable(out)
+    report.check_writable(("--out", out))
+    pictures = Wanted(trace, timeline)
+    pictures.check(connect)
     benchmark = _benchmark(options, [build(Pace, _given(options))], goodput)
-    results = _measure(system, benchmark, [{}])
+    results = _measure(system, benchmark, [{}], pictures)
     console = report.console()
     report.show_latencies(console, results[0]["median"])
     report.show_summary(console, results[0])
@@ -133,7 +150,9 @@ def sweep(
 ) -> None:
     """`serve` at several request rates, or several concurrencies, on one system."""
     system = _system(connect, data_parallel_size, config, options)
-    report.check_writable(out, plot)
+    report.check_writable(("--out", out), ("--plot", plot))
+    if plot is not None:
+        report.require_matplotlib("--plot")
     rates, caps = request_rate or [], max_concurrency or []
     if len(rates) > 1 and len(caps) > 1:
         raise ConfigurationError("--request-rate and --max-concurrency have several values; sweep over one of them")
@@ -145,7 +164,7 @@ def sweep(
     ]
     paces = [build(Pace, _given({**options, **point})) for point in points]
     benchmark = _benchmark(options, paces, goodput)
-    results = _measure(system, benchmark, [{}])
+    results = _measure(system, benchmark, [{}], Wanted(None, None))
     console = report.console()
     report.show_points(console, varied, results)
     report.show_trouble(console, results)
@@ -167,7 +186,7 @@ class _System:
         if self.connect is not None:
             return {"connect": self.connect}
         address = "ipc:///unused"
-        unused = {"scheduler", "address", "worker_address", "name", "keys", "insecure", *LOGGING, *varied}
+        unused = {"scheduler", "address", "worker_address", "name", "keys", "insecure", "trace_dir", *LOGGING, *varied}
         worker = place_workers(self.options, 1, address)[0].config.model_dump(exclude=unused)
         worker["model"] = self.options.get("model", BUILTIN_NAME)
         scheduler = build(SchedulerConfig, self.options, address=address).model_dump(exclude=unused)
@@ -200,13 +219,21 @@ def _benchmark(
     return Benchmark(build(Load, given), paces, build(Measuring, given), limits, keep_arrivals)
 
 
-def _measure(system: _System, benchmark: Benchmark, varied: Sequence[dict[str, Any]]) -> list[report.Result]:
-    """One system for each of `varied` (options on top of the others), measured at every pace."""
+def _measure(
+    system: _System, benchmark: Benchmark, varied: Sequence[dict[str, Any]], pictures: Wanted
+) -> list[report.Result]:
+    """One system for each of `varied` (options on top of the others), measured at every pace; then the pictures of
+    them."""
     results: list[report.Result] = []
-    with ending_interrupts() as ending:
+    traces: list[SystemTrace] = []
+    with ending_interrupts() as ending, TemporaryDirectory(prefix="tandem-trace-") as directory:
         try:
             for more in varied:
                 options = {**system.options, **more}
+                name = ", ".join(f"{name} {value}" for name, value in more.items()) or "the system"
+                where = Path(directory, name)
+                if pictures:
+                    options["trace_dir"] = str(where)
                 began = time.monotonic()
                 with service(
                     system.connect, options, embed=True, scheduler_options=options, data_parallel_size=system.replicas
@@ -215,10 +242,13 @@ def _measure(system: _System, benchmark: Benchmark, varied: Sequence[dict[str, A
                     served, found = benchmark.measure(target)
                 start = {} if system.connect is not None else {"ready_s": ready_s}
                 results += [{**more, **start, "served": served, **one} for one in found]
+                if pictures:
+                    traces.append(load(name, where))
         except KeyboardInterrupt:
             ending.is_last = True
             note("Interrupted.")
             sys.exit(INTERRUPTED)
+        pictures.write(traces)
     return results
 
 

@@ -25,13 +25,18 @@ Result = dict[str, Any]
 """One point: what it varied, the medians of its runs' figures, and the runs."""
 
 
-def check_writable(out: str | None, plot: str | None = None) -> None:
-    """Raises ConfigurationError before anything is measured whose result could not be written."""
-    for name, path in (("--out", out), ("--plot", plot)):
+def check_writable(*files: tuple[str, str | None]) -> None:
+    """Raises ConfigurationError before anything is measured whose result could not be written. Of each file the flag
+    and the path, if it is given."""
+    for name, path in files:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ConfigurationError(f"{name}: there is no folder {Path(path).absolute().parent}")
-    if plot is not None and find_spec("matplotlib") is None:
-        raise ConfigurationError("--plot needs matplotlib, which is not installed: pip install 'tandem-serve[bench]'")
+
+
+def require_matplotlib(flag: str) -> None:
+    """Raises ConfigurationError if what a flag asks for cannot be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ConfigurationError(f"{flag} needs matplotlib, which is not installed: pip install 'tandem-serve[bench]'")
 
 
 def write_json(path: str, command: str, options: dict[str, Any], results: Sequence[Result]) -> None:

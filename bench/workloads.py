@@ -53,7 +53,7 @@ class Load(BaseModel):
     prefix_groups: Annotated[
         int | None, Field(ge=1, le=2**24, description="shared-prefix: how many groups, taken in turns; default: 1.")
     ] = None
-    trace: Annotated[
+    trace_file: Annotated[
         str | None, Field(description="trace: a JSONL file, one request a line (docs/benchmarks.md has its fields).")
     ] = None
     text: Annotated[bool, Field(description="Send text, which the client tokenizes, instead of token ids.")] = False
@@ -71,7 +71,7 @@ class Load(BaseModel):
             "text": ("uniform", "ragged", "shared-prefix"),
             "prefix_tokens": ("shared-prefix",),
             "prefix_groups": ("shared-prefix",),
-            "trace": ("trace",),
+            "trace_file": ("trace",),
         }
         for name, workloads in users.items():
             if getattr(self, name) not in (None, False) and self.workload not in workloads:
@@ -79,8 +79,8 @@ class Load(BaseModel):
                     f"--{name.replace('_', '-')} is for --workload {' or '.join(workloads)}, not {self.workload}"
                 )
         if self.workload == "trace":
-            if self.trace is None:
-                raise ValueError("--workload trace needs a file: --trace FILE")
+            if self.trace_file is None:
+                raise ValueError("--workload trace needs a file: --trace-file FILE")
             return self
         for name, (low, high) in (("prompt-tokens", self.prompt_range), ("output-tokens", self.output_range)):
             if self.workload == "uniform" and low != high:
@@ -129,7 +129,7 @@ def plan(load: Load) -> list[Wanted]:
     Lengths are `random.Random(seed)`'s, for each request first the prompt's and then the output's.
     """
     if load.workload == "trace":
-        return _read_trace(Path(load.trace or ""), load.num_prompts)
+        return _read_trace(Path(load.trace_file or ""), load.num_prompts)
     rng = random.Random(load.seed)
     groups = load.prefix_groups or 1 if load.workload == "shared-prefix" else None
     return [
@@ -197,17 +197,17 @@ def _read_trace(path: Path, most: int | None) -> list[Wanted]:
     try:
         texts = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--trace: cannot read {path}: {error}") from error
+        raise ConfigurationError(f"--trace-file: cannot read {path}: {error}") from error
     lines: list[_Line] = []
     for number, text in enumerate(texts, 1):
         if text.strip() and (most is None or len(lines) < most):
             try:
                 lines.append(_Line.model_validate_json(text))
             except ValidationError as error:
-                raise ConfigurationError(f"--trace: {path}, line {number}: {_first(error)}") from error
+                raise ConfigurationError(f"--trace-file: {path}, line {number}: {_first(error)}") from error
     if not lines or len(lines) < (most or 0):
         raise ConfigurationError(
-            f"--trace: {path} has {len(lines)} requests, not the {most or 'one at least'} asked for"
+            f"--trace-file: {path} has {len(lines)} requests, not the {most or 'one at least'} asked for"
         )
     lines.sort(key=lambda line: line.arrival_s)
     first = lines[0].arrival_s

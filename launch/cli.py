@@ -42,7 +42,7 @@ GATEWAY_FLAGS = flags(Group(GatewayConfig, "Gateway"))
 SCHEDULER_FLAGS = flags(SCHEDULER)
 EMBEDDED_FLAGS = flags(
     # `--seed` is the sampling's there, and a worker of one's own needs no name.
-    Group(WorkerConfig, "If no running service is used", without=("scheduler", "name", "seed"))
+    Group(WorkerConfig, "If no running service is used", without=("scheduler", "name", "seed", "trace_dir"))
 )
 SAMPLING_FLAGS = [*sampling_flags(), *request_flags()]
 SAMPLE_FLAGS = sample_flags()

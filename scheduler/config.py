@@ -100,6 +100,10 @@ class SchedulerConfig(BaseModel):
     log_level: Annotated[
         str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
     ] = "info"
+    trace_dir: Annotated[
+        str | None,
+        Field(description="Directory to write, at the end, when this process did what (docs/benchmarks.md)."),
+    ] = None
     log_format: Annotated[LogFormat, Field(description="Log lines as text, or as a JSON object each.")] = "text"
     log_requests: Annotated[bool, Field(description="Log a line for each request when it ends, at level info.")] = True
 

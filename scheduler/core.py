@@ -86,6 +86,12 @@ class Core:
 
         A worker whose result is not due or does not fit is given up, with an Expel.
         """
+        out = self.take_in(events, now)
+        self.plan(now, out)
+        return out
+
+    def take_in(self, events: Iterable[Event], now: float) -> list[Instruction]:
+        """The first part of `handle`, to which `plan` must follow."""
         out: list[Instruction] = []
         for event in events:
             match event:
@@ -108,7 +114,6 @@ class Core:
             self.counters.timeouts += 1
             self._withdraw(request, "timeout", now, out)
         out.extend(self._grammars.dispatch(self._replicas))
-        self._plan(now, out)
         return out
 
     # --- figures ---------------------------------------------------------------------------------------------------
@@ -418,7 +423,7 @@ class Core:
 
     # --- planning --------------------------------------------------------------------------------------------------
 
-    def _plan(self, now: float, out: list[Instruction]) -> None:
+    def plan(self, now: float, out: list[Instruction]) -> None:
         """Plans for every worker that may have one more step in flight, until nobody can take more."""
         ready = [r for r in self._replicas.values() if r.in_flight <= r.limits.lookahead]
         while ready:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..protocol.errors import ConfigurationError
 from ..protocol.logs import configure
 from ..protocol.status import StatusPipe
+from ..protocol.tracing import Tracer
 from .config import SchedulerConfig
 from .service import Service
 
@@ -24,7 +25,11 @@ def run(config: SchedulerConfig, status: StatusPipe | None = None) -> int:
     status = status or StatusPipe(None)
     log_writer = configure("scheduler", config.log_level, config.log_format)
     try:
-        return uvloop.run(_serve(config, status))
+        tracer = Tracer("scheduler", config.trace_dir)
+        try:
+            return uvloop.run(_serve(config, status, tracer))
+        finally:
+            tracer.write()
     except ConfigurationError as error:
         status.error(str(error))
         sys.stderr.write(f"tandem scheduler: {error}\n")
@@ -33,14 +38,14 @@ def run(config: SchedulerConfig, status: StatusPipe | None = None) -> int:
         log_writer.close()
 
 
-async def _serve(config: SchedulerConfig, status: StatusPipe) -> int:
+async def _serve(config: SchedulerConfig, status: StatusPipe, tracer: Tracer) -> int:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        service = Service(config, context)
+        service = Service(config, context, tracer)
         calm_collector()
         status.ready(address=config.address, worker_address=config.worker_address or config.address)
         await stopping.wait()

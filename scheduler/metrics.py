@@ -157,8 +157,8 @@ class DeviceMeter:
         self.step_time.observe(result.busy_us / 1e6)
         self.result_latency.observe(now - sent_at)
         self.depth.observe(queued)
+        self.gap_us += result.gap_us
         if not after_idle:
-            self.gap_us += result.gap_us
             self.step_gap.observe(result.gap_us / 1e6)
         if result.kv_tokens:
             self.decode_busy_us += result.busy_us

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from ..protocol.codec import MAX_SUBMISSION_BYTES
 from ..protocol.errors import ConfigurationError
 from ..protocol.keys import ServerKeys, keys_path, server_keys
 from ..protocol.messages import Ended
+from ..protocol.tracing import NO_TRACER, Tracer
 from ..protocol.transport import Address, LoopSocket, Port, ServiceDirectory, open_router
 from .admission import Admission, Complaints
 from .client_port import ClientPort
 from .config import SchedulerConfig
 from .connections import Connections, most_connections
 from .core import Core, ignore_end
-from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendCheck, SendPlan, Trouble
+from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendCheck, SendPlan, StepDone, Trouble
 from .requests import Request
 from .worker_port import WorkerPort
 
@@ -35,6 +36,10 @@ log = logging.getLogger(__name__)
 requests_log = logging.getLogger("tandem.requests")
 
 STOPPING = "the scheduler is stopping"
+COMMIT, PLAN = range(2)
+"""Kinds of spans of the scheduler's track …"""
+DELIVER = 0
+"""… and of that of its clients."""
 MAX_UNREAD_MESSAGES = 64
 """Of a client, that wait in the scheduler; a client that sends faster has to wait."""
 
@@ -42,7 +47,9 @@ MAX_UNREAD_MESSAGES = 64
 class Service:
     """One life of the scheduler. Create it on a running loop; `close` ends it."""
 
-    def __init__(self, config: SchedulerConfig, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self, config: SchedulerConfig, context: zmq.Context[zmq.Socket[bytes]], tracer: Tracer = NO_TRACER
+    ) -> None:
         """Binds the sockets. Raises ConfigurationError if the addresses are unsafe, taken or do not fit together."""
         address = Address(config.address)
         worker_address = Address(config.worker_address or config.address)
@@ -70,6 +77,9 @@ class Service:
             self.epoch, config.worker_lease, self._post, self._loop.time, self._core, self.clients.serve_model
         )
         self.clients.workers = self.workers
+        self._track = tracer.track("scheduler", "commit", "plan")
+        self.workers.track = tracer.track("scheduler's socket for workers", "receive result", "send plan")
+        self._client_track = tracer.track("scheduler's sockets for clients", "deliver")
         secure = _with_keys(address, worker_address, config)
         self._admission: Admission | None = None
         self._complaints = Complaints(self._loop.time)
@@ -154,8 +164,14 @@ class Service:
             self._flushing = None
         events, self._events = self._events, []
         begun = time.monotonic()  # the loop's own clock, which this is, may be a millisecond behind
-        instructions = self._core.handle(events, begun)
+        track, at = self._track, self._track.start()
+        instructions = self._core.take_in(events, begun)
+        if track.on:
+            at = track.end(COMMIT, _step_done(events), at)
+        self._core.plan(begun, instructions)
         handled_s = time.monotonic() - begun
+        if track.on:
+            at = track.end(PLAN, _step_planned(instructions), at)
         rest: deque[Instruction] = deque()
         for instruction in instructions:
             if isinstance(instruction, SendPlan):
@@ -164,7 +180,10 @@ class Service:
                 rest.append(instruction)
         if len(rest) < len(instructions):
             self._core.counters.plan_time.observe(handled_s)
-        self._carry_out(rest)
+        if rest:
+            at = self._client_track.start()
+            self._carry_out(rest)
+            self._client_track.end(DELIVER, -1, at)
         self._await_deadline()
         if self._ended:
             self._log_ended()
@@ -242,3 +261,12 @@ def _with_keys(address: Address, worker_address: Address, config: SchedulerConfi
     addresses = {address, worker_address}
     checked = {one for one in addresses if not one.is_ipc} or addresses
     return {one for one in checked if one.needs_keys(config.insecure, config.keys)}
+
+
+def _step_done(events: Sequence[Event]) -> int:
+    """The first result's step, for the trace; -1 for none."""
+    return next((event.step for event in events if isinstance(event, StepDone)), -1)
+
+
+def _step_planned(instructions: Sequence[Instruction]) -> int:
+    return next((one.plan.step for one in instructions if isinstance(one, SendPlan)), -1)

@@ -26,6 +26,7 @@ from ..protocol.messages import (
     WorkerStats,
     WorkerWelcome,
 )
+from ..protocol.tracing import OFF, Track
 from ..protocol.transport import LoopSocket
 from .admission import Admission, Complaints
 from .core import Core
@@ -36,6 +37,8 @@ from .peers import WorkerPeer, require_given_route
 
 log = logging.getLogger(__name__)
 
+RECEIVE, SEND = range(2)
+"""Kinds of spans of the track."""
 LONGEST_STEPS = 10
 """A worker's lease is at least so many of its longest step: attention over a long context takes longer than the
 trial."""
@@ -67,6 +70,7 @@ class WorkerPort:
         self._complaints = Complaints(clock)
         self.admission: Admission | None = None
         """Who may connect; None where no keys are used."""
+        self.track: Track = OFF
         self._socket: LoopSocket | None = None
         self._by_route: dict[bytes, WorkerPeer] = {}
         self._by_registration: dict[int, WorkerPeer] = {}
@@ -115,7 +119,10 @@ class WorkerPort:
                 raise ProtocolError(f"a message has one frame, not {len(frames) - 1}")
             if peer is None:
                 require_given_route(route)
+            begun = self.track.start()
             message = decode(frames[1], StepResult, GrammarChecked, Idle, WorkerHello, FileChunk, Goodbye)
+            if self.track.on and isinstance(message, StepResult):
+                self.track.end(RECEIVE, message.step, begun)
             if isinstance(message, WorkerHello):
                 self._greet(route, message)
                 return
@@ -262,10 +269,13 @@ class WorkerPort:
         peer = self._by_registration.get(instruction.worker)
         if peer is None:
             return
+        begun = self.track.start()
         data = encode(instruction.plan)
         self._core.counters.plan_bytes.observe(len(data))
         peer.planned.append((time.monotonic(), instruction.plan.after_idle))
-        if not self._send_bytes(peer.routing_id, data):
+        sent = self._send_bytes(peer.routing_id, data)
+        self.track.end(SEND, instruction.plan.step, begun)
+        if not sent:
             log.error("worker %s cannot be reached", peer.hello.name)
             self._lose(peer.routing_id)
 

@@ -87,6 +87,11 @@ class WorkerConfig(BaseModel):
     log_level: Annotated[
         str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
     ] = "info"
+    trace_dir: Annotated[
+        str | None,
+        Field(description="Directory to write, at the end, when this process did what (docs/benchmarks.md)."),
+    ] = None
+    nvtx: Annotated[bool, Field(description="Mark steps and their parts as NVTX ranges, for Nsight (CUDA).")] = False
     log_format: Annotated[LogFormat, Field(description="Log lines as text, or as a JSON object each.")] = "text"
 
     @model_validator(mode="after")
@@ -122,6 +127,8 @@ class WorkerConfig(BaseModel):
             raise ValueError(
                 f"max_cudagraph_capture_size ({self.max_cudagraph_capture_size}) needs a GPU, but device is 'cpu'"
             )
+        if self.nvtx and self.device == "cpu":
+            raise ValueError("nvtx needs a GPU, but device is 'cpu'")
         if self.gpu_memory_utilization is not None and self.device == "cpu":
             raise ValueError(
                 f"gpu_memory_utilization ({self.gpu_memory_utilization:g}) needs a GPU, but device is 'cpu'; "

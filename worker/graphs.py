@@ -134,6 +134,7 @@ class DecodeGraphs:
         self._input[: len(staged.input)].copy_(staged.input)
         graph.attention.plan(staged.lane.index, staged.page_starts, staged.kv_lens)
         graph.forward.replay()
+        staged.lane.sampling_begins()
         if staged.step.greedy and staged.masks is None:
             graph.choose.replay()
             tokens = self._tokens[:rows]

@@ -25,10 +25,12 @@ from ..protocol.messages import (
     FetchFile,
     Goodbye,
     StepPlan,
+    StepResult,
     UnknownPeer,
     VersionRefused,
     WorkerWelcome,
 )
+from ..protocol.tracing import OFF, Track
 from ..protocol.transport import LINGER_MS, Address, open_dealer, require_private
 from ..protocol.wires import HANDSHAKE_EVENTS, Event, Handshakes, monitor, read_event
 
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 
 DIRECTORY_EVERY_MS: Final = 500
 """How often is looked for an ipc directory that no scheduler has made yet."""
+RECEIVE, SEND = range(2)
+"""Kinds of spans of the track."""
 CLOSE_S: Final = 1.0
 """How long `close` waits for the thread, which only ever forwards."""
 
@@ -59,14 +63,17 @@ class Link:
     wrong with it then is a Failure in the inbox, as is whatever ends the thread.
     """
 
-    def __init__(self, address: Address, keys: PeerKeys | None = None) -> None:
-        """`keys`: what a tcp address needs, unless it is to be used without."""
+    def __init__(self, address: Address, keys: PeerKeys | None = None, track: Track = OFF) -> None:
+        """`keys`: what a tcp address needs, unless it is to be used without. `track`: for plans that are received and
+        results that are sent."""
+        self._track = track
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._address = address
         self._keys = keys
         self._handshakes = Handshakes(address.url, None if keys is None else keys.public)
         self._monitor: zmq.Socket[bytes] | None = None
-        self._outgoing: deque[bytes] = deque()
+        self._outgoing: deque[tuple[bytes, int | None]] = deque()
+        """Encoded messages, of results with the step."""
         self._lock = threading.Lock()
         self._closed = False
         self._unsent = False
@@ -84,9 +91,10 @@ class Link:
     def send(self, message: object) -> None:
         """Hands a message over; never waits. It is dropped if no scheduler is connected or the link is closed."""
         data = encode(message)
+        step = message.step if isinstance(message, StepResult) else None
         with self._lock:
             if not self._closed:
-                self._outgoing.append(data)
+                self._outgoing.append((data, step))
                 os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
@@ -177,7 +185,11 @@ class Link:
         with self._lock:
             closed = self._closed
         while self._outgoing:
-            self._send(self._outgoing.popleft())
+            data, step = self._outgoing.popleft()
+            begun = self._track.start()
+            self._send(data)
+            if step is not None:
+                self._track.end(SEND, step, begun)
         return not closed
 
     def _send(self, data: bytes) -> None:
@@ -195,13 +207,16 @@ class Link:
         try:
             if len(frames) != 1:
                 raise ProtocolError(f"the scheduler sent a message of {len(frames)} frames; a message has one")
+            begun = self._track.start()
             message = decode(
                 frames[0], StepPlan, WorkerWelcome, CheckGrammar, FetchFile, UnknownPeer, VersionRefused, Goodbye
             )
         except (ProtocolError, VersionMismatch) as error:
             self.inbox.put(Failure(error))  # and not raised: the scheduler is still to be told
             return
-        if isinstance(message, WorkerWelcome):
+        if isinstance(message, StepPlan):
+            self._track.end(RECEIVE, message.step, begun)
+        elif isinstance(message, WorkerWelcome):
             try:
                 self._require_private()  # again: a scheduler that ends removes its directory, and anyone may make one
             except FileNotFoundError:

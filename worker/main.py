@@ -41,20 +41,24 @@ def _run(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> int
 def _serve(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> None:
     from ..protocol.keys import peer_keys
     from ..protocol.logs import configure
+    from ..protocol.tracing import Tracer
     from ..protocol.transport import Address
     from .link import Link
 
     log_writer = configure(config.name or "worker", config.log_level, config.log_format)
     try:
         address = Address(config.scheduler)
-        link = Link(address, peer_keys(address, "workers", config.keys, config.insecure))
+        tracer = Tracer(config.name or "worker", config.trace_dir)
+        track = tracer.track("link", "receive plan", "send result")
+        link = Link(address, peer_keys(address, "workers", config.keys, config.insecure), track)
         try:
             status.progress("importing torch and transformers", 0.0)
             from .process import serve
 
-            serve(config, status, link, stopping)
+            serve(config, status, link, stopping, tracer)
         finally:
             link.close()
+            tracer.write()
     finally:
         log_writer.close()
 

@@ -25,6 +25,7 @@ import torch
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import StepPlan, StepResult
+from ..protocol.tracing import NO_TRACER, Tracer
 from .executor import StepEvent, open_executor
 from .features import StepFeatures
 from .grammars.book import GrammarBook
@@ -48,6 +49,12 @@ class _Flight:
     masks: StepMasks | None
 
 
+LAY_OUT, LAUNCH = range(2)
+"""Kinds of spans of the host thread's track …"""
+HAND_ON = 0
+"""… and of the result thread's."""
+
+
 class Pipeline:
     """One worker's batch. `launch` is called from one thread; `on_result` and `on_failure` are called from the result
     thread.
@@ -69,6 +76,8 @@ class Pipeline:
         on_result: Callable[[StepResult], None],
         on_failure: Callable[[BaseException], None],
         grammars: GrammarBook | None = None,
+        tracer: Tracer = NO_TRACER,
+        nvtx: bool = False,
     ) -> None:
         """Without `grammars`, rows that are to follow one fail."""
         self._model = model
@@ -85,7 +94,9 @@ class Pipeline:
             Lane(index, inputs=capacity, outputs=slots, device=model.device, mask_words=self._book.mask_words)
             for index in range(lookahead + 1)
         ]
-        self._executor = open_executor(model.device)
+        self._track = tracer.track("host thread", "lay out", "launch")
+        self._executor = open_executor(model.device, tracer, nvtx)
+        self._result_track = tracer.track("result thread", "hand on")
         self._launcher = Launcher(self._fail)
         self._masks: MaskThread | None = None
         """From the first grammar on."""
@@ -137,9 +148,12 @@ class Pipeline:
                 f"plan {plan.step} came while {len(self._lanes)} steps are in flight, the most that this worker takes "
                 "(lookahead + 1)"
             )
+        at = self._track.start()
         step = self._rows.apply(plan, self._block_size)
         lane.acquire()
+        lane.step = plan.step
         flight = _Flight(plan, step, lane, self._masks_of(step, lane))
+        self._track.end(LAY_OUT, plan.step, at)
         self._next_step += 1
         waits = flight.masks is not None and len(flight.masks.target) > 0 and self._executor.holds_caller
         self._launcher.launch(lambda: self._start(flight), waits=waits)
@@ -161,7 +175,9 @@ class Pipeline:
 
     def _start(self, flight: _Flight) -> None:
         """Queues a step on the device, in plan order."""
+        at = self._track.start()
         event = self._executor.launch(flight.lane, self._staged(flight), len(flight.step.sampled_rows))
+        self._track.end(LAUNCH, flight.plan.step, at)
         self._launched.put((flight, event))
 
     def _staged(self, flight: _Flight) -> Callable[[], None]:
@@ -224,6 +240,7 @@ class Pipeline:
 
     def _return(self, flight: _Flight, event: StepEvent) -> None:
         times = event.wait()
+        at = self._result_track.start()
         plan, masks = flight.plan, flight.masks
         token = flight.lane.sampled_host[: len(flight.step.sampled_rows)].numpy().astype(np.int32, copy=True)
         told = {} if flight.step.features is None else _told(flight.step.features, flight.lane)
@@ -247,6 +264,7 @@ class Pipeline:
                     failed_error=tuple(error for _, error in masks.failed),
                 )
         self._on_result(result)
+        self._result_track.end(HAND_ON, plan.step, at)
 
 
 def _told(features: StepFeatures, lane: Lane) -> dict[str, Any]:

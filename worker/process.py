@@ -14,6 +14,7 @@ import torch
 from ..protocol.errors import ConfigurationError, TandemError
 from ..protocol.messages import PROTOCOL_VERSION, WorkerHello
 from ..protocol.status import StatusPipe
+from ..protocol.tracing import Tracer
 from . import invariance
 from .compiling import keep_compiled_code
 from .config import WorkerConfig
@@ -34,7 +35,7 @@ CLOSE_S: Final = 1.0
 """How long the end of the process waits for steps that the session has given up."""
 
 
-def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSignals) -> None:
+def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSignals, tracer: Tracer) -> None:
     """Until asked to stop. Raises ConfigurationError if the options or the model cannot work, and whatever ends the
     session; the scheduler has been told then."""
     with _full_device_explained():
@@ -53,6 +54,8 @@ def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSi
             on_result=link.send,
             on_failure=lambda error: link.inbox.put(Failure(error)),
             grammars=grammars,
+            tracer=tracer,
+            nvtx=config.nvtx,
         )
         try:
             if model.compiled:
@@ -160,4 +163,6 @@ def _named_device(config: WorkerConfig) -> torch.device:
             f"--max-cudagraph-capture-size {config.max_cudagraph_capture_size} is given, but this machine has no "
             "usable CUDA GPU"
         )
+    if name == "cpu" and config.nvtx:
+        raise ConfigurationError("--nvtx is given, but this machine has no usable CUDA GPU")
     return torch.device(name, 0) if name == "cuda" else torch.device(name)

@@ -7,13 +7,17 @@ there are lookahead + 1 lanes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+def _unnoticed() -> None:
+    """Nobody watches."""
 
 
 class Lane:
@@ -23,6 +27,10 @@ class Lane:
         """`inputs`: int32 values that a step may bring; `outputs`: tokens that it may sample; `mask_words`: int32
         values of one row's grammar mask, 0 where there are no grammars."""
         self.index = index
+        self.step = 0
+        """The step that owns the lane, for the trace."""
+        self.sampling_begins: Callable[[], None] = _unnoticed
+        """Called where the step's forward pass is launched and its sampling is not."""
         pinned = device.type == "cuda"
         self._host = torch.empty(inputs, dtype=torch.int32, pin_memory=pinned)
         self._device = torch.empty(inputs, dtype=torch.int32, device=device)

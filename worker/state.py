@@ -177,6 +177,7 @@ class DeviceState:
             self._tell_prompts(staged.features, hidden, staged.lane)
         count = len(staged.step.sampled_rows)
         if count:
+            staged.lane.sampling_begins()
             rows = staged.sampled_rows
             last = (staged.query_ends[rows] - 1).to(torch.int64)
             tokens = self.sample(

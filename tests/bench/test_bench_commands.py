@@ -82,7 +82,7 @@ def test_failed_requests_are_told_by_kind(address: str, tmp_path: Path, bench: A
     lines += [{"prompt": "What is 1 + 1?", "output_tokens": 3}]
     trace.write_text("\n".join(json.dumps(line) for line in lines))
     out = tmp_path / "trace.json"
-    load = ["--connect", address, "--workload", "trace", "--num-warmups", "0", "--trace", str(trace)]
+    load = ["--connect", address, "--workload", "trace", "--num-warmups", "0", "--trace-file", str(trace)]
     code, shown, err = bench("serve", *load, "--out", str(out))
     assert code == 0, err
     assert "1 failed with InvalidRequest, the first: the prompt has 400 tokens" in shown
@@ -133,7 +133,7 @@ def test_help_of_every_benchmark(command: str, bench: Any) -> None:
         (["serve", "--burstiness", "-1"], "--burstiness: "),
         (["serve", "--num-prompts", "2", "--client-processes", "3"], "there are only 2 requests to share"),
         (["serve", "--max-concurrency", "2", "--client-processes", "3"], "less than --client-processes 3"),
-        (["serve", "--workload", "trace", "--trace", "/nonexistent"], "--trace: cannot read /nonexistent"),
+        (["serve", "--workload", "trace", "--trace-file", "/nonexistent"], "--trace-file: cannot read /nonexistent"),
         (["serve", "--out", "/nonexistent/x.json"], "--out: there is no folder /nonexistent"),
         (["sweep"], "nothing to sweep over"),
         (
@@ -154,7 +154,7 @@ def test_bad_options_are_refused_in_a_sentence(arguments: list[str], message: st
 def test_a_trace_keeps_its_own_rate(tmp_path: Path, bench: Any) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"prompt_tokens": 1, "output_tokens": 1}')
-    code, _, err = bench("serve", "--workload", "trace", "--trace", str(trace), "--request-rate", "3")
+    code, _, err = bench("serve", "--workload", "trace", "--trace-file", str(trace), "--request-rate", "3")
     assert code == 2
     assert "--request-rate: a trace has its own times of arrival" in err
 

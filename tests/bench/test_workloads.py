@@ -93,14 +93,14 @@ def test_a_trace_is_read_in_the_order_of_its_times(tmp_path: Path) -> None:
         {"arrival_s": 7.0, "prompt_tokens": 12, "output_tokens": 4},
         {"arrival_s": 9.0, "prompt_token_ids": [5, 6], "output_tokens": 5},
     )
-    load = Load(workload="trace", trace=trace)
+    load = Load(workload="trace", trace_file=trace)
     wanted = plan(load)
     assert [one.arrival_s for one in wanted] == [0.0, 0.5, 2.0]
     assert [one.output_tokens for one in wanted] == [4, 3, 5]
     assert len(ids(load, 0)) == 12
     assert prompt_of(load, 1, wanted[1], VOCAB, 1) == "hello"
     assert ids(load, 2) == [5, 6]
-    assert len(plan(Load(workload="trace", trace=trace, num_prompts=2))) == 2
+    assert len(plan(Load(workload="trace", trace_file=trace, num_prompts=2))) == 2
 
 
 @pytest.mark.parametrize(
@@ -119,19 +119,19 @@ def test_a_trace_is_read_in_the_order_of_its_times(tmp_path: Path) -> None:
 def test_bad_lines_of_a_trace_are_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"output_tokens": 1, "prompt_tokens": 1}\n' + line)
-    with pytest.raises(ConfigurationError, match=r"--trace: .*, line 2: ") as refused:
-        plan(Load(workload="trace", trace=str(path)))
+    with pytest.raises(ConfigurationError, match=r"--trace-file: .*, line 2: ") as refused:
+        plan(Load(workload="trace", trace_file=str(path)))
     assert message in str(refused.value)
 
 
 def test_a_trace_that_is_missing_or_too_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot read"):
-        plan(Load(workload="trace", trace=str(tmp_path / "none")))
+        plan(Load(workload="trace", trace_file=str(tmp_path / "none")))
     trace = write_trace(tmp_path / "trace.jsonl", {"prompt_tokens": 1, "output_tokens": 1})
     with pytest.raises(ConfigurationError, match="has 1 requests, not the 2 asked for"):
-        plan(Load(workload="trace", trace=trace, num_prompts=2))
+        plan(Load(workload="trace", trace_file=trace, num_prompts=2))
     with pytest.raises(ConfigurationError, match="has 0 requests"):
-        plan(Load(workload="trace", trace=write_trace(tmp_path / "empty.jsonl")))
+        plan(Load(workload="trace", trace_file=write_trace(tmp_path / "empty.jsonl")))
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,13 @@ def test_a_trace_that_is_missing_or_too_short_is_refused(tmp_path: Path) -> None
         ({"workload": "ragged", "prompt_tokens": "5-4"}, "expected 1 <= LOW <= HIGH"),
         ({"prefix_tokens": 5}, "--prefix-tokens is for --workload shared-prefix, not uniform"),
         ({"workload": "ragged", "prefix_groups": 5}, "--prefix-groups is for --workload shared-prefix, not ragged"),
-        ({"trace": "x"}, "--trace is for --workload trace, not uniform"),
+        ({"trace_file": "x"}, "--trace-file is for --workload trace, not uniform"),
         ({"workload": "trace"}, "--workload trace needs a file"),
-        ({"workload": "trace", "trace": "x", "output_tokens": "5"}, "--output-tokens is for --workload uniform or"),
-        ({"workload": "trace", "trace": "x", "text": True}, "--text is for"),
+        (
+            {"workload": "trace", "trace_file": "x", "output_tokens": "5"},
+            "--output-tokens is for --workload uniform or",
+        ),
+        ({"workload": "trace", "trace_file": "x", "text": True}, "--text is for"),
         ({"workload": "heavy"}, "--workload: "),
         ({"num_prompts": 0}, "--num-prompts: "),
         ({"temperature": -1.0}, "--temperature: "),
