@@ -29,7 +29,8 @@ class Batch:
     row_of_token: Tensor
     """[T] int64, device."""
     block_tables: Tensor
-    """[R, W] int32, device: each row's block ids; columns beyond a row's blocks hold the scratch block's id."""
+    """[R, W] int32, device: each row's block ids; columns beyond a row's blocks hold the scratch block's id. With
+    `lines` the tables of all slots, of which a row's is one."""
     kv_lens: Tensor
     """[R] int32, device: tokens in the row's KV cache once this step's are written."""
     query_starts: NDArray[np.int32]
@@ -38,6 +39,11 @@ class Batch:
     """[R] host copy of `kv_lens`; lengths are known ahead of the device."""
     decode_rows: int
     block_size: int
+    lines: Tensor | None = None
+    """[R] int32, device: which line of `block_tables` is a row's; None: line r is row r's."""
+    pieces: Tensor | None = None
+    """[PIECE_COLUMNS, P] int32, device: how the contexts of decoding rows are cut (attention.sharing); None: not at
+    all."""
 
     @property
     def num_tokens(self) -> int:
@@ -45,4 +51,4 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        return self.block_tables.shape[0]
+        return self.kv_lens.shape[0]

@@ -31,6 +31,7 @@ from .fusion import (
     share_row_count,
     use_own_products,
 )
+from .fusion_fp8 import gate_scaled_products, merge_scaled_products, quantize_in_norms
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +116,10 @@ def _trace(
     share_row_count(graph, placeholders[0])
     rewritten = {
         "rotary embeddings": absorb_rotary(graph),
-        "merged products": merge_products(graph, inputs),
+        "merged products": merge_products(graph, inputs) + merge_scaled_products(graph, inputs),
         "sums with a norm": fuse_sums_with_norms(graph),
-        "own products": use_own_products(graph, inputs),
+        "norms that quantise": quantize_in_norms(graph),
+        "own products": use_own_products(graph, inputs) + gate_scaled_products(graph, inputs),
         "searches": fuse_likeliest(graph),
     }
     log.info("%s: rewrote %s", type(module).__name__, ", ".join(f"{many} {what}" for what, many in rewritten.items()))

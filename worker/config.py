@@ -42,6 +42,13 @@ class WorkerConfig(BaseModel):
         Field(description="Weights and activations; auto: as the model says, float32 on a CPU."),
     ] = "auto"
     seed: Annotated[int | None, Field(ge=0, le=2**63 - 1, description="Seed of dummy weights; default: 0.")] = None
+    quantization: Annotated[
+        Literal["fp8"] | None,
+        Field(description="fp8: weights of linear layers, and what they are multiplied by, in 8 bits."),
+    ] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"], Field(description="auto: as the activations; fp8: half the memory, rounded.")
+    ] = "auto"
 
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(description="auto: CUDA if there is a GPU.")] = "auto"
     attention_backend: Annotated[

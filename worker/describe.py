@@ -22,7 +22,7 @@ def describe(config: WorkerConfig, source: ModelSource, model: PagedModel, max_m
     return ModelDescription(
         name=config.served_model_name or default_name(config.model),
         architecture=str((getattr(model.config, "architectures", None) or [type(model.config).__name__])[0]),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_precision(config, model),
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=stop_token_ids(source, model.config),
@@ -30,6 +30,16 @@ def describe(config: WorkerConfig, source: ModelSource, model: PagedModel, max_m
         weights=fingerprint(source),
         batch_invariant=config.batch_invariant,
     )
+
+
+def _precision(config: WorkerConfig, model: PagedModel) -> str:
+    """bfloat16, or bfloat16+fp8 (weights), bfloat16+fp8kv (KV cache), bfloat16+fp8+fp8kv."""
+    parts = [str(model.dtype).removeprefix("torch.")]
+    if config.quantization is not None:
+        parts.append(config.quantization)
+    if config.kv_cache_dtype != "auto":
+        parts.append(f"{config.kv_cache_dtype}kv")
+    return "+".join(parts)
 
 
 def default_name(model: str) -> str:

@@ -63,8 +63,8 @@ def merge_products(graph: Graph, inputs: dict[Node, Tensor]) -> int:
         weights = [inputs[product.weight] for product in products]
         if len(products) < 2 or len({(weight.dtype, weight.device) for weight in weights}) > 1:
             continue
-        weight = _merged_input(graph, inputs, [product.weight for product in products])
-        bias = _merged_input(graph, inputs, [product.bias for product in products if product.bias]) if biased else None
+        weight = merged_input(graph, inputs, [product.weight for product in products])
+        bias = merged_input(graph, inputs, [product.bias for product in products if product.bias]) if biased else None
         _replace_products(graph, products, [weight.shape[0] for weight in weights], weight, bias)
         merged += len(products) - 1
     return merged
@@ -104,7 +104,8 @@ def _rows_source(product: Node) -> Node:
     return source
 
 
-def _merged_input(graph: Graph, inputs: dict[Node, Tensor], nodes: list[Node]) -> Node:
+def merged_input(graph: Graph, inputs: dict[Node, Tensor], nodes: list[Node]) -> Node:
+    """A new input that holds the values of `nodes` one below the other; these become views of it."""
     values = [inputs[node] for node in nodes]
     value = torch.cat(values)
     start = 0
@@ -290,11 +291,11 @@ def use_own_products(graph: Graph, inputs: dict[Node, Tensor]) -> int:
     Returns how many did."""
     gated = 0
     for node in list(graph.nodes):
-        source = _gated(node)
+        source = gated_source(node)
         found = _product(source, inputs) if source is not None else None
         if found is None or found.bias is not None or inputs[found.weight].dtype not in _16_BITS:
             continue
-        shape: Any = _view_shape(node)
+        shape: Any = view_shape(node)
         with graph.inserting_before(node):
             rows = found.node.args[0]
             out = graph.call_function(torch.ops.tandem.gated_product.default, (rows, found.weight))
@@ -340,7 +341,7 @@ def fuse_likeliest(graph: Graph) -> int:
     return fused
 
 
-def _gated(node: Node) -> Node | None:
+def gated_source(node: Node) -> Node | None:
     """The product whose two halves `node` multiplies, the first one through a SiLU."""
     first, second = _pair(node, aten.mul.Tensor)
     for gate, up in ((first, second), (second, first)):
@@ -365,7 +366,7 @@ def _unviewed(node: Any) -> Any:
     return node
 
 
-def _view_shape(product: Node) -> Any:
+def view_shape(product: Node) -> Any:
     """The shape that a half of the product was viewed in before it was multiplied."""
     for half in product.all_input_nodes:
         view = half.args[0] if half.target is aten.silu.default else half

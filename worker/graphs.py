@@ -3,8 +3,8 @@
 A graph is captured for each of a few numbers of rows; a step takes the next larger one, and rows that only fill it up
 use a slot and a block of their own. A step is two graphs, launched back to back: the forward pass, which also applies
 the step's deltas and advances the lengths, and greedy sampling. Rows that draw random numbers are sampled from by
-ordinary launches behind the first graph, as are rows that follow a grammar. Steps with chunks are no business of this
-module.
+ordinary launches behind the first graph, as are rows that follow a grammar. Steps with chunks are the business of
+pieces.py.
 
 Graphs read their input from one place on the device, where a copy on the compute stream puts it: so they belong to no
 lane. All share one memory pool, since only one runs at a time.
@@ -19,10 +19,9 @@ from typing import Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .attention.base import DecodeAttention
+from .attention.sharing import PIECE_COLUMNS, share_out
 from .batch import Batch
 from .rows import Step
 from .staging import Lane
@@ -30,9 +29,9 @@ from .state import DeviceState, StagedFeatures, StagedMasks, stage_features
 
 LARGEST_GRAPH: Final = 512
 """Rows of the largest graph, unless another number is given: beyond, a step is long enough to be launched in time."""
-_COLUMNS: Final = 4
-"""Input columns of a row: slot, block table column that changes (or -1), its block, tokens in the last block. One more
-has an entry for the end: where the row's block ids begin."""
+_COLUMNS: Final = 3
+"""Input columns of a row: slot, block table column that changes (or -1), its block. Behind them are the pieces that the
+rows' contexts are cut into."""
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -53,15 +52,12 @@ class StagedDecode:
     lane: Lane
     size: int
     input: Tensor
-    page_starts: NDArray[np.int32]
-    kv_lens: NDArray[np.int32]
     masks: StagedMasks | None
     features: StagedFeatures | None
 
 
 @dataclass(slots=True)
 class _Graph:
-    attention: DecodeAttention
     forward: torch.cuda.CUDAGraph
     choose: torch.cuda.CUDAGraph
     hidden: Tensor
@@ -76,18 +72,21 @@ class DecodeGraphs:
         self._state = state
         self._sizes = sorted(set(sizes))
         most = self._sizes[-1]
-        self._input = torch.zeros((_COLUMNS + 1) * most + 1, dtype=torch.int32, device=device)
+        spare = state.model.spare_pieces
+        self._piece_columns = 0 if spare is None else PIECE_COLUMNS
+        self._spare = spare or 0
+        capacity = self._input_size(most)
+        self._input = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(most, dtype=torch.int64, device=device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._kv_slots = torch.zeros(most, dtype=torch.int64, device=device)
         self._kv_lens = torch.zeros(most, dtype=torch.int32, device=device)
-        self._page_indices = torch.zeros(most * state.width, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(most, dtype=torch.int32, device=device)
         self._row_of_token = torch.arange(most, device=device)
-        self._no_tables = torch.empty((0, 0), dtype=torch.int32, device=device)
-        self._host_input = np.zeros((_COLUMNS + 1) * most + 1, np.int32)
+        self._host_input = np.zeros(capacity, np.int32)
         self._host_kv_lens = np.zeros(most, np.int32)
-        self._pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
+        """Of device memory, to be shared with graphs that run on the same stream."""
         self._graphs: dict[int, _Graph] = {}
         for done, size in enumerate(reversed(self._sizes)):  # the largest first: the others fit into its memory
             progress("capturing CUDA graphs", done / len(self._sizes))
@@ -109,30 +108,30 @@ class DecodeGraphs:
         """Writes a step that `take` accepted into its lane, on the host."""
         rows, state = len(step.row_slot), self._state
         size = self._sizes[bisect_left(self._sizes, rows)]
-        values = self._host_input[: (_COLUMNS + 1) * size + 1]
-        slot, column, block, last_page_len = values[: _COLUMNS * size].reshape(_COLUMNS, size)
-        page_starts = values[_COLUMNS * size :]
+        values = self._host_input[: self._input_size(size)]
+        slot, column, block = values[: _COLUMNS * size].reshape(_COLUMNS, size)
         slot[:rows], slot[rows:] = step.row_slot, state.slots
         column.fill(-1)
         if len(step.table_index):
             grown_slot, grown_column = np.divmod(step.table_index, state.width)
             at = np.searchsorted(step.row_slot, grown_slot)
             column[at], block[at] = grown_column, step.table_block
-        kv_lens = self._host_kv_lens[:size]
-        kv_lens[:rows], kv_lens[rows:] = step.kv_lens, 1
-        pages = (kv_lens + (state.block_size - 1)) // state.block_size
-        np.subtract(kv_lens, (pages - 1) * state.block_size, out=last_page_len)
-        page_starts[0] = 0
-        np.cumsum(pages, out=page_starts[1:])
+        if self._piece_columns:
+            kv_lens = self._host_kv_lens[:size]
+            kv_lens[:rows], kv_lens[rows:] = step.kv_lens, 1
+            pieces = values[_COLUMNS * size :].reshape(self._piece_columns, size + self._spare)
+            share_out(kv_lens, size + self._spare, pieces)
         features = stage_features(step, lane)
-        return StagedDecode(step, lane, size, lane.put(values), page_starts, kv_lens, masks, features)
+        return StagedDecode(step, lane, size, lane.put(values), masks, features)
+
+    def _input_size(self, size: int) -> int:
+        return _COLUMNS * size + self._piece_columns * (size + self._spare)
 
     @torch.no_grad()
     def run(self, staged: StagedDecode) -> None:
         """The whole step on the current stream, as DeviceState.run. Must follow `stage` before the next `stage`."""
         rows, state, graph = len(staged.step.row_slot), self._state, self._graphs[staged.size]
         self._input[: len(staged.input)].copy_(staged.input)
-        graph.attention.plan(staged.lane.index, staged.page_starts, staged.kv_lens)
         graph.forward.replay()
         staged.lane.sampling_begins()
         if staged.step.greedy and staged.masks is None:
@@ -154,39 +153,42 @@ class DecodeGraphs:
         staged.lane.sampled_device[:rows].copy_(tokens)
 
     def _capture(self, size: int) -> _Graph:
-        columns, page_starts = self._columns(size)
-        slot, _, _, last_page_len = columns
-        attention = self._state.model.open_decode(size, page_starts, last_page_len, self._page_indices)
+        slot, grow_column, _ = self._columns(size)
         # The first run compiles and allocates what a capture must not. All its rows only fill up.
         slot.fill_(self._state.slots)
-        columns[1].fill_(-1)
+        grow_column.fill_(-1)
+        if self._piece_columns:
+            pieces = np.empty((self._piece_columns, size + self._spare), np.int32)
+            share_out(np.ones(size, np.int32), size + self._spare, pieces)
+            self._pieces(size).copy_(torch.from_numpy(pieces))
         stream = torch.cuda.Stream(self._state.model.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._choose(size, self._forward(size, attention))
+            self._choose(size, self._forward(size))
         torch.cuda.current_stream().wait_stream(stream)
         forward, choose = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool):
-            hidden = self._forward(size, attention)
-        with torch.cuda.graph(choose, pool=self._pool):
+        with torch.cuda.graph(forward, pool=self.pool):
+            hidden = self._forward(size)
+        with torch.cuda.graph(choose, pool=self.pool):
             self._choose(size, hidden)
-        return _Graph(attention, forward, choose, hidden)
+        return _Graph(forward, choose, hidden)
 
-    def _columns(self, size: int) -> tuple[Tensor, Tensor]:
-        """Views of the device's input for a graph of `size` rows: [columns, size], and where page lists begin."""
-        end = _COLUMNS * size
-        return self._input[:end].view(_COLUMNS, size), self._input[end : end + size + 1]
+    def _columns(self, size: int) -> Tensor:
+        """A view of the device's input for a graph of `size` rows: [columns, size]."""
+        return self._input[: _COLUMNS * size].view(_COLUMNS, size)
 
-    def _forward(self, size: int, attention: DecodeAttention) -> Tensor:
+    def _pieces(self, size: int) -> Tensor:
+        return self._input[_COLUMNS * size : self._input_size(size)].view(self._piece_columns, size + self._spare)
+
+    def _forward(self, size: int) -> Tensor:
         from . import kernels
 
         state = self._state
-        (slot, grow_column, grow_block, _), page_starts = self._columns(size)
+        slot, grow_column, grow_block = self._columns(size)
         kernels.open_decode(
             row_slot=slot,
             grow_column=grow_column,
             grow_block=grow_block,
-            page_starts=page_starts,
             block_table=state.block_table,
             length=state.length,
             last_token=state.last_token,
@@ -194,7 +196,6 @@ class DecodeGraphs:
             positions=self._positions,
             kv_slots=self._kv_slots,
             kv_lens=self._kv_lens,
-            page_indices=self._page_indices,
             block_size=state.block_size,
         )
         batch = Batch(
@@ -203,16 +204,18 @@ class DecodeGraphs:
             positions=self._positions[:size],
             kv_slots=self._kv_slots[:size],
             row_of_token=self._row_of_token[:size],
-            block_tables=state.block_table[slot.to(torch.int64)] if attention.reads_block_tables else self._no_tables,
+            block_tables=state.block_table,
+            lines=slot,
+            pieces=self._pieces(size) if self._piece_columns else None,
             kv_lens=self._kv_lens[:size],
             query_starts=np.arange(size + 1, dtype=np.int32),
             kv_lens_host=np.ones(size, np.int32),
             decode_rows=size,
             block_size=state.block_size,
         )
-        return state.model.decode_hidden(attention, batch)
+        return state.model.hidden(batch)
 
     def _choose(self, size: int, hidden: Tensor) -> None:
         tokens = self._state.model.greedy(hidden)
-        self._state.last_token[self._columns(size)[0][0].to(torch.int64)] = tokens
+        self._state.last_token[self._columns(size)[0].to(torch.int64)] = tokens
         self._tokens[:size].copy_(tokens)

@@ -22,6 +22,9 @@ PROBE_BLOCKS = 6
 PROBE_SEQUENCES = 2
 _TOLERANCE_32_BIT = 1e-3
 _TOLERANCE_16_BIT = 0.1
+_TOLERANCE_8_BIT = 0.7
+"""Rounding to 8 bits turns differences in the last of 16 bits into ones of a sixteenth, again in each layer. Results
+that have nothing to do with each other differ by 1.4."""
 
 
 def run_trunk(trunk: nn.Module, token_ids: Tensor, positions: Tensor, sink: LayerSink) -> Tensor:
@@ -180,13 +183,14 @@ def own_logits(module: PreTrainedModel, token_ids: Tensor) -> Tensor:
     return logits.squeeze(0).float()
 
 
-def check_same(name: str, paged: Tensor, own: Tensor, dtype: torch.dtype) -> None:
-    """LoadError unless two [T, vocab] logits agree, token by token, as well as `dtype` lets them. In 16 bits the
-    typical token counts: a mixture of experts may route single tokens otherwise after rounding."""
+def check_same(name: str, paged: Tensor, own: Tensor, dtype: torch.dtype, *, quantized: bool = False) -> None:
+    """LoadError unless two [T, vocab] logits agree, token by token, as well as `dtype` lets them, and 8 bits if the
+    model is quantised. Below 32 bits the typical token counts: a mixture of experts may route single tokens otherwise
+    after rounding."""
     difference = (paged - own).norm(dim=-1) / own.norm(dim=-1).clamp_min(1e-6)
     exact = dtype == torch.float32
     worst = float(difference.max() if exact else difference.median())
-    limit = _TOLERANCE_32_BIT if exact else _TOLERANCE_16_BIT
+    limit = _TOLERANCE_32_BIT if exact else _TOLERANCE_8_BIT if quantized else _TOLERANCE_16_BIT
     if not worst <= limit:
         raise LoadError(
             f"{name} gives other results over a paged KV cache than by itself (relative difference {worst:.1e}, limit "

@@ -20,6 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MOST_ROWS: int = 32
 """Rows up to which `product` and `gated_product` were found faster than cuBLAS."""
+MOST_SCALED_ROWS: int = 64
+"""Rows up to which the products in 8 bits were found faster than torch's."""
 _TILE: int = 64
 _GATED_DEPTH: int = 64
 _DEPTH: int = 128
@@ -29,8 +31,6 @@ _LEAST_FILL: float = 0.9
 """Share of the multiprocessors that the programs of `product` must keep busy in their last wave: below, cuBLAS wins."""
 _HEADS: int = 8
 """Heads that one program of `rotate_append` takes."""
-_PAGES: int = 256
-"""Block ids that one program of `open_decode` copies at a time."""
 
 
 def rotate_append(
@@ -98,21 +98,29 @@ def _rotate_append(
         head = part * HEADS + tl.arange(0, HEADS)
         mask = (head < query_heads)[:, None] & inside[None, :]
         source = query + token * query_token + head[:, None] * query_head + lane[None, :]
+        low = tl.load(source, mask, 0.0).to(tl.float32)
+        high = tl.load(source + HALF, mask, 0.0).to(tl.float32)
         target = out + (token * query_heads + head[:, None]) * (2 * HALF) + lane[None, :]
+        tl.store(target, (low * cos_low - high * sin_low).to(out.dtype.element_ty), mask)
+        tl.store(target + HALF, (high * cos_high + low * sin_high).to(out.dtype.element_ty), mask)
     else:
         head = (part - query_programs) * HEADS + tl.arange(0, HEADS)
         mask = (head < kv_heads)[:, None] & inside[None, :]
         source = key + token * key_token + head[:, None] * key_head + lane[None, :]
+        low = tl.load(source, mask, 0.0).to(tl.float32)
+        high = tl.load(source + HALF, mask, 0.0).to(tl.float32)
         slot = tl.load(slots + token)
         at = (slot * kv_heads + head[:, None]) * (2 * HALF) + lane[None, :]
-        target = keys + at
+        # Rounded as in a cache of 16 bits first, so that a smaller one holds what that one would be quantised to.
+        low_key = (low * cos_low - high * sin_low).to(key.dtype.element_ty).to(tl.float32)
+        high_key = (high * cos_high + low * sin_high).to(key.dtype.element_ty).to(tl.float32)
+        tl.store(keys + at, low_key.to(keys.dtype.element_ty), mask)
+        tl.store(keys + at + HALF, high_key.to(keys.dtype.element_ty), mask)
         from_value = value + token * value_token + head[:, None] * value_head + lane[None, :]
-        tl.store(values + at, tl.load(from_value, mask), mask)
-        tl.store(values + at + HALF, tl.load(from_value + HALF, mask), mask)
-    low = tl.load(source, mask, 0.0).to(tl.float32)
-    high = tl.load(source + HALF, mask, 0.0).to(tl.float32)
-    tl.store(target, low * cos_low - high * sin_low, mask)
-    tl.store(target + HALF, high * cos_high + low * sin_high, mask)
+        low_value = tl.load(from_value, mask, 0.0).to(tl.float32)
+        high_value = tl.load(from_value + HALF, mask, 0.0).to(tl.float32)
+        tl.store(values + at, low_value.to(values.dtype.element_ty), mask)
+        tl.store(values + at + HALF, high_value.to(values.dtype.element_ty), mask)
 
 
 def open_decode(
@@ -120,7 +128,6 @@ def open_decode(
     row_slot: Tensor,
     grow_column: Tensor,
     grow_block: Tensor,
-    page_starts: Tensor,
     block_table: Tensor,
     length: Tensor,
     last_token: Tensor,
@@ -128,28 +135,26 @@ def open_decode(
     positions: Tensor,
     kv_slots: Tensor,
     kv_lens: Tensor,
-    page_indices: Tensor,
     block_size: int,
 ) -> None:
     """Opens a step of R decoding rows: applies their new blocks, advances their lengths, and lays out the batch.
 
-    Read: row_slot, grow_column (-1: no new block), grow_block, page_starts [R] int32; block_table [slots + 1, W] int32;
-    last_token [slots + 1] int64. The last slot is the padding's: its length stays 0. Updated: block_table, length
-    [slots + 1] int32. Written: token_ids, positions, kv_slots [R] int64, kv_lens [R] int32, and page_indices, where row
-    r's block ids begin at page_starts[r].
+    Read: row_slot, grow_column (-1: no new block), grow_block [R] int32; block_table [slots + 1, W] int32; last_token
+    [slots + 1] int64. The last slot is the padding's: its length stays 0. Updated: block_table, length [slots + 1]
+    int32. Written: token_ids, positions, kv_slots [R] int64, kv_lens [R] int32.
     """
     _open_decode[(row_slot.shape[0],)](
-        row_slot, grow_column, grow_block, page_starts, block_table, length, last_token,
-        token_ids, positions, kv_slots, kv_lens, page_indices,
-        block_table.shape[1], block_table.shape[0] - 1, BLOCK_SIZE=block_size, PAGES=_PAGES, num_warps=1,
+        row_slot, grow_column, grow_block, block_table, length, last_token,
+        token_ids, positions, kv_slots, kv_lens,
+        block_table.shape[1], block_table.shape[0] - 1, BLOCK_SIZE=block_size, num_warps=1,
     )  # fmt: skip
 
 
 @triton.jit
 def _open_decode(
-    row_slot, grow_column, grow_block, page_starts, block_table, length, last_token,
-    token_ids, positions, kv_slots, kv_lens, page_indices,
-    width, padding, BLOCK_SIZE: tl.constexpr, PAGES: tl.constexpr,
+    row_slot, grow_column, grow_block, block_table, length, last_token,
+    token_ids, positions, kv_slots, kv_lens,
+    width, padding, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(row_slot + row).to(tl.int64)
@@ -167,14 +172,6 @@ def _open_decode(
     tl.store(positions + row, computed.to(tl.int64))
     tl.store(kv_slots + row, current.to(tl.int64) * BLOCK_SIZE + computed % BLOCK_SIZE)
     tl.store(kv_lens + row, computed + 1)
-    pages = computed // BLOCK_SIZE + 1
-    start = tl.load(page_starts + row)
-    first = 0
-    while first < pages:
-        column = first + tl.arange(0, PAGES)
-        blocks = tl.load(table + column, column < pages, 0)
-        tl.store(page_indices + start + column, tl.where(column == grown, block, blocks), column < pages)
-        first += PAGES
 
 
 def add_norm(left: Tensor, right: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -186,15 +183,16 @@ def add_norm(left: Tensor, right: Tensor, weight: Tensor, eps: float) -> tuple[T
     rows, width = left.shape
     total, out = torch.empty_like(left), torch.empty_like(left)
     _add_norm[(rows,)](
-        left, right, weight, total, out, eps,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=8, **_overlap(left.device),
+        left, right, weight, total, out, out, eps, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=False,
+        num_warps=8, **_overlap(left.device),
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
 def _add_norm(
-    left, right, weight, total, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    left, right, weight, total, out, scales, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -209,8 +207,53 @@ def _add_norm(
     tl.store(total + at, rounded, inside)
     values = rounded.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(values * values) / WIDTH + eps)
-    normed = (values * inverse).to(out.dtype.element_ty)
-    tl.store(out + at, (normed.to(tl.float32) * scale.to(tl.float32)).to(out.dtype.element_ty), inside)
+    normed = (values * inverse).to(total.dtype.element_ty)
+    weighted = (normed.to(tl.float32) * scale.to(tl.float32)).to(total.dtype.element_ty)
+    if QUANTIZE:
+        wide = weighted.to(tl.float32)
+        of_row = tl.maximum(tl.max(tl.abs(wide)), 1e-12) / 448.0
+        tl.store(out + at, (wide / of_row).to(out.dtype.element_ty), inside)
+        tl.store(scales + row, of_row)
+    else:
+        tl.store(out + at, weighted, inside)
+
+
+def add_norm_quantize(left: Tensor, right: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_norm`, whose second result is quantised: the sum, float8 e4m3 rows, the scale of each row [T] float32."""
+    rows, width = left.shape
+    total = torch.empty_like(left)
+    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=left.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=left.device)
+    _add_norm[(rows,)](
+        left, right, weight, total, out, scales, eps, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=True,
+        num_warps=8, **_overlap(left.device),
+    )  # fmt: skip
+    return total, out, scales
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [T, K], contiguous, as float8 e4m3, and the scale of each row [T] float32."""
+    count, width = rows.shape
+    out = torch.empty((count, width), dtype=torch.float8_e4m3fn, device=rows.device)
+    scales = torch.empty(count, dtype=torch.float32, device=rows.device)
+    _quantize_rows[(count,)](
+        rows, out, scales, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=8, **_overlap(rows.device)
+    )
+    return out, scales
+
+
+@triton.jit
+def _quantize_rows(rows, out, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    values = tl.load(rows + row * WIDTH + column, inside, 0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / 448.0
+    tl.store(out + row * WIDTH + column, (values / scale).to(out.dtype.element_ty), inside)
+    tl.store(scales + row, scale)
 
 
 def takes_product(rows: Tensor, weight: Tensor) -> bool:
@@ -246,9 +289,9 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     out = torch.empty((count, width), dtype=rows.dtype, device=device)
     parts, arrived = _scratch(device, splits * tiles * _TILE * tall, tiles)
     _product[(tiles, splits)](
-        rows, weight, out, parts, arrived, count, width, 0, depth,
-        ROWS=tall, TILE=_TILE, DEPTH=_DEPTH, SPLITS=splits, GATED=False, num_warps=4, num_stages=4,
-        AHEAD=_AHEAD, **_overlap(device),
+        rows, weight, out, out, out, parts, arrived, count, width, 0, depth,
+        ROWS=tall, TILE=_TILE, DEPTH=_DEPTH, SPLITS=splits, GATED=False, SCALED=False, LINE=64, AHEAD=_AHEAD,
+        num_warps=4, num_stages=4, **_overlap(device),
     )  # fmt: skip
     return out
 
@@ -264,9 +307,62 @@ def gated_product(rows: Tensor, weight: Tensor) -> Tensor:
     (count, depth), width = rows.shape, weight.shape[0] // 2
     out = torch.empty((count, width), dtype=rows.dtype, device=rows.device)
     _product[(width // _TILE, 1)](
-        rows, weight, out, out, out, count, width, width * depth, depth,
-        ROWS=_padded(count), TILE=_TILE, DEPTH=_GATED_DEPTH, SPLITS=1, GATED=True, num_warps=4, num_stages=4,
-        AHEAD=_AHEAD, **_overlap(rows.device),
+        rows, weight, out, out, out, out, out, count, width, width * depth, depth,
+        ROWS=_padded(count), TILE=_TILE, DEPTH=_GATED_DEPTH, SPLITS=1, GATED=True, SCALED=False, LINE=64, AHEAD=_AHEAD,
+        num_warps=4, num_stages=4, **_overlap(rows.device),
+    )  # fmt: skip
+    return out
+
+
+def takes_scaled_product(rows: Tensor, weight: Tensor) -> bool:
+    """`scaled_product` can compute this, and was found to do so faster than the library."""
+    (count, depth), width = rows.shape, weight.shape[0]
+    return count <= MOST_SCALED_ROWS and width % _TILE == 0 and depth % _DEPTH == 0 and rows.is_contiguous()
+
+
+def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`product` of float8 rows and weight, times row_scale [T] and scale [N] float32: [T, N] in dtype."""
+    (count, depth), width = rows.shape, weight.shape[0]
+    device = rows.device
+    step = 2 * _DEPTH if depth % (2 * _DEPTH) == 0 else _DEPTH
+    splits = _scaled_splits(width, depth, step, device)
+    tiles, tall = width // _TILE, _padded(count)
+    out = torch.empty((count, width), dtype=dtype, device=device)
+    parts, arrived = _scratch(device, splits * tiles * _TILE * tall, tiles)
+    _product[(tiles, splits)](
+        rows, weight, row_scale, scale, out, parts, arrived, count, width, 0, depth,
+        ROWS=tall, TILE=_TILE, DEPTH=step, SPLITS=splits, GATED=False, SCALED=True, LINE=128, AHEAD=_AHEAD,
+        num_warps=4, num_stages=6, **_overlap(device),
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _scaled_splits(width: int, depth: int, step: int, device: torch.device) -> int:
+    """As `_splits`; where none fills the device well, 1 is still better than the library."""
+    multiprocessors = _multiprocessors(device)
+    for splits in (1, 2, 4):
+        programs = width // _TILE * splits
+        waves = -(-programs // multiprocessors)
+        if depth % (splits * step) == 0 and programs >= _LEAST_FILL * waves * multiprocessors:
+            return splits
+    return 1
+
+
+def takes_scaled_gated_product(rows: Tensor, weight: Tensor) -> bool:
+    """`scaled_gated_product` can compute this, and was found to do so faster than the library."""
+    (count, depth), width = rows.shape, weight.shape[0] // 2
+    return count <= MOST_SCALED_ROWS and width % _TILE == 0 and depth % _DEPTH == 0 and rows.is_contiguous()
+
+
+def scaled_gated_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gated_product` of float8 rows and weight [2 N, K], times row_scale [T] and scale [2 N]: [T, N] in dtype."""
+    (count, depth), width = rows.shape, weight.shape[0] // 2
+    out = torch.empty((count, width), dtype=dtype, device=rows.device)
+    _product[(width // _TILE, 1)](
+        rows, weight, row_scale, scale, out, out, out, count, width, width * depth, depth,
+        ROWS=_padded(count), TILE=_TILE, DEPTH=_DEPTH, SPLITS=1, GATED=True, SCALED=True, LINE=128, AHEAD=_AHEAD,
+        num_warps=4, num_stages=4, **_overlap(rows.device),
     )  # fmt: skip
     return out
 
@@ -294,9 +390,9 @@ def _scratch(device: torch.device, parts: int, tiles: int) -> tuple[Tensor, Tens
 
 @triton.jit
 def _product(
-    rows, weight, out, parts, arrived, count, width, to_second, depth: tl.constexpr,
+    rows, weight, row_scale, scale, out, parts, arrived, count, width, to_second, depth: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr,
-    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    SCALED: tl.constexpr, LINE: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -310,7 +406,7 @@ def _product(
     if OVERLAP:
         # The weights are no other kernel's: they may come as near as the L2 cache before the rows are there.
         line = tl.arange(0, AHEAD)
-        near = weight + n[:, None].to(tl.int64) * depth + split * share + line[None, :] * 64
+        near = weight + n[:, None].to(tl.int64) * depth + split * share + line[None, :] * LINE
         _prefetch(near)
         if GATED:
             _prefetch(near + to_second)
@@ -328,11 +424,16 @@ def _product(
         gdc_launch_dependents()  # not before: the next kernel's programs would take room from this one's
     to = out + m[None, :] * width + n[:, None]
     if GATED:
+        if SCALED:
+            total = _scaled(total, row_scale, scale, m, count, n)
+            second = _scaled(second, row_scale, scale, m, count, width + n)
         gate = total.to(out.dtype.element_ty).to(tl.float32)
         up = second.to(out.dtype.element_ty).to(tl.float32)
         activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
         tl.store(to, (activated * up).to(out.dtype.element_ty), inside)
     elif SPLITS == 1:
+        if SCALED:
+            total = _scaled(total, row_scale, scale, m, count, n)
         tl.store(to, total.to(out.dtype.element_ty), inside)
     else:
         part = parts + tile * (SPLITS * TILE * ROWS) + tl.arange(0, TILE)[:, None] * ROWS + m[None, :]
@@ -343,8 +444,16 @@ def _product(
             total = tl.zeros((TILE, ROWS), tl.float32)
             for other in range(SPLITS):
                 total += tl.load(part + other * (TILE * ROWS), cache_modifier=".cg")
+            if SCALED:
+                total = _scaled(total, row_scale, scale, m, count, n)
             tl.store(to, total.to(out.dtype.element_ty), inside)
             tl.store(arrived + tile, 0)
+
+
+@triton.jit
+def _scaled(total, row_scale, scale, m, count, n):
+    of_row = tl.load(row_scale + m, m < count, 0.0)
+    return total * (tl.load(scale + n)[:, None] * of_row[None, :])
 
 
 @triton.jit

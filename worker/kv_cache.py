@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
+
+FP8: Final = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,18 @@ class KVCache:
 
     def append(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Write key [T, kv_heads, head_dim] and value [T, kv_heads, value_dim] at `slots` [T] int64."""
-        keys, values = self._flat[layer]
-        keys.index_copy_(0, slots, key.to(keys.dtype))
-        values.index_copy_(0, slots, value.to(values.dtype))
+        for cached, new in zip(self._flat[layer], (key, value), strict=True):
+            if cached.dtype == FP8:
+                # Beyond the largest number there is only NaN. Indexing knows no float8, but bytes are bytes.
+                largest = torch.finfo(FP8).max
+                small = new.float().clamp(-largest, largest).to(FP8)
+                cached.view(torch.uint8).index_copy_(0, slots, small.view(torch.uint8))
+            else:
+                cached.index_copy_(0, slots, new.to(cached.dtype))
+
+
+def select_slots(flat: Tensor, slots: Tensor) -> Tensor:
+    """Lines `slots` of a flat cache, or of a view of it, as float32."""
+    if flat.dtype == FP8:
+        return torch.index_select(flat.view(torch.uint8), 0, slots).view(FP8).to(torch.float32)
+    return torch.index_select(flat, 0, slots).to(torch.float32)

@@ -12,7 +12,7 @@ from .adjustments import table_bytes
 from .config import WorkerConfig
 from .loading import LoadError
 from .model import PagedModel
-from .warmup import run_largest_decode, run_largest_step
+from .warmup import run_largest_graphs, run_largest_step
 
 CPU_CACHE_BYTES = 1024**3
 """KV cache of a CPU worker, unless a size is given."""
@@ -108,8 +108,8 @@ def _free_cuda_bytes(
     torch.cuda.empty_cache()
     before, total = torch.cuda.mem_get_info(model.device)
     peak = _peak_bytes(model, lambda: run_largest_step(config, model, max_model_len))
-    if model.compiled:  # CUDA graphs keep the memory of the largest decode step to themselves
-        peak += _peak_bytes(model, lambda: run_largest_decode(config, model)) + GRAPH_BYTES
+    if model.compiled:  # CUDA graphs keep the memory of the largest of their steps to themselves
+        peak += _peak_bytes(model, lambda: run_largest_graphs(config, model)) + GRAPH_BYTES
     peak += table_bytes(config.max_num_seqs, model.vocab_size)
     used = total - before
     share = GPU_MEMORY_UTILIZATION if config.gpu_memory_utilization is None else config.gpu_memory_utilization

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,19 +15,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from . import inspection, invariance
 from .attention import flashinfer, registry
-from .attention.base import AttentionBackend, AttentionStep, DecodeAttention
+from .attention.base import AttentionBackend, AttentionStep
 from .attention.ops import OperatorRouter
 from .attention.reference import ReferenceAttention
 from .batch import Batch
 from .compiling import Compiled, compile_rows
-from .kv_cache import KVCache, LayerKV, kv_bytes_per_block
+from .kv_cache import FP8, KVCache, LayerKV, kv_bytes_per_block
 from .loading import LoadError, ModelSource, Progress, local_folder, read_config, resolve_dtype, weight_files
+from .pieces import TrunkPieces
+from .quantization import problem as quantization_problem
+from .quantization import quantize_linears
 from .sampler import greedy
 from .weights import dummy_module, safetensors_module
 
 log = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "flashinfer", "reference"]
+Quantization = Literal["fp8"]
+KVCacheDtype = Literal["auto", "fp8"]
 
 
 class PagedModel:
@@ -45,6 +51,8 @@ class PagedModel:
         attention_backend: BackendName,
         batch_invariant: bool,
         lanes: int,
+        quantization: Quantization | None = None,
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
         self.config: PretrainedConfig = module.config
         self.dtype = dtype
@@ -52,6 +60,8 @@ class PagedModel:
         self.lanes = lanes
         self.batch_invariant = batch_invariant
         self.module = module
+        self.quantization: Quantization | None = None
+        self.kv_dtype = FP8 if kv_cache_dtype == "fp8" else dtype
         self._trunk, self._head = _split(module)
         with inspection.named_failures(module):
             self.kv_spec: tuple[LayerKV, ...] = inspection.inspect_layers(module, self._trunk, device)
@@ -61,8 +71,13 @@ class PagedModel:
         self._backend: AttentionBackend | None = None
         self._router = OperatorRouter(self._layer_of)
         self._compiled: _CompiledModel | None = None
+        self._pieces: TrunkPieces | None = None
         with inspection.named_failures(module):
             self.vocab_size = self._check()
+            if quantization is not None:
+                _quantize(self._trunk, dtype, device, batch_invariant)
+                self.quantization = quantization
+                self._check()
 
     @property
     def compiled(self) -> bool:
@@ -94,29 +109,23 @@ class PagedModel:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("%s runs uncompiled, and so without CUDA graphs: %s", type(self.module).__name__, first_line)
 
-    def open_decode(
-        self, rows: int, page_starts: Tensor, last_page_lens: Tensor, page_indices: Tensor
-    ) -> DecodeAttention:
-        """See AttentionBackend.open_decode. The KV cache must be allocated; a new one needs new attention."""
-        if self._backend is None:
-            raise RuntimeError("the KV cache is not allocated yet")
-        return self._backend.open_decode(rows, page_starts, last_page_lens, page_indices)
-
-    @torch.no_grad()
-    def decode_hidden(self, attention: DecodeAttention, batch: Batch) -> Tensor:
-        """`hidden` for a step that is captured. The model must be compiled."""
-        return self._run_compiled(attention.open(batch), batch)
+    @property
+    def spare_pieces(self) -> int | None:
+        """See AttentionBackend.spare_pieces. The KV cache must be allocated."""
+        return self._allocated().spare_pieces
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of KV cache that one block of `block_size` tokens takes."""
-        return kv_bytes_per_block(self.kv_spec, block_size, self.dtype)
+        return kv_bytes_per_block(self.kv_spec, block_size, self.kv_dtype)
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> None:
         """Allocate blocks 0..num_blocks - 1 and the scratch block num_blocks, zeroed. A former cache is given up."""
         self._cache = self._backend = None
-        self._cache = KVCache(self.kv_spec, num_blocks, block_size, dtype=self.dtype, device=self.device)
+        self._cache = KVCache(self.kv_spec, num_blocks, block_size, dtype=self.kv_dtype, device=self.device)
         if self.attention_backend == "flashinfer":
-            self._backend = flashinfer.FlashInferAttention(self._cache, lanes=self.lanes, device=self.device)
+            self._backend = flashinfer.FlashInferAttention(
+                self._cache, dtype=self.dtype, lanes=self.lanes, device=self.device
+            )
         else:
             self._backend = ReferenceAttention(self._cache, per_query=self.batch_invariant)
 
@@ -131,11 +140,29 @@ class PagedModel:
             raise RuntimeError("the KV cache is not allocated yet")
         return self._cache.scratch_block
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Write the keys and values of all tokens, attend, and return the final norm's output: [T, hidden]."""
-        if self._backend is None or self._cache is None:
+    def capture_pieces(self, sizes: Sequence[int], pool: Any, progress: Progress) -> None:
+        """Captures CUDA graphs of the trunk for these numbers of tokens (see pieces), into a graphs' memory pool. The
+        model must be compiled, and nothing else may run on the device."""
+        if self._compiled is None:
+            raise RuntimeError("the model is not compiled")
+        self._pieces = TrunkPieces(self._compiled.trunk, self._router.enter, sizes, pool, self.device, progress)
+
+    def hidden(self, batch: Batch, *, in_pieces: bool = False) -> Tensor:
+        """Write the keys and values of all tokens, attend, and return the final norm's output: [T, hidden].
+
+        `in_pieces`: by the graphs of `capture_pieces`, if the step is none too large; the result is then valid until
+        the next such step.
+        """
+        backend = self._allocated()
+        if in_pieces and self._pieces is not None and self._pieces.takes(batch.num_tokens):
+            with torch.no_grad():
+                return self._pieces.run(backend.begin(batch), batch.token_ids, batch.positions)
+        return self._run(backend, backend.cache, batch)
+
+    def _allocated(self) -> AttentionBackend:
+        if self._backend is None:
             raise RuntimeError("the KV cache is not allocated yet")
-        return self._run(self._backend, self._cache, batch)
+        return self._backend
 
     @torch.no_grad()
     def logits(self, hidden_rows: Tensor) -> Tensor:
@@ -182,7 +209,8 @@ class PagedModel:
         mixed = [self.logits(rows) for rows in self._probe(inspection.mixed_steps(vocab, device))]
         for sequence, logits in enumerate(mixed):
             tokens = inspection.probe_tokens(vocab, sequence, device)
-            inspection.check_same(name, logits, inspection.own_logits(self.module, tokens), self.dtype)
+            own = inspection.own_logits(self.module, tokens)
+            inspection.check_same(name, logits, own, self.dtype, quantized=self.quantization is not None)
         if self.batch_invariant:
             alone = [self.logits(rows) for rows in self._probe(inspection.single_steps(vocab, device))]
             inspection.check_same_bits(name, mixed, alone)
@@ -250,6 +278,16 @@ def _choose_backend(
     return "flashinfer" if wanted != "reference" and problem is None else "reference"
 
 
+def _quantize(trunk: nn.Module, dtype: torch.dtype, device: torch.device, batch_invariant: bool) -> None:
+    problem = quantization_problem(device, dtype)
+    if batch_invariant:
+        problem = "batch-invariant mode does not know its products"
+    if problem is not None:
+        raise LoadError(f"--quantization fp8 cannot be used: {problem}")
+    count = quantize_linears(trunk)
+    log.info("%d linear layers are kept in 8 bits", count)
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -259,6 +297,8 @@ def load_model(
     batch_invariant: bool,
     lanes: int,
     progress: Progress,
+    quantization: Quantization | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
 ) -> PagedModel:
     """Load a model onto a device and check that it computes the same when paged.
 
@@ -286,6 +326,8 @@ def load_model(
         attention_backend=attention_backend,
         batch_invariant=batch_invariant,
         lanes=lanes,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
     )
     progress("model loaded", 1.0)
     return model

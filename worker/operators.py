@@ -18,6 +18,17 @@ LIBRARY.define("product(Tensor rows, Tensor weight) -> Tensor")
 LIBRARY.define("gated_product(Tensor rows, Tensor weight) -> Tensor")
 LIBRARY.define("likeliest(Tensor rows, Tensor weight) -> Tensor")
 LIBRARY.define("add_norm(Tensor left, Tensor right, Tensor weight, float eps) -> (Tensor, Tensor)")
+LIBRARY.define("quantize_rows(Tensor rows) -> (Tensor, Tensor)")
+LIBRARY.define("add_norm_quantize(Tensor left, Tensor right, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define("scaled_product(Tensor rows, Tensor row_scale, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
+LIBRARY.define(
+    "scaled_gated_product(Tensor rows, Tensor row_scale, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor"
+)
+
+LARGEST: Final = 448.0
+"""Of float8 e4m3."""
+_LEAST: Final = 1e-12
+"""Largest magnitude of a row below which its scale shrinks no further."""
 
 
 def settled(values: Tensor) -> Tensor:
@@ -69,6 +80,65 @@ def add_norm(left: Tensor, right: Tensor, weight: Tensor, eps: float) -> tuple[T
     return total, weight * normed.to(total.dtype)
 
 
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [T, K] as float8 e4m3 and the scale of each row [T] float32: rows ≈ float8 * scale[:, None]."""
+    if rows.is_cuda:
+        from . import kernels
+
+        return kernels.quantize_rows(rows.contiguous())
+    return quantize_rows_plain(rows)
+
+
+def quantize_rows_plain(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` in torch, on any device."""
+    wide = rows.float()
+    scale = wide.abs().amax(-1).clamp_min(_LEAST) / LARGEST
+    return (wide / scale[:, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def add_norm_quantize(left: Tensor, right: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_norm`, whose second result is quantised: the sum, float8 rows, their scales."""
+    if left.is_cuda:
+        from . import kernels
+
+        return kernels.add_norm_quantize(left.contiguous(), right.contiguous(), weight, eps)
+    total, normed = add_norm(left, right, weight, eps)
+    return total, *quantize_rows_plain(normed)
+
+
+def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows [T, K] @ weight [N, K].T, both float8, times row_scale [T] and scale [N]: [T, N] in dtype."""
+    if rows.is_cuda:
+        from . import kernels
+
+        if kernels.takes_scaled_product(rows, weight):
+            return kernels.scaled_product(rows, row_scale, weight, scale, dtype)
+        # The library's kernels give bfloat16.
+        out = torch._scaled_mm(
+            rows,
+            weight.t(),
+            scale_a=row_scale[:, None],
+            scale_b=scale[None, :],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return out.to(dtype)
+    wide = rows.float() @ weight.float().t()
+    return (wide * row_scale[:, None] * scale[None, :]).to(dtype)
+
+
+def scaled_gated_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gated_product` in 8 bits, of weight [2 N, K] and scale [2 N]: [T, N] in dtype."""
+    if rows.is_cuda:
+        from . import kernels
+
+        if kernels.takes_scaled_gated_product(rows, weight):
+            return kernels.scaled_gated_product(rows, row_scale, weight, scale, dtype)
+        return kernels.silu_mul(scaled_product(rows, row_scale, weight, scale, dtype))
+    gate, up = scaled_product(rows, row_scale, weight, scale, dtype).chunk(2, dim=1)
+    return functional.silu(gate) * up
+
+
 def _shape_of_settled(values: Tensor) -> Tensor:
     return values.new_empty(values.shape)
 
@@ -89,6 +159,28 @@ def _shape_of_add_norm(left: Tensor, right: Tensor, weight: Tensor, eps: float) 
     return left.new_empty(left.shape), left.new_empty(left.shape)
 
 
+def _shape_of_quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn), rows.new_empty(rows.shape[:1], dtype=torch.float32)
+
+
+def _shape_of_add_norm_quantize(
+    left: Tensor, right: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return left.new_empty(left.shape), *_shape_of_quantize_rows(left)
+
+
+def _shape_of_scaled_product(
+    rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[0]), dtype=dtype)
+
+
+def _shape_of_scaled_gated_product(
+    rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[0] // 2), dtype=dtype)
+
+
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("settled", settled, _device)
     LIBRARY.impl("product", product, _device)
@@ -100,3 +192,12 @@ torch.library.register_fake("tandem::product", _shape_of_product, lib=LIBRARY)
 torch.library.register_fake("tandem::gated_product", _shape_of_gated_product, lib=LIBRARY)
 torch.library.register_fake("tandem::likeliest", _shape_of_likeliest, lib=LIBRARY)
 torch.library.register_fake("tandem::add_norm", _shape_of_add_norm, lib=LIBRARY)
+for _name, _operator, _shape in (
+    ("quantize_rows", quantize_rows, _shape_of_quantize_rows),
+    ("add_norm_quantize", add_norm_quantize, _shape_of_add_norm_quantize),
+    ("scaled_product", scaled_product, _shape_of_scaled_product),
+    ("scaled_gated_product", scaled_gated_product, _shape_of_scaled_gated_product),
+):
+    for _device in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _operator, _device)
+    torch.library.register_fake(f"tandem::{_name}", _shape, lib=LIBRARY)

@@ -34,6 +34,7 @@ from .graphs import DecodeGraphs
 from .launcher import Launcher
 from .logprobs import unpack
 from .model import PagedModel
+from .pieces import piece_sizes
 from .rows import HostRows, Step
 from .staging import Lane, input_capacity
 from .state import DeviceState, stage, stage_masks
@@ -89,7 +90,9 @@ class Pipeline:
         self._on_result = on_result
         self._on_failure = on_failure
         self._book = grammars or GrammarBook(None, model.vocab_size, ())
-        capacity = input_capacity(slots, num_blocks, max_tokens)
+        self._spare = model.spare_pieces
+        pieces = 0 if self._spare is None else slots + self._spare
+        capacity = input_capacity(slots, num_blocks, max_tokens, pieces)
         self._lanes = [
             Lane(index, inputs=capacity, outputs=slots, device=model.device, mask_words=self._book.mask_words)
             for index in range(lookahead + 1)
@@ -159,8 +162,12 @@ class Pipeline:
         self._launcher.launch(lambda: self._start(flight), waits=waits)
 
     def capture(self, sizes: Sequence[int], progress: Callable[[str, float], None]) -> None:
-        """Captures CUDA graphs of decode steps of these numbers of rows. Nothing may be in flight."""
+        """Captures CUDA graphs of decode steps of these numbers of rows, and of what lies between the attention of
+        other steps. Nothing may be in flight."""
         self._graphs = DecodeGraphs(self._state, sizes, progress)
+        pieces = piece_sizes(self._max_tokens)
+        if pieces:
+            self._model.capture_pieces(pieces, self._graphs.pool, progress)
         self.reset()
 
     def _masks_of(self, step: Step, lane: Lane) -> StepMasks | None:
@@ -187,7 +194,7 @@ class Pipeline:
         if graphs is not None and graphs.take(step):
             decode = graphs.stage(step, lane, masks)
             return lambda: graphs.run(decode)
-        staged = stage(step, lane, masks)
+        staged = stage(step, lane, masks, self._spare)
         return lambda: state.run(staged)
 
     def _collect(self, flight: _Flight) -> torch.Tensor:

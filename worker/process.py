@@ -97,6 +97,8 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         batch_invariant=config.batch_invariant,
         lanes=config.lookahead + 1,
         progress=status.progress,
+        quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     weight_bytes, bandwidth = weight_bytes_per_step(model), copy_bandwidth(device)
     if device.type == "cuda" and not config.enforce_eager:

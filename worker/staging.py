@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .attention.sharing import PIECE_COLUMNS
+
 
 def _unnoticed() -> None:
     """Nobody watches."""
@@ -117,7 +119,7 @@ class Lane:
             host.copy_(values, non_blocking=True)
 
 
-def input_capacity(slots: int, num_blocks: int, max_tokens: int) -> int:
+def input_capacity(slots: int, num_blocks: int, max_tokens: int, pieces: int = 0) -> int:
     """Most int32 values that one step can bring: per slot the join columns, rows and samples; block table entries;
-    tokens."""
-    return 25 * slots + 2 * (num_blocks + slots) + 4 * max_tokens + 64
+    tokens; values that describe the `pieces` of contexts."""
+    return 25 * slots + 2 * (num_blocks + slots) + 4 * max_tokens + PIECE_COLUMNS * pieces + 64

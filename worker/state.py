@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .adjustments import Adjustments, StagedJoins, stage_joins
+from .attention.sharing import PIECE_COLUMNS, share_out
 from .batch import Batch
 from .logprobs import tell
 from .model import PagedModel
@@ -75,6 +76,8 @@ class StagedStep:
     masks: StagedMasks | None
     joins: StagedJoins | None
     features: StagedFeatures | None
+    pieces: Tensor | None
+    """[PIECE_COLUMNS, P]; see Batch."""
 
 
 @dataclass(slots=True)
@@ -97,9 +100,14 @@ def stage_masks(step: Step, lane: Lane, collect: Callable[[], Tensor]) -> Staged
     return StagedMasks(lane.put(step.grammar.at), collect)
 
 
-def stage(step: Step, lane: Lane, masks: StagedMasks | None) -> StagedStep:
-    """Writes a step into its lane, on the host."""
+def stage(step: Step, lane: Lane, masks: StagedMasks | None, spare_pieces: int | None) -> StagedStep:
+    """Writes a step into its lane, on the host. `spare_pieces`: see AttentionBackend."""
     plan, put = step.plan, lane.put
+    pieces = None
+    if spare_pieces is not None and step.decode_rows:
+        table = np.empty((PIECE_COLUMNS, step.decode_rows + spare_pieces), np.int32)
+        share_out(step.kv_lens[: step.decode_rows], table.shape[1], table)
+        pieces = put(table.reshape(-1)).view(table.shape)
     return StagedStep(
         step=step,
         lane=lane,
@@ -121,6 +129,7 @@ def stage(step: Step, lane: Lane, masks: StagedMasks | None) -> StagedStep:
         masks=masks,
         joins=None if step.joins is None else stage_joins(step.joins, lane),
         features=stage_features(step, lane),
+        pieces=pieces,
     )
 
 
@@ -172,7 +181,7 @@ class DeviceState:
         nothing."""
         self._apply(staged)
         batch, slots = self._prepare(staged)
-        hidden = self.model.hidden(batch)
+        hidden = self.model.hidden(batch, in_pieces=True)
         if staged.features is not None and len(staged.features.prompt_index):
             self._tell_prompts(staged.features, hidden, staged.lane)
         count = len(staged.step.sampled_rows)
@@ -231,6 +240,7 @@ class DeviceState:
             kv_lens_host=step.kv_lens,
             decode_rows=step.decode_rows,
             block_size=self.block_size,
+            pieces=staged.pieces,
         )
         return batch, slots
 

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from ..protocol.sampling import MAX_LOGPROBS
 from .adjustments import penalise, take_away
+from .attention.sharing import PIECE_COLUMNS, share_out
 from .batch import Batch
 from .config import WorkerConfig
 from .features import mask_words
 from .loading import LoadError
 from .logprobs import tell
 from .model import PagedModel
+from .pieces import piece_sizes
 from .sampler import SamplingColumns, sample
 
 CPU_TRIAL_S: Final = 0.4
@@ -105,12 +107,14 @@ def run_largest_step(config: WorkerConfig, model: PagedModel, max_model_len: int
     _try_largest(config, model, max_model_len, config.max_num_batched_tokens)
 
 
-def run_largest_decode(config: WorkerConfig, model: PagedModel) -> None:
-    """Runs a greedy step of as many decoding rows as there may be, over a cache of one block, which is left
-    allocated."""
+def run_largest_graphs(config: WorkerConfig, model: PagedModel) -> None:
+    """Runs the largest steps that are captured, over a cache of one block, which is left allocated: a greedy one of as
+    many decoding rows as there may be, and one of as many tokens as pieces take."""
     model.allocate_kv_cache(1, config.block_size)
     rows = np.ones(config.max_num_seqs, np.int32)
     model.greedy(model.hidden(scratch_batch(model, rows, config.block_size, len(rows), 0)))
+    tokens = np.ones(max(piece_sizes(config.max_num_batched_tokens), default=1), np.int32)
+    model.hidden(scratch_batch(model, tokens, config.block_size, 0, 0))
 
 
 def largest_steps(config: WorkerConfig, model: PagedModel, max_model_len: int, tokens: int) -> Iterator[Batch]:
@@ -147,7 +151,17 @@ def scratch_batch(
         kv_lens_host=kv_lens,
         decode_rows=decode_rows,
         block_size=block_size,
+        pieces=_pieces(model, kv_lens[:decode_rows]),
     )
+
+
+def _pieces(model: PagedModel, kv_lens: NDArray[np.int32]) -> torch.Tensor | None:
+    spare = model.spare_pieces
+    if spare is None or not len(kv_lens):
+        return None
+    most = len(kv_lens) + spare
+    table = share_out(kv_lens, most, np.empty((PIECE_COLUMNS, most), np.int32))
+    return torch.from_numpy(table).to(model.device)
 
 
 def _room(device: torch.device) -> str:

@@ -90,7 +90,7 @@ class Case:
         return backend.begin(self.batch).attend(layer, query, key, value).float()
 
     def flashinfer(self, lanes: int = 1) -> FlashInferAttention:
-        return FlashInferAttention(self.caches[torch.bfloat16], lanes=lanes, device=self.device)
+        return FlashInferAttention(self.caches[torch.bfloat16], dtype=torch.bfloat16, lanes=lanes, device=self.device)
 
     def reference(self) -> ReferenceAttention:
         return ReferenceAttention(self.caches[torch.float32], per_query=False)

@@ -125,16 +125,12 @@ def test_the_opening_of_a_decode_step() -> None:
     expected_table = table.clone()
     expected_table[3, 2], expected_table[4, 500] = 70_001, 70_002
     lengths = [3, 8, 2000, 0, 0]
-    pages = [count // block_size + 1 for count in lengths]
-    starts = torch.tensor([sum(pages[:row]) for row in range(len(pages))], dtype=torch.int32, device="cuda")
     long = torch.zeros(3, 5, dtype=torch.int64, device="cuda")
     kv_lens = torch.zeros(5, dtype=torch.int32, device="cuda")
-    page_indices = torch.zeros(sum(pages), dtype=torch.int32, device="cuda")
     kernels.open_decode(
         row_slot=row_slot,
         grow_column=grow_column,
         grow_block=grow_block,
-        page_starts=starts,
         block_table=table,
         length=length,
         last_token=last_token,
@@ -142,7 +138,6 @@ def test_the_opening_of_a_decode_step() -> None:
         positions=long[1],
         kv_slots=long[2],
         kv_lens=kv_lens,
-        page_indices=page_indices,
         block_size=block_size,
     )
     assert torch.equal(table, expected_table)
@@ -155,5 +150,67 @@ def test_the_opening_of_a_decode_step() -> None:
     assert long[2].tolist() == [
         block * block_size + count % block_size for block, count in zip(blocks, lengths, strict=True)
     ]
-    listed = torch.cat([row[:count] for row, count in zip(rows, pages, strict=True)])
-    assert torch.equal(page_indices, listed)
+
+
+def near(got: Tensor, expected: Tensor) -> bool:
+    """Tensor cores add up products of 8 bits with fewer bits than float32 has: the error grows with the sum's length,
+    and is far below that of rounding to 8 bits (about 0.03)."""
+    return bool((got.double() - expected).norm() <= 1e-2 * expected.norm())
+
+
+@pytest.mark.parametrize(("width", "depth"), [(6144, 4096), (4096, 14336), (64, 128), (192, 384)])
+def test_products_in_8_bits(width: int, depth: int) -> None:
+    from tandem.worker import kernels
+
+    weight, scale = operators.quantize_rows_plain(random(width, depth, scale=0.02))
+    for count in (*COUNTS, 33, 64, 65, 300):
+        rows = random(count, depth, seed=count) * 3
+        quantized, of_row = kernels.quantize_rows(rows)
+        plain, plain_scale = operators.quantize_rows_plain(rows)
+        assert torch.equal(of_row, plain_scale)
+        assert int((quantized.float() != plain.float()).sum()) <= 2 + rows.numel() // 1000  # ties after a division
+        exact = (quantized.double() * of_row.double()[:, None]) @ (weight.double() * scale.double()[:, None]).t()
+        for dtype in (torch.bfloat16, torch.float16):
+            got = operators.scaled_product(quantized, of_row, weight, scale, dtype)
+            assert got.dtype == dtype
+            assert near(got, exact)
+        gate, up = exact.chunk(2, dim=1)
+        gated = operators.scaled_gated_product(quantized, of_row, weight, scale, torch.bfloat16)
+        assert near(gated, torch.nn.functional.silu(gate) * up)
+        if kernels.takes_scaled_product(quantized, weight):
+            first = kernels.scaled_product(quantized, of_row, weight, scale, torch.bfloat16)
+            assert all(
+                torch.equal(kernels.scaled_product(quantized, of_row, weight, scale, torch.bfloat16), first)
+                for _ in range(10)
+            )
+
+
+def test_a_norm_that_quantises() -> None:
+    from tandem.worker import kernels
+
+    for width in (64, 4096, 5000):
+        left, right, weight = random(7, width), random(7, width, seed=1), random(width, seed=2)
+        total, normed = kernels.add_norm(left, right, weight, 1e-5)
+        own_total, quantized, scale = kernels.add_norm_quantize(left, right, weight, 1e-5)
+        expected, expected_scale = kernels.quantize_rows(normed)
+        assert torch.equal(own_total, total)
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(quantized.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_keys_and_values_in_8_bits() -> None:
+    from tandem.worker import kernels
+
+    tokens, query_heads, kv_heads, dim = 9, 8, 2, 128
+    query, key = random(tokens, query_heads, dim), random(tokens, kv_heads, dim, scale=300.0)
+    value = random(tokens, kv_heads, dim, scale=300.0, seed=3)
+    cos, sin = random(tokens, dim, seed=5), random(tokens, dim, seed=6)
+    slots = torch.randperm(50, device="cuda")[:tokens]
+    plain, small = (
+        [torch.zeros(50, kv_heads, dim, dtype=dtype, device="cuda") for _ in range(2)]
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    )
+    for keys, values in (plain, small):
+        kernels.rotate_append(query, key, value, cos, sin, slots, keys, values)
+    for wide, narrow in zip(plain, small, strict=True):
+        assert torch.equal(narrow.float(), wide.float().clamp(-448, 448).to(torch.float8_e4m3fn).float())

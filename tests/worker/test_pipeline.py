@@ -134,7 +134,7 @@ def test_a_new_registration_starts_from_nothing(rig: Rig) -> None:
 
 
 def test_a_failing_step_is_reported_and_no_result_is_invented(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the device is on fire")
 
     monkeypatch.setattr(PagedModel, "hidden", fail)
@@ -164,9 +164,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     opened = threading.Event()
     hidden = PagedModel.hidden
 
-    def waiting(self: PagedModel, batch: Any) -> Any:
+    def waiting(self: PagedModel, batch: Any, **options: Any) -> Any:
         assert opened.wait(DEADLINE_S)
-        return hidden(self, batch)
+        return hidden(self, batch, **options)
 
     monkeypatch.setattr(PagedModel, "hidden", waiting)
     yield opened

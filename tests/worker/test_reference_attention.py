@@ -146,5 +146,6 @@ def test_page_indices_are_the_rows_blocks_in_order() -> None:
     ends = [33, 5, 32]
     rows = [(torch.zeros(end, dtype=torch.int64), table, end - 1, end) for table, end in zip(tables, ends, strict=True)]
     batch = make_batch(rows, 3, 16, 10, CPU)
-    assert page_indices(batch, 6).tolist() == [7, 3, 9, 1, 4, 8]
-    assert page_indices(batch, 6).dtype == torch.int32
+    assert page_indices(batch, 0, 6).tolist() == [7, 3, 9, 1, 4, 8]
+    assert page_indices(batch, 1, 3).tolist() == [1, 4, 8]
+    assert page_indices(batch, 0, 6).dtype == torch.int32

@@ -396,7 +396,7 @@ class Step:
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Step]:
     made = Step()
-    monkeypatch.setattr(PagedModel, "hidden", lambda *_: made())
+    monkeypatch.setattr(PagedModel, "hidden", lambda *_, **__: made())
     yield made
     made.go.set()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..batch import Batch
@@ -28,25 +26,8 @@ class AttentionStep(Protocol):
         """
         ...
 
-    def attend_cached(self, layer: int, query: Tensor) -> Tensor:
-        """`attend` once the step's keys and values of the layer are in the cache."""
-        ...
-
-
-class DecodeAttention(Protocol):
-    """Attention of captured steps of a fixed number of decoding rows."""
-
-    reads_block_tables: bool
-    """`open` needs the batch's block tables; otherwise page_indices is all there is."""
-
-    def open(self, batch: Batch) -> AttentionStep:
-        """The step that is captured, this call's own work included. What the host knows of `batch` (lengths) holds for
-        no replay."""
-        ...
-
-    def plan(self, lane: int, page_starts: NDArray[np.int32], kv_lens: NDArray[np.int32]) -> None:
-        """Called before each replay, on its stream, with that replay's lengths [R] and where each row's pages begin
-        [R + 1]. Host buffers used here belong to `lane`."""
+    def attend_cached(self, layer: int, query: Tensor, out: Tensor | None = None) -> Tensor:
+        """`attend` once the step's keys and values of the layer are in the cache; into `out` if it is given."""
         ...
 
 
@@ -54,17 +35,18 @@ class AttentionBackend(ABC):
     """Attention over one KV cache. Launches work on the current stream and never waits for it."""
 
     name: ClassVar[str]
+    cache: KVCache
 
     @abstractmethod
     def begin(self, batch: Batch) -> AttentionStep:
-        """Prepare a step. Host buffers used here belong to `batch.lane` until the step's copies have run."""
+        """Prepare a step. Host buffers used here belong to `batch.lane` until the step's copies have run.
 
-    @abstractmethod
-    def open_decode(
-        self, rows: int, page_starts: Tensor, last_page_lens: Tensor, page_indices: Tensor
-    ) -> DecodeAttention:
-        """Attention for captured steps of `rows` decoding rows.
-
-        Device tensors, int32, which hold the values of each replay: page_starts [rows + 1] where each row's block ids
-        begin in page_indices, last_page_lens [rows] tokens in each row's last block. They are overwritten here.
+        Of a step in which all rows decode, what is launched here and later may be captured and replayed with other
+        values in the batch's device tensors: nothing then goes by what the host knows of lengths.
         """
+
+    @property
+    def spare_pieces(self) -> int | None:
+        """Into how many more pieces than there are rows the contexts of decoding rows may be cut (see `share_out`),
+        which then come as `Batch.pieces`; None: the backend takes no pieces."""
+        return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,16 @@ LIBRARY.define(
     "rotate_attend(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, int layer, int caller) -> Tensor"
 )
 
-_steps: Final[dict[int, AttentionStep]] = {}
+_steps: Final[dict[int, AttentionStep | Recorder]] = {}
 _numbers: Final = itertools.count()
+
+
+class Recorder(Protocol):
+    """What stands for a step while a model's calls are only recorded."""
+
+    def record(self, layer: int, *given: Tensor) -> Tensor:
+        """`given` is query, key, value, and cos, sin if the call rotates. Returns room for the call's result."""
+        ...
 
 
 class OperatorRouter:
@@ -40,26 +48,56 @@ class OperatorRouter:
         out: Tensor = torch.ops.tandem.attend(query, key, value, self._layer_of[layer_idx], self.caller)
         return out
 
-    def enter(self, step: AttentionStep) -> None:
+    def enter(self, step: AttentionStep | Recorder) -> None:
         """The operators' calls belong to `step` from now on."""
         _steps[self.caller] = step
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, layer: int, caller: int) -> Tensor:
-    return _steps[caller].attend(layer, query, key, value)
+    step = _steps[caller]
+    if hasattr(step, "record"):
+        return step.record(layer, query, key, value)
+    return attend_by(step, layer, query, key, value)
 
 
 def _rotate_attend(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, layer: int, caller: int
 ) -> Tensor:
     step = _steps[caller]
+    if hasattr(step, "record"):
+        return step.record(layer, query, key, value, cos, sin)
+    return rotate_attend_by(step, layer, query, key, value, cos, sin)
+
+
+def attend_by(
+    step: AttentionStep, layer: int, query: Tensor, key: Tensor, value: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """`AttentionStep.attend`, into `out` if it is given."""
+    if out is None:
+        return step.attend(layer, query, key, value)
+    step.cache.append(layer, step.kv_slots, key, value)
+    return step.attend_cached(layer, query, out)
+
+
+def rotate_attend_by(
+    step: AttentionStep,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of query and key rotated by cos and sin [T, D], into `out` if it is given."""
     if not query.is_cuda:
-        return step.attend(layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
+        return attend_by(step, layer, rotate(query, cos, sin), rotate(key, cos, sin), value, out=out)
     from .. import kernels
 
     keys, values = step.cache.flat(layer)
     rotated = kernels.rotate_append(query, key, value, cos, sin, step.kv_slots, keys, values)
-    return step.attend_cached(layer, rotated)
+    return step.attend_cached(layer, rotated, out)
 
 
 def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

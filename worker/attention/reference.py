@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..batch import Batch
-from ..kv_cache import KVCache, LayerKV
+from ..kv_cache import KVCache, LayerKV, select_slots
 from .base import AttentionBackend
 
 TILE = 128
@@ -44,26 +44,6 @@ class ReferenceAttention(AttentionBackend):
     def begin(self, batch: Batch) -> ReferenceStep:
         return ReferenceStep(self.cache, batch, per_query=self.per_query)
 
-    def open_decode(
-        self, rows: int, page_starts: Tensor, last_page_lens: Tensor, page_indices: Tensor
-    ) -> ReferenceDecode:
-        return ReferenceDecode(self)
-
-
-class ReferenceDecode:
-    """A captured step needs no plan: on CUDA nothing here goes by what the host knows of the lengths."""
-
-    reads_block_tables = True
-
-    def __init__(self, backend: ReferenceAttention) -> None:
-        self._backend = backend
-
-    def open(self, batch: Batch) -> ReferenceStep:
-        return self._backend.begin(batch)
-
-    def plan(self, lane: int, page_starts: NDArray[np.int32], kv_lens: NDArray[np.int32]) -> None:
-        pass
-
 
 class ReferenceStep:
     def __init__(self, cache: KVCache, batch: Batch, *, per_query: bool) -> None:
@@ -71,7 +51,8 @@ class ReferenceStep:
         self.batch = batch
         self.kv_slots = batch.kv_slots
         self.per_query = per_query
-        self.tables = _whole_tiles(batch.block_tables, batch.block_size, cache.scratch_block)
+        tables = batch.block_tables if batch.lines is None else batch.block_tables[batch.lines.to(torch.int64)]
+        self.tables = _whole_tiles(tables, batch.block_size, cache.scratch_block)
         # A captured graph replays with other lengths, so only a CPU may go by what the host knows of them.
         self.by_host = not batch.token_ids.is_cuda
         starts = batch.query_starts.tolist()
@@ -83,9 +64,10 @@ class ReferenceStep:
         self.cache.append(layer, self.kv_slots, key, value)
         return self.attend_cached(layer, query)
 
-    def attend_cached(self, layer: int, query: Tensor) -> Tensor:
+    def attend_cached(self, layer: int, query: Tensor, out: Tensor | None = None) -> Tensor:
         spec = self.cache.spec[layer]
-        out = torch.empty(query.shape[0], spec.query_heads, spec.value_dim, dtype=query.dtype, device=query.device)
+        if out is None:
+            out = torch.empty(query.shape[0], spec.query_heads, spec.value_dim, dtype=query.dtype, device=query.device)
         chunk = max(1, _GATHER_BUDGET // (TILE * spec.kv_heads * max(spec.head_dim, spec.value_dim) * 4))
         for start, end in _chunks(0, self.scattered, chunk):
             tiles = self._tiles(spec, self.batch.kv_lens_host[start:end] - 1)
@@ -147,8 +129,8 @@ class ReferenceStep:
         slots = slots[: kv_positions.shape[0]]
         group = spec.query_heads // spec.kv_heads
         q = query[start:end].to(torch.float32).mul(spec.scale).reshape(n, spec.kv_heads, group, spec.head_dim)
-        k = keys[slots].to(torch.float32).permute(1, 2, 0)
-        v = values[slots].to(torch.float32).transpose(0, 1)
+        k = select_slots(keys, slots).permute(1, 2, 0)
+        v = select_slots(values, slots).transpose(0, 1)
         scores = _softcap(torch.matmul(q.permute(1, 2, 0, 3).flatten(1, 2), k), spec.softcap)
         scores = scores.view(spec.kv_heads, group, n, -1)
         query_positions = torch.arange(kv_len - n, kv_len, device=query.device)[:, None]
@@ -226,7 +208,7 @@ def _head_rows(tables: Tensor, tile: int, block_size: int, kv_heads: int) -> Ten
 
 def _gather(cache: Tensor, rows: Tensor) -> Tensor:
     """Rows of a flat cache [slots, kv_heads, dim], float32. (index_select is many times quicker here than indexing.)"""
-    return torch.index_select(cache.view(-1, cache.shape[2]), 0, rows).to(torch.float32)
+    return select_slots(cache.view(-1, cache.shape[2]), rows)
 
 
 def _bmm(left: Tensor, right: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Measures figures of the whole system on one GPU: client → scheduler → worker → client, Llama-3.1-8B's shape, random
+# weights, greedy, stop tokens ignored. One service for all figures of a precision; the peer after it, if it is there.
+#
+#   bench/h200.sh [-r REPEATS] FIGURE …
+#
+#   A  32 × (256 + 1,024)      D  1 × (256 + 512)        start  from nothing to ready, twice
+#   B  32 × (256 + 8,192)      E  256 × (256 + 512)      idle   gaps between kernels, by torch.profiler, under A
+#   C  ragged, 512 at once     F  A in FP8               sync   A, C and E with lookahead 0
+#   peer-A peer-B peer-C peer-E  transformers' continuous batching, its best configuration found (needs $PEER, the script)
+#
+# Results go into $RESULTS (default bench/results), one JSON file a figure. $PYTHON (default python3) must find tandem.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+RESULTS=${RESULTS:-bench/results}
+PYTHON=${PYTHON:-python3}
+PEER=${PEER:-}
+REPEATS=3
+while getopts r: option; do
+  case $option in r) REPEATS=$OPTARG ;; *) exit 2 ;; esac
+done
+shift $((OPTIND - 1))
+(( $# )) || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+
+tandem=("$PYTHON" -P -c 'import sys; from tandem.launch.cli import main; sys.exit(main())')
+model=(--model bench/shapes/llama-3.1-8b --load-format dummy --dtype bfloat16 --max-model-len 16384
+  --max-num-seqs 512 --max-num-batched-tokens 4096 --no-enable-prefix-caching)
+prefix=$RESULTS/$(date +%F)-$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().split()[-1].lower())')-8b
+home=$(mktemp -d)
+chmod 700 "$home"
+service=
+trap stop_service EXIT
+
+start_service() { # start_service FLAGS…: waits until it is ready
+  stop_service
+  "${tandem[@]}" serve --address "ipc://$home/service" "${http[@]}" "${model[@]}" "$@" >"$home/log" 2>&1 &
+  service=$!
+  until grep -q '^Serving ' "$home/log"; do
+    kill -0 "$service" 2>/dev/null || { tail -n 30 "$home/log"; exit 1; }
+    sleep 0.1
+  done
+  grep -m1 '^Serving ' "$home/log"
+}
+
+stop_service() {
+  [[ -n $service ]] && kill -TERM "$service" && wait "$service"
+  service=
+}
+
+http=()
+"${tandem[@]}" serve --help | grep -q -- --no-http && http=(--no-http)
+
+offline() { # offline NAME FLAGS…
+  local name=$1
+  shift
+  echo "--- $name"
+  "${tandem[@]}" bench offline --connect "ipc://$home/service" --out "$prefix-$name.json" "$@" 2>&1 \
+    | grep -E '^run |requests completed|^device|rror' || echo "$name FAILED"
+  nvidia-smi --query-gpu=clocks.sm,power.draw,temperature.gpu --format=csv,noheader
+}
+
+load() { # load FIGURE [SUFFIX]
+  case $1 in
+    A | F) offline "load-${1,,}-32x256+1024${2:-}" --repeats "$REPEATS" --num-prompts 32 --prompt-tokens 256 --output-tokens 1024 ;;
+    B) offline "load-b-32x256+8192${2:-}" --num-prompts 32 --prompt-tokens 256 --output-tokens 8192 ;;
+    C) offline "load-c-ragged-512${2:-}" --repeats "$REPEATS" --num-prompts 512 --workload ragged ;;
+    D) offline "load-d-1x256+512${2:-}" --repeats "$REPEATS" --num-prompts 1 --prompt-tokens 256 --output-tokens 512 ;;
+    E) offline "load-e-256x256+512${2:-}" --repeats "$REPEATS" --num-prompts 256 --prompt-tokens 256 --output-tokens 512 ;;
+  esac
+}
+
+peer() { # peer FIGURE FLAGS…: the fast path with compilation, asynchronous
+  local name=$1
+  shift
+  echo "--- transformers, load $name"
+  if [[ ! -f $PEER ]]; then
+    echo "no peer: set PEER to the script of its benchmark"
+    return
+  fi
+  "$PYTHON" "$PEER" --attn torch-fa2-decode --mode async --compile-level 1 --skip-selftest \
+    --json "$prefix-peer-${name,,}.jsonl" "$@" 2>&1 | tail -n 3
+}
+
+running= # which service runs
+need() { # need FLAGS…
+  [[ $running == "$*" && -n $service ]] || start_service "$@"
+  running="$*"
+}
+
+for figure in "$@"; do
+  case $figure in
+    A | B | C | D | E) need; load "$figure" ;;
+    F) need --quantization fp8 --kv-cache-dtype fp8; load F ;;
+    sync) need --lookahead 0; load A -lookahead-0; load C -lookahead-0; load E -lookahead-0 ;;
+    start) need; stop_service; running=; need; offline start-first-token --num-warmups 0 --num-prompts 1 --prompt-tokens 16 --output-tokens 1 ;;
+    idle)
+      stop_service; running=
+      "${tandem[@]}" scheduler --address "ipc://$home/service" >"$home/scheduler.log" 2>&1 &
+      scheduler=$!
+      worker='{"name":"watched","scheduler":"ipc://'$home/service'","model":"bench/shapes/llama-3.1-8b","load_format":"dummy",
+        "dtype":"bfloat16","max_model_len":16384,"max_num_seqs":512,"max_num_batched_tokens":4096}'
+      "$PYTHON" -P -m tandem.bench.kernel_gaps "$prefix-idle-profiled.json" 5 --config-json "$worker" >"$home/worker.log" 2>&1 &
+      watched=$!
+      offline idle-live --num-prompts 32 --prompt-tokens 256 --output-tokens 3000 --num-warmups 32 &
+      until grep -q registered "$home/worker.log" || ! kill -0 $watched; do sleep 0.2; done
+      sleep 8
+      kill -USR1 $watched
+      wait %3 2>/dev/null || wait $!
+      until [[ -s $prefix-idle-profiled.json ]] || ! kill -0 $watched; do sleep 0.5; done
+      cat "$prefix-idle-profiled.json"
+      kill -TERM $watched $scheduler
+      wait $watched $scheduler
+      ;;
+    peer-A) stop_service; running=; peer A --batch 32 --prompt-len 256 --max-new-tokens 1024 --repeat 2 ;;
+    peer-B) stop_service; running=; peer B --batch 32 --prompt-len 256 --max-new-tokens 8192 ;;
+    peer-C) stop_service; running=; peer C --mixed --batch 512 ;;
+    peer-E) stop_service; running=; peer E --batch 256 --prompt-len 256 --max-new-tokens 512 --repeat 2 ;;
+    *) echo "no figure $figure"; exit 2 ;;
+  esac
+done

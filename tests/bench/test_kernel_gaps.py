@@ -1,0 +1,29 @@
+"""Gaps between kernels, of hand-made timelines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tandem.bench.kernel_gaps import idle_share
+
+
+def test_only_gaps_without_any_kernel_count_and_only_long_ones() -> None:
+    kernels = [
+        (60_000, 100_000),
+        (0, 50_000),  # 10 µs before the next: not over it
+        (20_000, 30_000),  # within another
+        (70_000, 130_000),  # overlaps
+        (150_000, 160_000),  # 20 µs after
+        (200_000, 1_000_000),  # 40 µs after
+    ]
+    found = idle_share(kernels)
+    assert found["kernels"] == 6
+    assert found["gaps"] == 2
+    assert found["longest_gap_us"] == 40
+    assert found["seconds"] == pytest.approx(1e-3)
+    assert found["idle_share"] == pytest.approx(0.06)
+
+
+def test_nothing_and_a_single_kernel_are_no_idle_time() -> None:
+    assert idle_share([])["idle_share"] == 0
+    assert idle_share([(5, 9)])["idle_share"] == 0
