@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -9,6 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tandem.client.stats import Histogram, Stats, WorkerStats
 from tandem.gateway.metrics import GatewayMetrics, page
 from tandem.launch.stats import quantile
+from tandem.protocol.messages import StepResult
+from tandem.scheduler.metrics import Counters, DeviceMeter
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def worker(name: str, registration: int) -> WorkerStats:
@@ -86,3 +95,54 @@ def test_a_scheduler_that_does_not_answer_is_told_beside_the_gateways_own_figure
 def test_quantiles_are_those_of_prometheus(counts: list[int], share: float, value: float | None) -> None:
     made = Histogram(name="x", bounds=(1.0, 3.0), counts=np.array(counts, np.int64), total=0.0)
     assert quantile(made, share) == value
+
+
+def every_metric() -> dict[str, set[str]]:
+    """All samples' names that a gateway may show, and the labels of each."""
+    counters, meter = Counters(), DeviceMeter(1, 1, 1)
+    meter.result(StepResult(epoch=1, registration=1, step=0, busy_us=9, gap_us=1, kv_tokens=1), 99.0, 98.0, False, 1)
+    told = replace(worker("w", 1), histograms=meter.histograms(), recent_idle_share=0.1, decode_floor_us=1)
+    stats = Stats(
+        epoch=1,
+        running=0,
+        waiting=0,
+        preemptions=0,
+        finished={"stop": 1},
+        refusals={"invalid": 1},
+        histograms=counters.histograms(),
+        workers=(told,),
+    )
+    metrics = GatewayMetrics()
+    metrics.begun()
+    metrics.ended("/v1/models", "GET", 200, 0.1)
+    found: dict[str, set[str]] = {}
+    for name, labels in read(metrics.page(stats, "m")):
+        found.setdefault(name, set()).update(dict(labels))
+    return found
+
+
+def test_the_dashboard_asks_for_metrics_and_labels_that_exist() -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    known = every_metric()
+    asked: set[str] = set()
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert len(expressions) > 40
+    for expression in expressions:
+        for name, labels in re.findall(r"((?:tandem:|http_)\w+)(?:\{([^}]*)\})?", expression):
+            assert name in known, f"{name} in {expression}"
+            asked.add(name)
+            used = set(re.findall(r"(\w+)(?:=~|!~|=|!=)", labels))
+            assert used <= known[name], f"{name} has no label {used - known[name]}"
+        (grouped,) = re.findall(r"max by \(([^)]*)\)", expression)[:1] or ("",)
+        labels_of_all = set.union(*(known[name] for name in re.findall(r"(?:tandem:|http_)\w+", expression)))
+        assert set(filter(None, grouped.split(", "))) <= labels_of_all
+    assert {"tandem:step_gap_seconds_bucket", "tandem:gpu_gap_seconds_total"} <= asked
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_of_metrics_names_each_of_them() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    for name in every_metric():
+        base = re.sub(r"_(bucket|sum|count|created)$", "", name.removeprefix("tandem:"))
+        assert f"`{base}" in text, f"docs/metrics.md does not name {base}"
