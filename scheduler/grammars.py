@@ -29,17 +29,18 @@ MAX_LOSSES: Final = 2
 """A grammar that was being checked when so many workers were lost is refused."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Held:
     """A submission that waits for a verdict."""
 
     event: Submitted
     since: float
+    check: _Check
     cancelled: set[int] = field(default_factory=set)
     """Tickets of its samples that were cancelled meanwhile."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Check:
     number: int
     grammar: StructuredOutputsParams
@@ -63,23 +64,33 @@ class Grammars:
         self._turns: OrderedDict[int, deque[_Check]] = OrderedDict()
         """By client, in the order of their turns: checks that no worker was asked about."""
         self._next_number = 0
+        self._of_client: dict[int, list[Held]] = {}
+        self.held = 0
+        """Requests that wait for a verdict …"""
+        self.held_tokens = 0
+        """… and their known tokens."""
 
     # --- figures ---------------------------------------------------------------------------------------------------
 
-    @property
-    def held(self) -> int:
-        """Requests that wait for a verdict."""
-        return sum(held.event.n for check in self._checks.values() for held in check.held)
-
-    @property
-    def held_tokens(self) -> int:
-        """Their known tokens."""
-        events = [held.event for check in self._checks.values() for held in check.held]
-        return sum(event.n * (len(event.prompt) + len(event.generated)) for event in events)
-
     def held_of(self, client: int) -> list[Held]:
         """A client's submissions that wait for a verdict."""
-        return [held for check in self._checks.values() for held in check.held if held.event.client == client]
+        return self._of_client.get(client, [])
+
+    def _count(self, held: Held, sign: int) -> None:
+        event = held.event
+        self.held += sign * event.n
+        self.held_tokens += sign * event.n * (len(event.prompt) + len(event.generated))
+
+    def _enter(self, held: Held) -> None:
+        self._count(held, 1)
+        self._of_client.setdefault(held.event.client, []).append(held)
+
+    def _leave(self, held: Held) -> None:
+        self._count(held, -1)
+        of_client = self._of_client[held.event.client]
+        of_client.remove(held)
+        if not of_client:
+            del self._of_client[held.event.client]
 
     # --- verdicts --------------------------------------------------------------------------------------------------
 
@@ -115,7 +126,9 @@ class Grammars:
             self._next_number += 1
             self._checks[grammar] = self._numbers[check.number] = check
             self._turns.setdefault(event.client, deque()).append(check)
-        check.held.append(Held(event, now))
+        held = Held(event, now, check)
+        check.held.append(held)
+        self._enter(held)
         return None
 
     def settle(self, worker: int, number: int, error: str, now: float) -> list[Held]:
@@ -129,23 +142,25 @@ class Grammars:
 
     def withdraw(self, client: int, ticket: int) -> Held | None:
         """Notes that a request was cancelled; its submission, if all of it is cancelled now and so waits no more."""
-        for check in list(self._checks.values()):
-            for held in check.held:
-                event = held.event
-                if event.client == client and event.ticket <= ticket < event.ticket + event.n:
-                    held.cancelled.add(ticket)
-                    if len(held.cancelled) < event.n:
-                        return None
-                    check.held.remove(held)
-                    self._drop_idle(check)
-                    return held
+        for held in self.held_of(client):
+            event = held.event
+            if event.ticket <= ticket < event.ticket + event.n:
+                held.cancelled.add(ticket)
+                if len(held.cancelled) < event.n:
+                    return None
+                self._withdraw(held)
+                return held
         return None
+
+    def _withdraw(self, held: Held) -> None:
+        self._leave(held)
+        held.check.held.remove(held)
+        self._drop_idle(held.check)
 
     def forget_client(self, client: int) -> None:
         """Its submissions wait no more."""
-        for check in list(self._checks.values()):
-            check.held = [held for held in check.held if held.event.client != client]
-            self._drop_idle(check)
+        for held in list(self.held_of(client)):
+            self._withdraw(held)
 
     # --- workers ---------------------------------------------------------------------------------------------------
 
@@ -194,6 +209,8 @@ class Grammars:
             self._forget(check)
 
     def _forget(self, check: _Check) -> None:
+        for held in check.held:
+            self._leave(held)
         del self._checks[check.grammar]
         del self._numbers[check.number]
 
@@ -205,5 +222,10 @@ class Grammars:
         asked = [check.number for check in self._numbers.values() if check.worker is not None]
         if sorted(queued + asked) != sorted(self._numbers) or len(self._checks) != len(self._numbers):
             raise AssertionError(f"checks {sorted(self._numbers)} are queued {queued} or asked {asked}")
+        waiting = [held for check in self._numbers.values() for held in check.held]
+        if self.held != sum(held.event.n for held in waiting) or len(waiting) != sum(
+            map(len, self._of_client.values())
+        ):
+            raise AssertionError(f"{self.held} requests are counted as held, by {len(waiting)} submissions")
         if not all(self._turns.values()):
             raise AssertionError("a client has a turn and nothing to check")

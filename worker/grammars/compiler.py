@@ -104,4 +104,6 @@ def _escape(text: str) -> str:
 
 def _first(error: str) -> str:
     """What of an error is worth telling: nothing of the parser's insides."""
+    if error.startswith("NoExtensionBias"):
+        return "nothing that the model can write satisfies it"
     return error.removesuffix("<non-verbose/>").strip()[:LONGEST_ERROR] or "unknown error"

@@ -22,7 +22,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from ...protocol.codec import decode
 from ...protocol.structured import StructuredOutputsParams
-from .compiler import GrammarError, compile_grammar, open_tokenizer, raise_error
+from .compiler import LONGEST_ERROR, GrammarError, compile_grammar, open_tokenizer, raise_error
 
 CPU_S: Final = 1.0
 """Processor time for compiling a grammar and following it for TRIAL_TOKENS."""
@@ -95,6 +95,8 @@ def _try_and_leave(data: bytes, tokenizer: LLTokenizer, writer: int) -> None:
             try_grammar(decode(data, StructuredOutputsParams), tokenizer)
         except GrammarError as problem:
             error = str(problem)
+        except Exception as problem:  # noqa: BLE001 - of whatever kind, it is this grammar's
+            error = f"{type(problem).__name__}: {problem}"[:LONGEST_ERROR]
         os.write(writer, frame(error.encode()))
         code = 0
     finally:

@@ -1,0 +1,346 @@
+"""Grammars on a worker: compiled as they are meant, tried where they can do no harm, followed step by step."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLTokenizer
+
+from tandem.protocol.errors import ProtocolError
+from tandem.protocol.messages import StepPlan
+from tandem.protocol.structured import StructuredOutputsParams
+from tandem.worker.grammars import sandbox
+from tandem.worker.grammars.book import MOST, GrammarBook
+from tandem.worker.grammars.checker import GrammarChecker
+from tandem.worker.grammars.compiler import GrammarError
+from tandem.worker.grammars.masks import MaskThread, StepMasks
+from tandem.worker.grammars.slots import GrammarSlots, GrammarStep, JoiningRow
+from tandem.worker.sampler import AllowedTokens, allow
+
+from support.hostile_grammars import HOSTILE
+from support.tiny_models import EOS, VOCAB, tiny_tokenizer
+
+DEADLINE_S = 60.0
+TOKENIZER = tiny_tokenizer()
+BYTES = TOKENIZER.to_str().encode()
+BOOK = GrammarBook(BYTES, VOCAB, (EOS,))
+VISIBLE = st.characters(codec="ascii", min_codepoint=0x21, max_codepoint=0x7E)
+
+
+def ids(text: str) -> list[int]:
+    return [int(token) for token in TOKENIZER.encode(text, add_special_tokens=False).ids]
+
+
+def accepts(wanted: StructuredOutputsParams, text: str) -> bool:
+    """Whether the text is a whole answer."""
+    matcher = BOOK.matcher(wanted)
+    tokens = ids(text)
+    return int(matcher.try_consume_tokens(tokens)) == len(tokens) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "good", "bad"),
+    [
+        ({"json": '{"type": "integer"}'}, ["7", "-12"], ["x", "", "1.5"]),
+        ({"json": "{}"}, ["7", '{"a": [null]}'], ["a"]),
+        ({"json_object": True}, ["{}", '{ "a" : 1 }'], ["[]", "1"]),
+        ({"json_object": True, "disable_any_whitespace": True}, ['{"a":1}'], ['{"a": 1}']),
+        ({"json_object": True, "whitespace_pattern": "_?"}, ['{"a":_1}'], ['{"a": 1}']),
+        ({"regex": "a+|b"}, ["aaa", "b"], ["ab", "", "c"]),
+        ({"regex": "^a/b$"}, ["a/b"], ["a"]),
+        ({"choice": ("a", "ab", "a.b|c", "a/b\\n")}, ["a", "ab", "a.b|c", "a/b\\n"], ["axb|c", "b", ""]),
+        ({"grammar": 'start: "a" start | "b"'}, ["aab"], ["aa"]),
+        ({"grammar": 'root ::= "a" root | "b"'}, ["aab"], ["aa"]),
+    ],
+)
+def test_each_kind_means_what_it_says(wanted: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    params = StructuredOutputsParams(**wanted)
+    assert [text for text in good if not accepts(params, text)] == []
+    assert [text for text in bad if accepts(params, text)] == []
+
+
+@settings(max_examples=100)
+@given(st.lists(st.text(VISIBLE, min_size=1, max_size=8), min_size=1, max_size=5), st.data())
+def test_a_choice_is_taken_literally(texts: list[str], data: st.DataObject) -> None:
+    params = StructuredOutputsParams(choice=tuple(texts))
+    assert all(accepts(params, text) for text in texts)
+    text = data.draw(st.sampled_from(texts))
+    at = data.draw(st.integers(0, len(text) - 1))
+    other = text[:at] + data.draw(VISIBLE) + text[at + 1 :]
+    assert accepts(params, other) == (other in texts)
+
+
+def test_a_model_without_what_grammars_need_says_so() -> None:
+    for book, story in (
+        (GrammarBook(None, VOCAB, (EOS,)), "without a tokenizer"),
+        (GrammarBook(BYTES, VOCAB, ()), "no end-of-sequence token"),
+        (GrammarBook(b"{", VOCAB, (EOS,)), "tokenizer cannot be used"),
+        (GrammarBook(BYTES, 10, (EOS,)), "tokenizer cannot be used"),
+    ):
+        assert story in book.problem
+        with pytest.raises(GrammarError, match=story):
+            book.matcher(StructuredOutputsParams(regex="a"))
+
+
+def test_the_book_keeps_so_many_grammars_and_forgets_what_it_is_told_to() -> None:
+    book = GrammarBook(BYTES, VOCAB, (EOS,))
+    grammars = [StructuredOutputsParams(regex=f"a{{{count}}}") for count in range(1, MOST + 2)]
+    for wanted in grammars:
+        book.matcher(wanted)
+    assert [book.holds(wanted) for wanted in grammars] == [False] + [True] * MOST
+    book.discard(grammars[-1])
+    assert not book.holds(grammars[-1])
+
+
+# --- checking --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checker() -> Iterator[GrammarChecker]:
+    made = GrammarChecker(GrammarBook(BYTES, VOCAB, (EOS,)))
+    yield made
+    made.close()
+
+
+def verdict(checker: GrammarChecker, wanted: StructuredOutputsParams) -> str:
+    answered = threading.Event()
+    answers: list[str] = []
+
+    def answer(error: str) -> None:
+        answers.append(error)
+        answered.set()
+
+    checker.check(wanted, answer)
+    assert answered.wait(DEADLINE_S)
+    return answers[0]
+
+
+def test_a_good_grammar_is_compiled_once_it_has_passed(checker: GrammarChecker) -> None:
+    wanted = StructuredOutputsParams(regex="good+")
+    assert verdict(checker, wanted) == ""
+    assert checker._book.holds(wanted)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_grammar_is_refused_or_followed_within_bounds(checker: GrammarChecker, name: str) -> None:
+    """Nothing that is tried takes this process's memory, or its sandbox away; what passes can be followed."""
+    wanted, story = HOSTILE[name]
+    process = checker._sandbox._process
+    assert process is not None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    error = verdict(checker, wanted)
+    assert (story in error) if story else error == "", error
+    assert len(error) <= 1_100
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+    assert checker._sandbox._process is process
+    assert process.poll() is None
+
+
+def test_a_sandbox_that_is_killed_is_replaced() -> None:
+    checker = GrammarChecker(BOOK)
+    try:
+        process = checker._sandbox.start()
+        process.kill()
+        process.wait()
+        assert verdict(checker, StructuredOutputsParams(regex="after")) == ""
+        assert checker._sandbox._process is not process
+    finally:
+        checker.close()
+
+
+def test_a_trial_refuses_a_grammar_whose_tokens_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = LLTokenizer(BOOK_TEXT, n_vocab=VOCAB, eos_token=[EOS])
+    monkeypatch.setattr(sandbox, "TOKEN_CPU_S", -1.0)
+    with pytest.raises(GrammarError, match="choosing a token takes"):
+        sandbox.try_grammar(StructuredOutputsParams(regex="a{5}"), tokenizer)
+
+
+BOOK_TEXT = json.dumps(
+    {
+        **json.loads(BYTES),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+    }
+)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def columns(**changes: Any) -> StepPlan:
+    values: dict[str, Any] = {
+        name: np.array(value, np.int32) if isinstance(value, list) else value for name, value in changes.items()
+    }
+    return StepPlan(epoch=1, registration=1, step=0, **values)
+
+
+def test_slots_follow_plans() -> None:
+    slots = GrammarSlots(8)
+    wanted = StructuredOutputsParams(regex="a")
+    sampled = np.array([2, 5, 1], np.int32)
+    assert slots.apply(columns(leave=[3]), sampled, 3) is None
+    step = slots.apply(
+        columns(
+            join_slot=[1, 5, 6],
+            join_grammar=[0, -1, 0],
+            join_length=[3, 1, 2],
+            join_prompt_length=[1, 1, 2],
+            join_token=[10, 11, 12, 20, 30, 31],
+            grammars=(wanted,),
+        ),
+        sampled,
+        2,
+    )
+    assert step is not None
+    assert step.join == [JoiningRow(1, wanted, [11, 12]), JoiningRow(6, wanted, [])]
+    assert (step.slots, step.at.tolist(), step.decodes) == ([1], [2], [False])
+    step = slots.apply(columns(leave=[1, 5]), np.array([6, 2], np.int32), 2)
+    assert step is not None
+    assert (step.leave, step.slots, step.decodes) == ([1], [6], [True])
+    assert slots.apply(columns(leave=[6]), sampled, 3) is not None
+    assert slots.apply(columns(), sampled, 3) is None
+
+
+@pytest.mark.parametrize("which", [[1], [-2], [0, 0]])
+def test_grammar_columns_that_do_not_fit_are_refused(which: list[int]) -> None:
+    plan = columns(join_slot=[1], join_grammar=which, grammars=(StructuredOutputsParams(regex="a"),))
+    with pytest.raises(ProtocolError, match="join_grammar"):
+        GrammarSlots(8).apply(plan, np.array([1], np.int32), 0)
+
+
+class Masks:
+    """A mask thread, and steps handed to it one by one."""
+
+    def __init__(self, book: GrammarBook = BOOK) -> None:
+        self.thread = MaskThread(book)
+        self.last: StepMasks | None = None
+
+    def step(self, slots: list[int], decodes: list[bool], **rows: Any) -> StepMasks:
+        target = np.zeros((len(slots), BOOK.mask_words), np.int32)
+        at = np.arange(len(slots), dtype=np.int32)
+        made = StepMasks(GrammarStep(rows.get("leave", []), rows.get("join", []), slots, at, decodes), target)
+        self.thread.put(made)
+        self.last = made
+        return made
+
+    def done(self, step: StepMasks) -> list[set[str]]:
+        self.thread.wait(step)
+        bits = np.unpackbits(step.target.view(np.uint8), axis=1, bitorder="little")
+        return [
+            {"EOS" if t == EOS else str(TOKENIZER.id_to_token(t)) for t in np.flatnonzero(row).tolist()} for row in bits
+        ]
+
+
+@pytest.fixture
+def masks() -> Iterator[Masks]:
+    made = Masks()
+    yield made
+    made.thread.close(DEADLINE_S)
+
+
+def regex(slot: int, pattern: str, generated: str = "") -> JoiningRow:
+    return JoiningRow(slot, StructuredOutputsParams(regex=pattern), ids(generated))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_masks_follow_the_tokens_of_the_step_before(masks: Masks, rows: int) -> None:
+    """Alone, and so many that they are filled by several threads."""
+    slots = list(range(rows))
+    first = masks.step(slots, [False] * rows, join=[regex(slot, "ab|ac|x") for slot in slots])
+    assert masks.done(first) == [{"a", "x"}] * rows
+    second = masks.step(slots, [True] * rows)  # before the tokens are there
+    masks.thread.sampled(first, np.array(ids("a") * rows, np.int32))
+    assert masks.done(second) == [{"b", "c"}] * rows
+    third = masks.step(slots, [True] * rows)
+    masks.thread.sampled(second, np.array(ids("b") * rows, np.int32))
+    assert masks.done(third) == [{"EOS"}] * rows
+    over = masks.step(slots, [True] * rows)
+    masks.thread.sampled(third, np.array([EOS] * rows, np.int32))
+    assert [len(allowed) >= VOCAB for allowed in masks.done(over)] == [True] * rows
+    assert over.failed == []
+
+
+def test_a_row_joins_where_its_tokens_have_led(masks: Masks) -> None:
+    assert masks.done(masks.step([3], [False], join=[regex(3, "ab+c", "abb")])) == [{"b", "c"}]
+
+
+def test_a_slot_that_is_given_away_follows_its_new_grammar(masks: Masks) -> None:
+    first = masks.step([2], [False], join=[regex(2, "ab")])
+    masks.thread.sampled(first, np.array(ids("a"), np.int32))
+    assert masks.done(masks.step([2], [False], leave=[2], join=[regex(2, "xyz")])) == [{"x"}]
+
+
+def test_a_grammar_that_cannot_be_followed_fails_its_own_row_once(masks: Masks) -> None:
+    """Whatever comes of its tokens afterwards."""
+    first = masks.step([1, 2], [False, False], join=[regex(1, "ab", "q"), regex(2, "cd")])
+    allowed = masks.done(first)
+    assert len(allowed[0]) >= VOCAB
+    assert allowed[1] == {"c"}
+    assert [position for position, _ in first.failed] == [0]
+    masks.thread.sampled(first, np.array(ids("zc"), np.int32))
+    second = masks.step([1, 2], [True, True])
+    assert masks.done(second)[1] == {"d"}
+    assert second.failed == []
+
+
+def test_a_failure_is_told_with_the_rows_first_token(masks: Masks) -> None:
+    """A long prompt's row joins steps before it samples."""
+    masks.step([], [], join=[regex(1, "ab", "q")])
+    step = masks.step([1], [False])
+    masks.done(step)
+    assert [position for position, _ in step.failed] == [0]
+
+
+def test_who_waits_for_masks_is_woken_when_no_tokens_will_come(masks: Masks) -> None:
+    first = masks.step([1], [False], join=[regex(1, "ab")])
+    masks.done(first)
+    second = masks.step([1], [True])
+    threading.Timer(0.05, masks.thread.fail, [OSError("the device is on fire")]).start()
+    with pytest.raises(OSError, match="on fire"):
+        masks.thread.wait(second)
+
+
+# --- on the device ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_allowed_tokens_keep_their_logits_and_no_others(data: st.DataObject) -> None:
+    rows, vocab = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 100))
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), unique=True, min_size=1, max_size=rows))
+    bits = np.array(
+        [[data.draw(st.booleans()) for _ in range(-(-vocab // 32) * 32)] for _ in chosen], np.bool_
+    ).reshape(len(chosen), -(-vocab // 32) * 32)
+    packed = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    logits = torch.randn(rows, vocab)
+    got = allow(logits, AllowedTokens(torch.tensor(chosen, dtype=torch.int64), torch.from_numpy(packed.copy())))
+    expected = logits.clone()
+    for row, allowed in zip(chosen, bits, strict=True):
+        expected[row, torch.from_numpy(~allowed[:vocab])] = float("-inf")
+    assert torch.equal(got, expected)
+
+
+def test_nothing_is_left_of_a_trial(checker: GrammarChecker) -> None:
+    """The processes in which grammars were tried are gone."""
+    process = checker._sandbox.start()
+    assert verdict(checker, StructuredOutputsParams(regex="one last")) == ""
+    end = time.monotonic() + DEADLINE_S
+    while psutil.Process(process.pid).children():
+        assert time.monotonic() < end
