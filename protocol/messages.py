@@ -43,6 +43,12 @@ SUSPICIONS = 2
 CLEARING_TOKENS = 32
 """… until it has got so many more tokens. Between two suspicions they clear it too."""
 
+MAX_BLOCKS = 2**22
+"""Blocks of a worker's KV cache: the scheduler keeps books of each."""
+MAX_SLOTS = 2**16
+MAX_CONTEXT = 2**23
+"""Tokens of one request: a plan that introduces it must fit in a message."""
+
 _T = TypeVar("_T")
 
 

@@ -165,7 +165,8 @@ class ClientPort:
             self._by_session[key, hello.session] = peer
         self._next_client += 1
         self._by_route[route] = self._by_client[peer.client] = peer
-        log.info("client %d %s connected", peer.client, peer.name)
+        if former is None:  # else it says hello again and again, and would fill the disk
+            log.info("client %d %s connected", peer.client, peer.name)
         self._send(peer, self._welcome())
 
     def _welcome(self) -> Welcome:

@@ -32,10 +32,11 @@ from .policy import Policy
 from .requests import Request
 from .rows import DECODE, ENDING, FREE, PREFILL, Rows
 
-MAX_GRAMMAR_BYTES_A_PLAN = 4 * 1024 * 1024
-"""No more rows join in a plan whose grammars take more than this."""
 HUGE_SHARE = 0.75
 """Of the tokens left in a step, what a prompt gets that does not fit in: those behind it shall not wait for its end."""
+MAX_JOINING_BYTES = 8 * 1024 * 1024
+"""A plan introduces no further request once the known tokens and grammars of those that join take so much. Rows that
+share a cached prefix all name it, so without this a plan could be larger than a message may be."""
 
 
 @record
@@ -106,9 +107,9 @@ class Replica:
         self._backlog = 0
         """Their sum."""
         self._joining: dict[int, int] = {}
-        """Slots that the next plan must introduce to the worker, and the bytes of their grammars."""
+        """Slots that the next plan must introduce to the worker, and the bytes of their tokens and grammars."""
         self._joining_bytes = 0
-        """Of all these grammars."""
+        """Of them all."""
         self._leaving: list[int] = []
         """Slots that the worker still takes for owned and the next plan must name."""
 
@@ -136,15 +137,17 @@ class Replica:
 
     @property
     def accepts(self) -> bool:
-        """There is a free slot, the prompts that are being computed leave room for more of them, and the grammars of
-        rows that join do not make the next plan huge.
+        """There is a free slot and room in the next plan's message, and the prompts that are being computed leave room
+        for more of them.
 
         The oldest prompt does not count, however huge: the others get their share beside it.
         """
-        if self._joining_bytes > MAX_GRAMMAR_BYTES_A_PLAN:
-            return False
         oldest = next(iter(self._prefilling.values()), 0)
-        return self.rows.has_free_slot and self._backlog - oldest < self.limits.max_num_batched_tokens
+        return (
+            self.rows.has_free_slot
+            and self._joining_bytes < MAX_JOINING_BYTES
+            and self._backlog - oldest < self.limits.max_num_batched_tokens
+        )
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)
@@ -197,7 +200,7 @@ class Replica:
             raise
         self._prefilling[slot] = length - shared * block_size
         grammar = request.sampling.structured_outputs
-        self._joining[slot] = 0 if grammar is None else grammar.size
+        self._joining[slot] = 4 * length + (0 if grammar is None else grammar.size)
         self._joining_bytes += self._joining[slot]
         self._backlog += length - shared * block_size
         if self._caching:

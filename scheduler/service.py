@@ -40,8 +40,9 @@ COMMIT, PLAN = range(2)
 """Kinds of spans of the scheduler's track …"""
 DELIVER = 0
 """… and of that of its clients."""
-MAX_UNREAD_MESSAGES = 64
-"""Of a client, that wait in the scheduler; a client that sends faster has to wait."""
+MAX_UNREAD_MESSAGES = 16
+"""Of a connection, that wait in the scheduler, each of MAX_SUBMISSION_BYTES at most; a client that sends faster has to
+wait."""
 
 
 class Service:

@@ -10,8 +10,11 @@ from dataclasses import fields
 from typing import Any
 
 from ..protocol.codec import decode, encode
-from ..protocol.errors import ProtocolError, VersionMismatch
+from ..protocol.errors import MessageTooLarge, ProtocolError, VersionMismatch
 from ..protocol.messages import (
+    MAX_BLOCKS,
+    MAX_CONTEXT,
+    MAX_SLOTS,
     PROTOCOL_VERSION,
     CheckGrammar,
     FileChunk,
@@ -47,6 +50,12 @@ MOST_REMEMBERED = 1_024
 """Of the workers that are gone."""
 MAX_HISTORY = 2**32
 """Tokens that the rows of one worker may have in all; memory is taken only as they are used."""
+MAX_LONGEST_STEP_S = 600.0
+"""A worker cannot ask for a lease without end."""
+MAX_FILES = 64
+MAX_EXPELLED = 1_024
+"""Processes that are remembered not to be let in again."""
+MAX_EOS_TOKENS = 1_024
 
 
 class WorkerPort:
@@ -75,6 +84,8 @@ class WorkerPort:
         self._by_route: dict[bytes, WorkerPeer] = {}
         self._by_registration: dict[int, WorkerPeer] = {}
         self._next_registration = 1
+        self._expelled: deque[tuple[str, int]] = deque(maxlen=MAX_EXPELLED)
+        """Key and instance of processes whose results were lies: they would take requests from honest workers again."""
         self._model: ModelDescription | None = None
         self._files = FileStore(())
         self.joined = self.restarted = 0
@@ -208,6 +219,8 @@ class WorkerPort:
             # A worker that connects anew; with another key it would be somebody else who knows its number.
             if former.routing_id == route or (former.hello.instance == hello.instance and former.key == key):
                 self._lose(former.routing_id)
+        if (key, hello.instance) in self._expelled:
+            raise ProtocolError(f"worker {hello.name} was expelled; start it anew")
         if self._model is not None:
             _require_same(hello.name, hello.model, self._model)
         _require_sound(hello)
@@ -270,7 +283,12 @@ class WorkerPort:
         if peer is None:
             return
         begun = self.track.start()
-        data = encode(instruction.plan)
+        try:
+            data = encode(instruction.plan)
+        except MessageTooLarge as error:
+            log.error("worker %s is given up: %s", peer.hello.name, error)  # noqa: TRY400  (it says all there is)
+            self._lose(peer.routing_id)
+            return
         self._core.counters.plan_bytes.observe(len(data))
         peer.planned.append((time.monotonic(), instruction.plan.after_idle))
         sent = self._send_bytes(peer.routing_id, data)
@@ -296,6 +314,7 @@ class WorkerPort:
         peer = self._by_registration.get(instruction.worker)
         if peer is not None:
             log.error("worker %s is expelled: %s", peer.hello.name, instruction.reason)
+            self._expelled.append((peer.key, peer.hello.instance))
             self._send(peer.routing_id, Goodbye(reason=instruction.reason[:1_000], final=True))
             self._lose(peer.routing_id)
 
@@ -340,11 +359,22 @@ def _require_sound(hello: WorkerHello) -> None:
     """Raises ProtocolError for limits that no worker of ours has, or with which not even one request could run."""
     room, need = hello.num_blocks * hello.block_size, hello.model.max_model_len
     history = hello.max_num_seqs * need
+    for field, value, most in (
+        ("num_blocks", hello.num_blocks, MAX_BLOCKS),
+        ("max_num_seqs", hello.max_num_seqs, MAX_SLOTS),
+        ("max_model_len", need, MAX_CONTEXT),
+        ("lookahead", hello.lookahead, MAX_LOOKAHEAD),
+        ("longest_step_s", hello.longest_step_s, MAX_LONGEST_STEP_S),
+        ("tokenizer files", len(hello.files), MAX_FILES),
+        ("eos_token_ids", len(hello.model.eos_token_ids), MAX_EOS_TOKENS),
+    ):
+        if value > most:
+            raise ProtocolError(f"worker {hello.name}: {field} {value} is over the limit of {most}")
     for wrong, story in (
         (min(hello.block_size, hello.max_num_seqs) < 1, "block_size and max_num_seqs must be at least 1"),
+        (min(need, hello.model.vocab_size) < 2, "max_model_len and vocab_size must be at least 2"),
         (room < need, f"there is room for {room} tokens, less than one request of max_model_len {need}"),
         (hello.max_num_batched_tokens < hello.max_num_seqs, "max_num_batched_tokens is less than max_num_seqs"),
-        (hello.lookahead > MAX_LOOKAHEAD, f"lookahead {hello.lookahead} is over {MAX_LOOKAHEAD}"),
         (history > MAX_HISTORY, f"max_num_seqs × max_model_len = {history} is over {MAX_HISTORY}"),
     ):
         if wrong:

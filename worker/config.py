@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..protocol.logs import LogFormat
+from ..protocol.messages import MAX_BLOCKS, MAX_CONTEXT, MAX_SLOTS
 
 
 class WorkerConfig(BaseModel):
@@ -65,9 +66,9 @@ class WorkerConfig(BaseModel):
 
     max_model_len: Annotated[
         int | None,
-        Field(ge=2, le=2**24, description="Most tokens of a request, prompt and output; default: the model's."),
+        Field(ge=2, le=MAX_CONTEXT, description="Most tokens of a request, prompt and output; default: the model's."),
     ] = None
-    max_num_seqs: Annotated[int, Field(ge=1, le=65_536, description="Most requests that run at once.")] = 256
+    max_num_seqs: Annotated[int, Field(ge=1, le=MAX_SLOTS, description="Most requests that run at once.")] = 256
     max_num_batched_tokens: Annotated[int, Field(ge=1, le=2**20, description="Most tokens of one step.")] = 2048
     block_size: Annotated[Literal[8, 16, 32, 64, 128], Field(description="Tokens of a KV cache block.")] = 16
     gpu_memory_utilization: Annotated[
@@ -79,7 +80,7 @@ class WorkerConfig(BaseModel):
         Field(ge=1, description="Size of the KV cache; default: what gpu_memory_utilization leaves, 1 GiB on a CPU."),
     ] = None
     num_gpu_blocks_override: Annotated[
-        int | None, Field(ge=1, le=2**31 - 2, description="Number of KV cache blocks, whatever memory there is.")
+        int | None, Field(ge=1, le=MAX_BLOCKS, description="Number of KV cache blocks, whatever memory there is.")
     ] = None
     enforce_eager: Annotated[
         bool, Field(description="Run the model's operations one by one: no compiled code and no CUDA graphs.")

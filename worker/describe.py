@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from ..protocol.messages import FileInfo, ModelDescription
+from ..protocol.messages import MAX_CONTEXT, FileInfo, ModelDescription
 from .config import WorkerConfig
 from .loading import LoadError, ModelSource, local_folder, max_positions, stop_token_ids, weight_files
 from .model import PagedModel
@@ -55,7 +55,7 @@ def choose_max_model_len(config: WorkerConfig, model: PagedModel) -> int:
     if config.max_model_len is None:
         if allowed is None:
             raise LoadError("the model's config does not say how long a sequence may be; give --max-model-len")
-        return allowed
+        return min(allowed, MAX_CONTEXT)
     if allowed is not None and config.max_model_len > allowed:
         raise LoadError(f"--max-model-len {config.max_model_len} is over the {allowed} positions of the model's config")
     return config.max_model_len

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from ..protocol.errors import ConfigurationError, TandemError
-from ..protocol.messages import PROTOCOL_VERSION, WorkerHello
+from ..protocol.messages import MAX_BLOCKS, PROTOCOL_VERSION, WorkerHello
 from ..protocol.status import StatusPipe
 from ..protocol.tracing import Tracer
 from . import invariance
@@ -106,7 +106,7 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         keep_compiled_code()
         model.compile()
     max_model_len = choose_max_model_len(config, model)
-    num_blocks = count_blocks(config, model, max_model_len, status.progress)
+    num_blocks = min(MAX_BLOCKS, count_blocks(config, model, max_model_len, status.progress))
     model.allocate_kv_cache(num_blocks, config.block_size)
     warm_up(config, model, status.progress)
     longest_s = longest_step_s(config, model, max_model_len, status.progress)

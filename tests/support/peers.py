@@ -137,11 +137,12 @@ class ScriptedClient(Peer):
         found: list[int] = []
         for message in self.got:
             if isinstance(message, messages.Tokens):
-                columns = (message.ticket, message.offset, message.token)
-                for owner, offset, token in zip(*(column.tolist() for column in columns), strict=True):
+                ends = np.cumsum(message.count)
+                columns = (message.ticket, message.offset, ends - message.count, ends)
+                for owner, offset, start, end in zip(*(column.tolist() for column in columns), strict=True):
                     if owner == ticket:
                         assert offset == len(found)
-                        found.append(token)
+                        found += message.token[start:end].tolist()
         return found
 
     def ended(self, ticket: int) -> messages.Ended | None:
