@@ -56,6 +56,7 @@ class WorkerPeer:
     """The step that it said it waits for when last it was idle, though that had been planned."""
     wire: Wire | None = None
     """The connection, where keys are used."""
+    joined_at: float = 0.0
     meter: DeviceMeter = field(init=False)
     planned: deque[tuple[float, bool]] = field(default_factory=deque)
     """Of each plan without a result: when it was sent, and whether the worker had been idle."""

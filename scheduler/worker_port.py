@@ -53,6 +53,8 @@ MAX_HISTORY = 2**32
 MAX_LONGEST_STEP_S = 600.0
 """A worker cannot ask for a lease without end."""
 MAX_FILES = 64
+HELLO_PAUSE_S = 0.25
+"""A registration cannot be replaced over the same connection before; workers repeat a hello that is not answered."""
 MAX_EXPELLED = 1_024
 """Processes that are remembered not to be let in again."""
 MAX_EOS_TOKENS = 1_024
@@ -215,6 +217,9 @@ class WorkerPort:
         request."""
         assert self._socket is not None
         key = self._socket.sender
+        known = self._by_route.get(route)
+        if known is not None and known.registered and self._clock() - known.joined_at < HELLO_PAUSE_S:
+            return  # it has just been welcomed; its requests must not pay for every hello that it repeats
         for former in list(self._by_registration.values()):
             # A worker that connects anew; with another key it would be somebody else who knows its number.
             if former.routing_id == route or (former.hello.instance == hello.instance and former.key == key):
@@ -226,6 +231,7 @@ class WorkerPort:
         _require_sound(hello)
         peer = WorkerPeer(route, key, self._next_registration, hello, self._clock(), wire=self._socket.wire())
         self._next_registration += 1
+        peer.joined_at = peer.heard_at
         self._by_route[route] = self._by_registration[peer.registration] = peer
         self._admit_waiting()
 

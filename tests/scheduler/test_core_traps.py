@@ -11,6 +11,7 @@ import pytest
 from tandem.protocol.codec import encode
 from tandem.protocol.messages import ModelDescription
 from tandem.protocol.sampling import SamplingParams
+from tandem.scheduler import replica
 from tandem.scheduler.core import Core
 from tandem.scheduler.events import (
     Accept,
@@ -298,3 +299,22 @@ def test_a_plan_of_a_steady_step_is_small_and_does_not_grow_with_the_output() ->
             sizes.append(len(encode(made.worker.plans[-1])))
     assert max(sizes[10:]) < 4096
     assert sorted(sizes)[len(sizes) // 2] < 100
+
+
+def test_a_plan_never_introduces_more_than_a_message_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that share a cached prompt cost next to no blocks and nothing to compute, so all could join at once; but a
+    plan names all tokens of each."""
+    monkeypatch.setattr(replica, "MAX_JOINING_BYTES", 500)
+    prompt = list(range(40)) + [1, 2]
+    made = bench(num_blocks=256, block_size=4, slots=64, max_tokens=128)
+    made.submit(0, prompt, max_tokens=2)
+    made.run()
+    for ticket in range(1, 40):
+        made.submit(ticket, prompt, max_tokens=2)
+    joined = []
+    while made.worker.plans:
+        joined.append(made.worker.plans[0].join_token.nbytes)
+        made.step()
+    assert max(joined) < 500 + 4 * len(prompt)
+    assert len([size for size in joined if size]) >= 10
+    assert all(made.received[ticket] == expected(prompt, 2) for ticket in range(40))
