@@ -2,13 +2,15 @@
 #   make demo       the built-in model answers several prompts at once
 #   make test       the tests that a change must pass        (TEST_ARGS="tests/client -k name" picks some)
 #   make test-all   the same with the whole grids and the slow tests
+#   make chaos      200 times on each of two models something is killed, stopped or cut while 64 streams go on
 #   make check      formatting, lint, types, import arrows
 # PYTHON chooses the interpreter that makes .venv; EXTRAS=test,cuda adds FlashInfer on a machine with a GPU; JOBS is
-# how many tests run at once.
+# how many tests run at once, FAULTS how often `make chaos` does harm.
 PYTHON ?= python3
 EXTRAS ?= test
 TEST_ARGS ?= tests
 JOBS ?= 2
+FAULTS ?= 200
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -17,7 +19,7 @@ HOUSE := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check dev clean
+.PHONY: help demo test test-all chaos check dev clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,6 +32,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	@TANDEM_TEST_GRID=full $(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
+
+chaos: $(INSTALLED)
+	@TANDEM_TEST_GRID=full TANDEM_CHAOS_FAULTS=$(FAULTS) $(BIN)/python -P -m pytest -s tests/chaos
 
 check: dev
 	@scripts/check

@@ -1,0 +1,118 @@
+"""Streams whose every token is known beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandem import AsyncClient
+
+TIMEOUT_S = 240.0
+"""Deadline of each request."""
+LATE_S = 10.0
+"""By so much a busy machine may miss it."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A request: what is asked for."""
+
+    prompt: tuple[int, ...]
+    sampling: dict[str, Any]
+
+
+def specs(seed: int, count: int, vocab: int) -> list[Spec]:
+    """Requests of all kinds: greedy and sampled, short and long, some with a stop token, some with shared prompts."""
+    rng = random.Random(seed)
+    shared = tuple(rng.randrange(4, vocab) for _ in range(40))
+    made = []
+    for i in range(count):
+        own = tuple(rng.randrange(4, vocab) for _ in range(rng.randint(1, 60)))
+        prompt = shared + own if i % 3 == 0 else own
+        kinds: list[dict[str, Any]] = [
+            {"temperature": 0.0},
+            {"temperature": 1.0},
+            {"temperature": 0.8, "top_p": 0.9},
+            {"temperature": 1.2, "top_k": 20},
+        ]
+        sampling = {**kinds[i % len(kinds)], "seed": 1_000 + i, "max_tokens": rng.randint(20, 160), "ignore_eos": True}
+        if i % 5 == 0:
+            sampling["stop_token_ids"] = [rng.randrange(4, vocab) for _ in range(3)]
+        made.append(Spec(prompt, sampling))
+    return made
+
+
+async def undisturbed(address: str, wanted: list[Spec]) -> list[list[int]]:
+    """What each request gets when nothing happens."""
+    async with AsyncClient(address, insecure=True, connect_timeout=170) as client:
+        done = await asyncio.gather(*(client.generate(list(one.prompt), **one.sampling) for one in wanted))
+        return [completion.token_ids for completion in done]
+
+
+@dataclass
+class Load:
+    """Streams that go on, each with one request after the other, until `stop`; every token is compared as it comes."""
+
+    address: str
+    wanted: list[Spec]
+    expected: list[list[int]]
+    clients: int
+    streams: int
+    finished: int = 0
+    tokens: int = 0
+    wrong: list[str] = field(default_factory=list)
+    stopping: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for i in range(self.clients):
+                group.create_task(self._client(i))
+
+    async def progress(self, tokens: int) -> None:
+        """Waits until so many more tokens have come."""
+        goal = self.tokens + tokens
+        while self.tokens < goal and not self.wrong:
+            self.news.clear()
+            await self.news.wait()
+
+    async def _client(self, index: int) -> None:
+        async with AsyncClient(
+            self.address, insecure=True, connect_timeout=170, reconnect_timeout=170, name=f"client {index}"
+        ) as client:
+            own = range(index, self.streams, self.clients)
+            async with asyncio.TaskGroup() as group:
+                for stream in own:
+                    group.create_task(self._stream(client, stream))
+            if client._connection.open_requests:
+                self.wrong.append(f"client {index} has {client._connection.open_requests} requests left")
+
+    async def _stream(self, client: AsyncClient, stream: int) -> None:
+        which = stream
+        while not self.stopping:
+            try:
+                await self._request(client, which % len(self.wanted))
+            except Exception as error:  # noqa: BLE001 - whatever it is, nothing may fail
+                self._complain(f"request {which % len(self.wanted)} of stream {stream}: {error!r}")
+            which += self.streams + 1
+
+    async def _request(self, client: AsyncClient, which: int) -> None:
+        spec, expected = self.wanted[which], self.expected[which]
+        position, ends = 0, 0
+        async with asyncio.timeout(TIMEOUT_S + LATE_S):
+            async for chunk in client.stream(list(spec.prompt), timeout=TIMEOUT_S, **spec.sampling):
+                if chunk.offset != position or chunk.token_ids != expected[position : position + len(chunk.token_ids)]:
+                    self._complain(f"request {which}: at {chunk.offset} came {chunk.token_ids}, after {position}")
+                position += len(chunk.token_ids)
+                ends += chunk.finish_reason is not None
+                self.tokens += len(chunk.token_ids)
+                self.news.set()
+        if position != len(expected) or ends != 1:
+            self._complain(f"request {which}: {position} tokens of {len(expected)}, ended {ends} times")
+        self.finished += 1
+
+    def _complain(self, what: str) -> None:
+        self.wrong.append(what)
+        self.news.set()
