@@ -19,6 +19,7 @@ from tandem.protocol.messages import (
     Refused,
     Stats,
     Submit,
+    Tokens,
     Welcome,
 )
 from tandem.protocol.sampling import SamplingParams
@@ -71,7 +72,7 @@ def tokens_from(client: ScriptedClient, ticket: int, offset: int) -> list[int]:
     """As they came; no gap, no repeat."""
     found: list[int] = []
     for message in client.got:
-        if type(message).__name__ == "Tokens":
+        if isinstance(message, Tokens):
             borders = np.cumsum(message.count).tolist()
             for owner, at, count, end in zip(
                 message.ticket.tolist(), message.offset.tolist(), message.count.tolist(), borders, strict=True
@@ -163,12 +164,12 @@ def test_resumptions_go_before_new_work_and_the_most_urgent_of_it() -> None:
         await client.send(submission(2))
         await client.send(submission(3, 2, priority=1_000, resumed=True))
         await client.send(submission(4, 2, resumed=True))
-        order: list[int] = []
-        while len(order) < 5:
-            await worker.wait(lambda: worker.simulated.plans)
+        await client.expect(Accepted, 5)
+        worker.manual = False
+        while worker.simulated.plans:
             worker.compute()
-            await stats(client)
-            order += [ticket for ticket in range(5) if ticket not in order and client.ended(ticket)]
+        await client.wait(lambda: all(client.ended(ticket) for ticket in range(5)))
+        order = [end.ticket for one in client.got if isinstance(one, Tokens) for end in one.ended]
         assert order == [0, 4, 3, 1, 2]
 
     play(script)
