@@ -35,20 +35,19 @@ class ClientGone(Exception):
 
 
 class Keys:
-    """API keys, compared in constant time. None means that everybody may."""
+    """API keys, compared in constant time, as UTF-8. None means that everybody may."""
 
     def __init__(self, keys: Collection[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def admit(self, scope: Scope) -> None:
         """Raises ApiError 401 unless the request brings one of the keys."""
         if not self._digests or scope["path"] in OPEN_PATHS:
             return
-        given = _header(scope, b"authorization")
-        scheme, _, key = given.partition(" ")
-        if scheme.lower() != "bearer":
+        scheme, _, key = _header(scope, b"authorization").partition(b" ")
+        if scheme.lower() != b"bearer":
             key = _header(scope, b"x-api-key")
-        digest = _digest(key.strip())
+        digest = hashlib.sha256(key.strip()).digest()
         found = False
         for known in self._digests:  # all of them, so that the time does not tell which
             found |= hmac.compare_digest(known, digest)
@@ -112,7 +111,7 @@ class _Exchange:
         self.status = 0
         """Of the answer, once it has begun."""
         self._complete = False
-        given = _header(scope, b"x-request-id")
+        given = _header(scope, b"x-request-id").decode("latin-1")
         self.request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.request_id
 
@@ -163,13 +162,5 @@ class _Exchange:
             abort()
 
 
-def _header(scope: Scope, name: bytes) -> str:
-    for key, value in scope["headers"]:
-        if key == name:
-            text: str = value.decode("latin-1")
-            return text
-    return ""
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")

@@ -1,0 +1,203 @@
+"""What strangers send by malice or mistake: each gets an answer or is cut off, and the next request is served."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tandem import Client
+
+from support.gateway import Served, gateway
+
+LIMIT = 50_000
+
+
+@pytest.fixture(scope="module")
+def strict(served: Served) -> Iterator[Served]:
+    """A gateway that loses patience quickly."""
+    flags = ["--max-request-bytes", str(LIMIT), "--read-timeout-s", "1", "--write-timeout-s", "1"]
+    with gateway(served.address, *flags, "--max-connections", "40", "--log-level", "info") as (found, command):
+        yield found
+        command.process.terminate()
+        assert command.finish(30) == 0, command.output
+
+
+@pytest.fixture(autouse=True)
+def healthy_afterwards(strict: Served) -> Iterator[None]:
+    yield
+    strict.require_healthy()
+
+
+def chat(content: bytes) -> bytes:
+    return b'{"messages": [{"role": "user", "content": ' + content + b"}]}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"\x00",
+        b"{" * 10_000,
+        b'{"messages": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+        chat(b'"\xff\xfe"'),
+        chat(rb'"\ud800"'),
+        chat(b'"x", "content": ["y"]'),
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": -Infinity}',
+        b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5_000 + b"}",
+        b'{"messages": [{"role": "user", "content": "x"}], "top_k": 1.5}',
+        b'{"messages": [{"role": "user", "content": "x"}], "n": "2"}',
+        b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e3}',
+        b'{"messages": [{"role": "user", "content": "x"}], "x": "' + b"y" * 40_000 + b'"}',
+        b'{"messages": [{"role": "user", "content": "x"}], "stop": {"a": 1}}',
+        b'{"messages": [{"role": "user", "content": "x"}], '
+        b'"tools": [{"type": "function", "function": {"name": "a b"}}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema", '
+        b'"json_schema": {"name": "a", "schema": {"type": 7}}}}',
+    ],
+    ids=lambda body: body[:60].decode("latin-1"),
+)
+def test_bodies_that_make_no_sense(strict: Served, body: bytes) -> None:
+    answer = strict.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400, answer.text[:500]
+    error = answer.json()["error"]
+    assert error["message"]
+    assert len(answer.content) < 2_000  # what was sent is not sent back
+
+
+@pytest.mark.parametrize("size", [LIMIT - 1, LIMIT, LIMIT + 1, 10 * LIMIT])
+@pytest.mark.parametrize("declared", [True, False])
+def test_bodies_at_the_limit(strict: Served, size: int, declared: bool) -> None:
+    prefix = b'{"prompt": [1], "max_tokens": 1, "user": "x"'
+    body = prefix + b" " * (size - len(prefix) - 1) + b"}"
+    if declared:
+        answer = strict.post("/v1/completions", content=body)
+    else:
+        pieces = (body[i : i + 4_096] for i in range(0, len(body), 4_096))  # chunked: the length is not known
+        answer = strict.post("/v1/completions", content=pieces)
+    assert answer.status_code == (200 if size <= LIMIT else 413), answer.text
+    if size > LIMIT:
+        assert str(LIMIT) in answer.json()["error"]["message"]
+
+
+def read_all(connection: socket.socket) -> bytes:
+    data = b""
+    try:
+        while piece := connection.recv(65_536):
+            data += piece
+    except ConnectionResetError:
+        pass  # it was cut off, with something of ours unread
+    return data
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET / NONSENSE\r\n\r\n", b"400"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"400"),  # TLS
+        (b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 12_000, b"431"),
+        (b"GET /" + b"x" * 70_000, b"431"),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\n", b"408"),  # and nothing more
+        (b"", b"408"),
+        (b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{", b"408"),
+        (b"POST /v1/completions HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n{}", b"400"),
+        (b"POST /v1/completions HTTP/1.1\r\ncontent-length: -1\r\n\r\n{}", b"400"),
+        (b"GET /../../etc/passwd HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", b"404"),
+        (b"GET /%ff%00 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", b"404"),
+    ],
+    ids=lambda value: value[:30].decode("latin-1"),
+)
+def test_raw_connections(strict: Served, sent: bytes, status: bytes) -> None:
+    with strict.connect() as connection:
+        connection.sendall(sent)
+        answer = read_all(connection)
+    assert answer.split(b" ", 2)[1] == status, answer
+    assert b'{"error":' in answer
+
+
+def test_a_head_that_comes_byte_by_byte(strict: Served) -> None:
+    """Each byte comes in time, the whole does not."""
+    with strict.connect() as connection:
+        for byte in b"GET /health HTTP/1.1\r\nx: " + b"y" * 200:
+            if select.select([connection], [], [], 0.02)[0]:
+                break
+            connection.sendall(bytes([byte]))
+        assert b" 408 " in read_all(connection)
+
+
+def test_connections_over_the_limit_are_turned_away(strict: Served) -> None:
+    open_ones = [strict.connect() for _ in range(60)]
+    try:
+        answers = [read_all(connection) for connection in open_ones]  # the others are timed out
+    finally:
+        for connection in open_ones:
+            connection.close()
+    turned_away = [answer for answer in answers if b" 503 " in answer]
+    assert 20 <= len(turned_away) < 60
+    assert all(b"retry-after" in answer for answer in turned_away)
+
+
+def request_of(body: object) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    return head.encode() + b"\r\n\r\n" + data
+
+
+LONG = {"prompt": [5], "max_tokens": 4_000, "ignore_eos": True, "temperature": 0}
+
+
+def running(strict: Served) -> int:
+    with Client(strict.address) as client:
+        stats = client.stats()
+        return stats.running + stats.waiting
+
+
+def wait_until_free(strict: Served) -> None:
+    with Client(strict.address) as client:
+        for _ in range(200_000):
+            stats = client.stats()
+            if not stats.running and not stats.waiting:
+                return
+    raise TimeoutError("a request that nobody waits for still runs")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_takes_its_request_along(strict: Served, stream: bool) -> None:
+    with strict.connect() as connection:
+        connection.sendall(request_of({**LONG, "stream": stream, "n": 1}))
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        else:
+            while not running(strict):
+                pass
+    wait_until_free(strict)
+
+
+def test_a_client_that_never_reads_is_cut_off(strict: Served) -> None:
+    """What it does not read fills the buffers, then its time is up, and its requests end."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        connection.settimeout(60)
+        host, port = strict.url.removeprefix("http://").split(":")
+        connection.connect((host, int(port)))
+        body = {**LONG, "prompt": [[5]] * 24, "stream": True, "return_token_ids": True, "logprobs": 20}
+        connection.sendall(request_of(body))
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until_free(strict)
+
+
+def test_a_flood_on_one_connection_is_answered_in_turn(strict: Served) -> None:
+    one = request_of({"prompt": [5, 6], "max_tokens": 2, "temperature": 0})
+    answer = b""
+    with strict.connect() as connection:
+        connection.sendall(one * 50)
+        while answer.count(b"HTTP/1.1 200 OK") < 50 or answer.count(b"prompt_token_ids") < 50:
+            piece = connection.recv(65_536)
+            assert piece, answer[-300:]
+            answer += piece
