@@ -1,5 +1,5 @@
-"""Sampling parameters, log-probabilities, structured output and 8 bits on CUDA, through whole systems with graphs: what a
-CPU gives, alone and in a crowd."""
+"""Sampling parameters, log-probabilities, structured output and 8 bits on CUDA, through whole systems with graphs: what
+a CPU gives, alone and in a crowd."""
 
 from __future__ import annotations
 
