@@ -383,7 +383,7 @@ class AsyncClient:
         context = ids[-CONTEXT_TOKENS:].tolist()
         eos = frozenset(() if checked.ignore_eos else model.eos_token_ids)
         named = frozenset(checked.stop_token_ids)
-        end = TextEnd(eos | named, named - eos, checked.stop, checked.include_stop_str_in_output)
+        end = TextEnd(eos | named, named - eos, checked.stop, checked.include_stop_str_in_output, checked.min_tokens)
         skip = checked.skip_special_tokens
         logprobs = LogprobReader(tokenizer)
         return Started(

@@ -39,6 +39,8 @@ class TextEnd:
     stops: tuple[str, ...] = ()
     include: bool = False
     """What ended a text is part of it."""
+    min_tokens: int = 0
+    """In the text of so many tokens no stop string is looked for."""
 
 
 class Sample:
@@ -144,7 +146,8 @@ class Sample:
         begin = self.tokens.offset - len(ids) if offset is None else offset
         pieces = []
         for i, id_ in enumerate(visible):
-            pieces.append(self._stops.push(self._detokenizer.push([id_])))
+            text = self._detokenizer.push([id_])
+            pieces.append(text if begin + i < self._end.min_tokens else self._stops.push(text))
             if self._stops.found is not None:
                 self._end_at(begin + i + 1)
                 break

@@ -90,7 +90,7 @@ class SamplingParams:
     """At most this many tokens are generated; None: as many as the context length leaves."""
     min_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] = 0
     """Before so many tokens are generated, neither stop_token_ids nor the model's end-of-sequence tokens are chosen,
-    and no stop string ends the answer."""
+    and in their text no stop string is looked for."""
     stop_token_ids: Annotated[
         tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(max_length=MAX_STOP_TOKEN_IDS)
     ] = ()

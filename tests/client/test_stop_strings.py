@@ -119,6 +119,18 @@ def test_found_across_tokens(text: str, stop: Any, shown: str, pieces: int) -> N
     play(scenario, text, pieces)
 
 
+def test_none_is_looked_for_before_min_tokens() -> None:
+    async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
+        count = len(ids_of("one two"))
+        done = await client.generate("Hi", stop=["two", "one t"], min_tokens=count)
+        assert done.text == "one two three "
+        early = await client.generate("Hi", stop=["two"], min_tokens=count - 1)
+        assert early.text == "one two three "  # it began before
+        assert len(done.token_ids) > count
+
+    play(scenario, "one two three two one")
+
+
 def test_a_stream_never_shows_what_comes_after() -> None:
     async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
         chunks = [chunk async for chunk in client.stream("Hi", stop=["three four"], include_stop_str_in_output=True)]

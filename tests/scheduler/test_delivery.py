@@ -13,6 +13,7 @@ from tandem.protocol.codec import decode, encode, encode_tokens
 from tandem.protocol.messages import Ended, Tokens
 from tandem.scheduler.delivery import EAGER_MESSAGES, Delivery
 from tandem.scheduler.events import Deliver
+from tandem.scheduler.logprobs import Logprobs, PromptLogprobs
 
 EPOCH = 1_790_000_000_000_000_000
 INTERVAL_S = 0.02
@@ -158,3 +159,65 @@ def test_the_short_way_to_encode_tokens_gives_the_same_bytes(rows: int) -> None:
         assert short == encode(message)
     decoded = decode(short, Tokens)
     assert decoded.ticket.tolist() == message.ticket.tolist()
+
+
+@given(data=st.data())
+def test_log_probabilities_stay_with_their_tokens(data: st.DataObject) -> None:
+    """Of some requests of some clients, held or not, in any mixture; what each token is told follows from the token."""
+    delivery, now = Delivery(EPOCH, INTERVAL_S), 0.0
+    offsets: dict[tuple[int, int], int] = defaultdict(int)
+    got: dict[tuple[int, int], list[int]] = defaultdict(list)
+    prompts: list[tuple[int, int]] = []
+
+    def entries_of(ticket: int) -> int:
+        return ticket % 3
+
+    def read(messages: list[tuple[int, bytes]]) -> None:
+        for client, data in messages:
+            message = decode(data, Tokens)
+            prompts.extend((client, ticket) for ticket in message.prompt_ticket.tolist())
+            ids, values, at, row = message.entry_token.tolist(), message.entry_logprob.tolist(), 0, 0
+            for ticket, count in zip(message.ticket.tolist(), message.count.tolist(), strict=True):
+                for _ in range(count):
+                    token, entries = int(message.token[row]), entries_of(ticket)
+                    got[client, ticket].append(token)
+                    if len(message.entries):
+                        assert message.entries[row] == entries
+                        assert message.rank[row] == (token % 7 + 1 if entries else 0)
+                    else:
+                        assert not entries
+                    assert ids[at : at + entries] == [token + i for i in range(entries)]
+                    assert values[at : at + entries] == [-float(token + i) for i in range(entries)]
+                    at, row = at + entries, row + 1
+            assert at == len(ids) == len(values)
+
+    for _ in range(data.draw(st.integers(1, 60))):
+        chosen = data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), unique=True, max_size=6))
+        rows = []
+        for key in chosen:
+            rows.append((*key, offsets[key], 1000 * key[1] + offsets[key]))
+            offsets[key] += 1
+        entries = np.array([entries_of(ticket) for _, ticket, _, _ in rows], np.int32)
+        tokens = [token + i for (_, ticket, _, token) in rows for i in range(entries_of(ticket))]
+        told = Logprobs(
+            entries,
+            np.array([token % 7 + 1 if n else 0 for (*_, token), n in zip(rows, entries, strict=True)], np.int32),
+            np.array(tokens, np.int32),
+            -np.array(tokens, np.float32),
+        )
+        parts = (
+            (PromptLogprobs(9, 4, 1, 1, entries[:0], entries[:0], told.logprob[:0]),)
+            if data.draw(st.booleans())
+            else ()
+        )
+        before = len(prompts)
+        one = deliver(rows)
+        one.logprobs = told if entries.any() else None  # type: ignore[misc]
+        one.prompts = parts  # type: ignore[misc]
+        read(delivery.add(one, now))
+        assert prompts[before:] == [(9, 4)] * len(parts)  # at once
+        now += data.draw(st.sampled_from([0.0, INTERVAL_S / 7]))
+        if delivery.due is not None and now >= delivery.due:
+            read(delivery.flush())
+    read(delivery.flush())
+    assert got == {key: [1000 * key[1] + i for i in range(count)] for key, count in offsets.items()}

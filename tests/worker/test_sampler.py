@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tandem.protocol.sampling import SamplingParams
 from tandem.worker.sampler import SamplingColumns, greedy, sample, uniform
+
+from support.reference_sampling import distribution
 
 VOCAB = 12
 
@@ -22,7 +25,9 @@ def columns(rows: int, **given: Any) -> SamplingColumns:
         "position": 0,
         **given,
     }
-    dtypes = {"temperature": torch.float32, "top_p": torch.float32, "seed": torch.int64}
+    dtypes = {"temperature": torch.float32, "top_p": torch.float32, "min_p": torch.float32, "seed": torch.int64}
+    if "min_p" in given:
+        values["min_p"] = given["min_p"]
     made = {
         name: torch.as_tensor(value, dtype=dtypes.get(name, torch.int32)).expand(rows).clone()
         for name, value in values.items()
@@ -34,6 +39,7 @@ def columns(rows: int, **given: Any) -> SamplingColumns:
         seed=made["seed"],
         sample_index=made["sample_index"],
         position=made["position"],
+        min_p=made.get("min_p"),
     )
 
 
@@ -168,3 +174,26 @@ def test_neighbouring_counters_are_independent() -> None:
         cells = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()
         counts = torch.bincount(cells, minlength=64).float()
         assert chi_square(counts, torch.full((64,), 1 / 64)) < 103.4  # 63 degrees of freedom, one in a thousand
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"top_p": 0.6, "temperature": 1.4},
+        {"min_p": 0.2},
+        {"min_p": 0.05, "temperature": 2.0},
+        {"top_k": 9, "top_p": 0.8, "temperature": 1.5},
+        {"min_p": 0.02, "top_k": 20, "top_p": 0.95, "temperature": 2.5},
+    ],
+    ids=str,
+)
+def test_filtered_frequencies_follow_the_reference(given: dict[str, Any]) -> None:
+    logits = torch.randn(24, generator=torch.Generator().manual_seed(8)) * 2
+    probabilities = torch.from_numpy(distribution(logits.double().numpy(), SamplingParams(**given))).float()
+    kept = int((probabilities > 0).sum())
+    assert 3 <= kept < 24
+    counts = frequencies(logits, 20_000, **given)
+    # The Wilson-Hilferty approximation of what is exceeded once in a thousand times.
+    freedom = kept - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert chi_square(counts, probabilities) < limit
