@@ -20,7 +20,6 @@ import zmq
 from ..protocol.codec import decode, encode
 from ..protocol.errors import (
     ConfigurationError,
-    OffsetError,
     ProtocolError,
     RequestCancelled,
     ServiceUnavailable,
@@ -245,9 +244,9 @@ class Connection:
         self._requests.add(stream)
         return True
 
-    def _repair(self, stream: TokenStream, error: ProtocolError) -> None:
+    def _repair(self, stream: TokenStream, error: ProtocolError, is_running: bool) -> None:
         """Asks again for the rest of a stream that is broken, from where it stands."""
-        if isinstance(error, OffsetError):  # else the request has ended over there
+        if is_running:
             self._send_cancel(stream.ticket)
         self._resumptions.repair(stream, error)
 

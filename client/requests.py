@@ -18,11 +18,12 @@ class OpenRequests:
 
     def __init__(
         self,
-        broken: Callable[[TokenStream, ProtocolError], None],
+        broken: Callable[[TokenStream, ProtocolError, bool], None],
         overloaded: Callable[[TokenStream, float], None],
     ) -> None:
-        """`broken` is told of a request whose stream has a gap or a repeat, `overloaded` of one that is to go on but
-        that the service has no room for, to be tried again after so many seconds. Neither is here any more then."""
+        """`broken` is told of a request whose stream has a gap or a repeat, and whether the scheduler still runs it;
+        `overloaded` of one that is to go on but that the service has no room for, to be tried again after so many
+        seconds. Neither is here any more then."""
         self._broken = broken
         self._overloaded = overloaded
         self._streams: dict[int, TokenStream] = {}
@@ -111,7 +112,7 @@ class OpenRequests:
                     stream.push_prompt(position, positions)
                 except ProtocolError as error:
                     del self._streams[ticket]
-                    self._broken(stream, error)
+                    self._broken(stream, error, True)
         borders = np.cumsum(count).tolist()
         tokens = token.tolist()
         begin = 0
@@ -122,7 +123,7 @@ class OpenRequests:
                     stream.push(offset, tokens[begin:end], () if told is None else told[begin:end])
                 except ProtocolError as error:
                     del self._streams[ticket]
-                    self._broken(stream, error)
+                    self._broken(stream, error, True)
             begin = end
         for ended in message.ended:
             stream = self._streams.pop(ended.ticket, None)
@@ -134,7 +135,7 @@ class OpenRequests:
                 try:
                     stream.end(ended)
                 except ProtocolError as error:
-                    self._broken(stream, error)
+                    self._broken(stream, error, False)
 
 
 def _refusal(refused: Refused) -> TandemError:

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from tandem import AsyncClient
+from tandem import AsyncClient, Completion, PositionLogprobs
 
 TIMEOUT_S = 240.0
 """Deadline of each request."""
@@ -36,6 +36,8 @@ def specs(seed: int, count: int, vocab: int) -> list[Spec]:
             {"temperature": 1.0},
             {"temperature": 0.8, "top_p": 0.9},
             {"temperature": 1.2, "top_k": 20},
+            {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+            {"temperature": 1.0, "min_p": 0.02, "logprobs": 3},
         ]
         sampling = {**kinds[i % len(kinds)], "seed": 1_000 + i, "max_tokens": rng.randint(20, 160), "ignore_eos": True}
         if i % 5 == 0:
@@ -44,11 +46,10 @@ def specs(seed: int, count: int, vocab: int) -> list[Spec]:
     return made
 
 
-async def undisturbed(address: str, wanted: list[Spec]) -> list[list[int]]:
+async def undisturbed(address: str, wanted: list[Spec]) -> list[Completion]:
     """What each request gets when nothing happens."""
     async with AsyncClient(address, insecure=True, connect_timeout=170) as client:
-        done = await asyncio.gather(*(client.generate(list(one.prompt), **one.sampling) for one in wanted))
-        return [completion.token_ids for completion in done]
+        return await asyncio.gather(*(client.generate(list(one.prompt), **one.sampling) for one in wanted))
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Load:
 
     address: str
     wanted: list[Spec]
-    expected: list[list[int]]
+    expected: list[Completion]
     clients: int
     streams: int
     finished: int = 0
@@ -99,18 +100,22 @@ class Load:
             which += self.streams + 1
 
     async def _request(self, client: AsyncClient, which: int) -> None:
-        spec, expected = self.wanted[which], self.expected[which]
+        spec, expected = self.wanted[which], self.expected[which].token_ids
         position, ends = 0, 0
+        logprobs: list[PositionLogprobs] = []
         async with asyncio.timeout(TIMEOUT_S + LATE_S):
             async for chunk in client.stream(list(spec.prompt), timeout=TIMEOUT_S, **spec.sampling):
                 if chunk.offset != position or chunk.token_ids != expected[position : position + len(chunk.token_ids)]:
                     self._complain(f"request {which}: at {chunk.offset} came {chunk.token_ids}, after {position}")
                 position += len(chunk.token_ids)
                 ends += chunk.finish_reason is not None
+                logprobs += chunk.logprobs or ()
                 self.tokens += len(chunk.token_ids)
                 self.news.set()
         if position != len(expected) or ends != 1:
             self._complain(f"request {which}: {position} tokens of {len(expected)}, ended {ends} times")
+        if logprobs != (self.expected[which].logprobs or []):
+            self._complain(f"request {which}: other log-probabilities")
         self.finished += 1
 
     def _complain(self, what: str) -> None:

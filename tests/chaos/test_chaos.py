@@ -66,7 +66,8 @@ def test_every_stream_is_what_it_would_have_been(name: str, tmp_path: Path) -> N
 async def storm(service: ChaosService, vocab: int) -> None:
     wanted = specs(SEED, STREAMS, vocab)
     expected = await undisturbed(service.address, wanted)
-    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+    assert len({tuple(completion.token_ids) for completion in expected}) == len(expected)
+    assert any(completion.logprobs for completion in expected)
     await settled(service)
     before = own_descriptors(), service.scheduler.descriptors(), service.scheduler.memory()
 
