@@ -46,12 +46,7 @@ def wire_form(given: object) -> StructuredOutputsParams:
         limit = next((value for key, value in first.get("ctx", {}).items() if key != "error"), None)
         where = ".".join(str(part) for part in first["loc"])
         raise _fault(where, f"{first['msg']}, got {first['input']!r:.100}", limit, first["input"]) from error
-    try:
-        found = problem(made)
-    except UnicodeEncodeError as error:
-        surrogate = f"U+{ord(error.object[error.start]):04X}"
-        story = f"no valid Unicode text: it holds the lone surrogate {surrogate}"
-        raise _fault(_broken(made), story, None, surrogate) from error
+    found = problem(made)
     if found is not None:
         raise _fault(found.field, found.message, found.limit, found.value)
     return made
@@ -77,18 +72,6 @@ def _schema(given: object) -> str:
         return json.dumps(given, ensure_ascii=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise _fault("json", f"cannot be written as JSON: {error}", None, repr(type(given))) from error
-
-
-def _broken(made: StructuredOutputsParams) -> str:
-    """The field that is no valid Unicode."""
-    for name in FIELDS:
-        value = getattr(made, name)
-        texts = value if isinstance(value, tuple) else (value,)
-        try:
-            [text.encode() for text in texts if isinstance(text, str)]
-        except UnicodeEncodeError:
-            return name
-    return "json"
 
 
 def _fault(name: str, message: str, limit: Any, value: Any) -> InvalidRequest:

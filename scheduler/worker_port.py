@@ -142,7 +142,8 @@ class WorkerPort:
             if peer is None:
                 self._send(route, UnknownPeer(epoch=self._epoch))
                 return
-            peer.heard_at = self._clock()
+            if not isinstance(message, GrammarChecked):  # from a thread that runs on when steps do not
+                peer.heard_at = self._clock()
             self._handle(peer, message)
         except VersionMismatch as error:
             self._complaints.warn("refused a worker: %s", error)

@@ -4,6 +4,7 @@ hostile grammars, which harm nobody else."""
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +15,16 @@ import numpy as np
 import pytest
 import zmq
 
-from tandem import AsyncClient
+from tandem import AsyncClient, InvalidRequest, RequestFailed, StructuredOutputsParams
 from tandem.launch.embedded import EmbeddedSystem
 from tandem.protocol.messages import Submit, Tokens, Welcome
 from tandem.protocol.sampling import SamplingParams
 
+from support.hostile_grammars import HOSTILE
 from support.observe import Observer, settled
 from support.peers import ScriptedClient
-from support.structured import Constrained, constrained_requests, reference
-from support.tiny_models import save_tiny
+from support.structured import GRAMMARS, Constrained, constrained_requests, reference
+from support.tiny_models import VOCAB, save_tiny
 from support.workload import send_staggered
 
 MAX_MODEL_LEN = 128
@@ -115,3 +117,121 @@ def tokens_of(client: ScriptedClient, ticket: int) -> list[int]:
             for owner, piece in zip(message.ticket.tolist(), pieces, strict=True):
                 found += piece.tolist() if owner == ticket else []
     return found
+
+
+def sampled_requests() -> list[tuple[list[int], dict[str, Any]]]:
+    """Those that follow a grammar beside those that do not, with parameters that take tokens away as well."""
+    rng = random.Random(8)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9, "min_tokens": 12},
+        {"temperature": 1.3, "top_k": 20, "frequency_penalty": 0.5},
+        {"temperature": 1.0, "allowed_token_ids": [*range(20, 60)], "logprobs": 2},
+    ]
+    structured = list(GRAMMARS.values())
+    return [
+        (
+            [rng.randrange(4, VOCAB) for _ in range(rng.randint(17, 30))],
+            {**kinds[i % 4], "structured_outputs": structured[i % 7], "seed": 70 + i, "max_tokens": 20},
+        )
+        for i in range(8)
+    ]
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch(case: Case) -> None:
+    async def run(address: str, at_once: int) -> list[list[int]]:
+        turn = asyncio.Semaphore(at_once)
+
+        async def one(client: AsyncClient, prompt: list[int], sampling: dict[str, Any]) -> list[int]:
+            async with turn:
+                return list((await client.generate(prompt, **sampling)).token_ids)
+
+        async with AsyncClient(address) as client:
+            return await asyncio.gather(*(one(client, *request) for request in sampled_requests()))
+
+    with EmbeddedSystem(options(case, batch_invariant=True, lookahead=0)) as system:
+        expected = asyncio.run(run(system.address, at_once=1))
+    with EmbeddedSystem(options(case, batch_invariant=True, lookahead=2, num_gpu_blocks_override=16)) as system:
+        assert asyncio.run(run(system.address, at_once=8)) == expected
+        observer = Observer(system.address)
+        assert observer.wait_until(settled).preemptions > 0
+        observer.close()
+
+
+def test_hostile_grammars_harm_nobody_else(address: str, case: Case) -> None:
+    """Eight streams, over and over, beside a client that sends every grammar of the list: each stream gets exactly its
+    tokens, and each hostile request an answer."""
+    over = asyncio.Event()
+
+    async def stream(client: AsyncClient, index: int) -> int:
+        rounds = 0
+        while not over.is_set():
+            wanted = case.requests[index]
+            done = await client.generate(list(wanted.prompt), **wanted.sampling())
+            assert done.token_ids == case.expected[index]
+            rounds += 1
+        return rounds
+
+    async def attack(client: AsyncClient, wanted: StructuredOutputsParams) -> str:
+        try:
+            await client.generate([5, 6, 7], structured_outputs=wanted, max_tokens=6, temperature=0.0)
+        except InvalidRequest as error:
+            return "refused" if error.field.startswith("structured_outputs.") else f"refused for {error.field}"
+        except RequestFailed as error:
+            return "failed" if str(error).startswith("structured_outputs: ") else str(error)
+        return "answered"
+
+    async def run() -> list[str]:
+        async with AsyncClient(address) as client, AsyncClient(address, name="hostile") as hostile:
+            streams = [asyncio.create_task(stream(client, index)) for index in range(8)]
+            answers = await asyncio.gather(*(attack(hostile, wanted) for wanted, _ in HOSTILE.values()))
+            over.set()
+            assert min(await asyncio.gather(*streams)) >= 1
+        return answers
+
+    answers = dict(zip(HOSTILE, asyncio.run(run()), strict=True))
+    assert {name for name, (_, story) in HOSTILE.items() if story and answers[name] != "refused"} == set()
+    assert set(answers.values()) <= {"refused", "failed", "answered"}
+    observer = Observer(address)
+    observer.wait_until(settled)
+    observer.close()
+
+
+def test_a_grammar_that_meets_a_limit_later_fails_its_own_request(address: str, case: Case) -> None:
+    """It passes the trial, which follows it for some tokens only."""
+    doubling = "\n".join(f"t{i}: t{i + 1} t{i + 1}" for i in range(40))
+    late = f'start: /[qr]{{40}}/ t0\n{doubling}\nt40: "a"'
+
+    async def run() -> None:
+        async with AsyncClient(address) as client:
+            others = [
+                asyncio.create_task(client.generate(list(wanted.prompt), **wanted.sampling()))
+                for wanted in case.requests[:4]
+            ]
+            with pytest.raises(RequestFailed, match="the grammar cannot be followed any further: .*items"):
+                await client.generate([5], structured_outputs={"grammar": late}, max_tokens=60, temperature=0.0)
+            assert [(await other).token_ids for other in others] == case.expected[:4]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"structured_outputs": {}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a" * 65_537}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": ["ab" * 20_000, "cd" * 20_000]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a", "disable_any_whitespace": True}}, "structured_outputs.disable_any"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_field(address: str, sampling: dict[str, Any], field: str) -> None:
+    async def run() -> None:
+        async with AsyncClient(address) as client:
+            with pytest.raises(InvalidRequest) as caught:
+                await client.generate([5], temperature=0.0, **sampling)
+            assert caught.value.field.startswith(field)
+
+    asyncio.run(run())

@@ -86,6 +86,15 @@ def test_help_of_every_command(
         (["generate", "--timeout", "-1", "hello"], "--timeout: expected seconds, at least 0"),
         (["generate", "--timeout", "0", "hello"], "--timeout: 0 s leave no time for an answer"),
         (["chat", "--cache-salt", "x" * 257], "--cache-salt: 257 characters, over the limit of 256"),
+        (
+            ["generate", "--regex", "a", "--choice", "b", "hello"],
+            "--regex and --choice each say what answers look like",
+        ),
+        (
+            ["generate", "--json-schema", "/nonexistent/schema", "hello"],
+            "--json-schema: cannot read /nonexistent/schema",
+        ),
+        (["generate", "--json-schema", "/dev/null", "hello"], "--json-schema: a schema is JSON, and this is not"),
         (["generate", "--file", "/nonexistent/prompts", "x"], "cannot read the prompts in /nonexistent/prompts"),
         (
             ["generate", "--connect", "ipc:///x", "--model", "m", "hello"],

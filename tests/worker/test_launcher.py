@@ -1,0 +1,181 @@
+"""Steps that wait for masks, on an executor that queues on its caller's thread as CUDA's does: the host thread never
+waits, and the order stays."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandem.protocol.messages import StepPlan, StepResult
+from tandem.protocol.structured import StructuredOutputsParams
+from tandem.worker import pipeline as pipeline_module
+from tandem.worker.executor import StepTimes
+from tandem.worker.grammars.book import GrammarBook
+from tandem.worker.grammars.masks import MaskThread, StepMasks
+from tandem.worker.launcher import Launcher
+from tandem.worker.pipeline import Pipeline
+from tandem.worker.staging import Lane
+
+from support.paged import load_tiny
+from support.tiny_models import EOS, VOCAB, tiny_tokenizer
+
+DEADLINE_S = 60.0
+TOKENIZER = tiny_tokenizer()
+
+
+class OnTheCallersThread:
+    """Queues a step by running it, as far as the caller is concerned."""
+
+    holds_caller = True
+
+    def launch(self, lane: Lane, compute: Callable[[], None], sampled: int) -> OnTheCallersThread:
+        lane.send()
+        compute()
+        lane.fetch(sampled)
+        return self
+
+    def hold(self, until: Callable[[], None]) -> None:
+        until()
+
+    def wait(self) -> StepTimes:
+        return StepTimes(0, 0, 0)
+
+    def close(self, timeout_s: float) -> None:
+        pass
+
+
+def ints(*values: int) -> Any:
+    return np.array(values, np.int32)
+
+
+def joining(step: int, slot: int, wanted: StructuredOutputsParams | None, **changes: Any) -> StepPlan:
+    plan = StepPlan(
+        epoch=1,
+        registration=1,
+        step=step,
+        join_slot=ints(slot),
+        join_number=np.array([slot], np.int64),
+        join_attempt=ints(0),
+        join_prompt_length=ints(2),
+        join_length=ints(2),
+        join_computed=ints(0),
+        join_num_blocks=ints(1),
+        join_token=ints(5, 6),
+        join_block=ints(slot),
+        join_temperature=np.zeros(1, np.float32),
+        join_top_k=ints(0),
+        join_top_p=np.ones(1, np.float32),
+        join_seed=np.zeros(1, np.int64),
+        chunk_slot=ints(slot),
+        chunk_length=ints(2),
+    )
+    if wanted is not None:
+        plan = replace(plan, grammars=(wanted,), join_grammar=ints(0))
+    return replace(plan, **changes)
+
+
+class Rig:
+    def __init__(self, folder: Path) -> None:
+        model, _ = load_tiny("llama", folder)
+        model.allocate_kv_cache(8, 16)
+        self.results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
+        self.failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        self.pipeline = Pipeline(
+            model,
+            num_blocks=8,
+            block_size=16,
+            slots=4,
+            max_model_len=64,
+            max_tokens=32,
+            lookahead=2,
+            on_result=self.results.put,
+            on_failure=self.failures.put,
+            grammars=GrammarBook(TOKENIZER.to_str().encode(), VOCAB, (EOS,)),
+        )
+
+    def result(self) -> StepResult:
+        return self.results.get(timeout=DEADLINE_S)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Masks are not there before it is set."""
+    opened = threading.Event()
+    wait = MaskThread.wait
+
+    def waiting(self: MaskThread, step: StepMasks) -> None:
+        assert opened.wait(DEADLINE_S)
+        wait(self, step)
+
+    monkeypatch.setattr(MaskThread, "wait", waiting)
+    yield opened
+    opened.set()
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(pipeline_module, "open_executor", lambda *_: OnTheCallersThread())
+    made = Rig(tmp_path)
+    yield made
+    made.pipeline.close(DEADLINE_S)
+
+
+def test_the_host_thread_does_not_wait_for_masks_and_steps_stay_in_order(rig: Rig, gate: threading.Event) -> None:
+    rig.pipeline.launch(joining(0, 1, StructuredOutputsParams(regex="abc")))
+    rig.pipeline.launch(joining(1, 2, None))  # has no grammar of its own to wait for, but the row before it has
+    rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=2))
+    assert rig.results.empty()
+    gate.set()
+    got = [rig.result() for _ in range(3)]
+    assert [one.step for one in got] == [0, 1, 2]
+    assert "".join(str(TOKENIZER.id_to_token(int(one.token[0]))) for one in got) == "abc"
+    assert rig.pipeline.drain(DEADLINE_S)
+    rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=3))
+    assert int(rig.result().token[0]) == EOS
+    rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=4, leave=ints(1)))
+    assert len(rig.result().token) == 1  # again launched by the host thread itself
+
+
+def test_a_grammar_that_fails_is_told_with_its_row(rig: Rig) -> None:
+    generated = joining(0, 1, StructuredOutputsParams(regex="abc"), join_prompt_length=ints(1))
+    rig.pipeline.launch(generated)
+    result = rig.result()
+    assert result.failed.tolist() == [0]
+    assert "cannot be followed" in result.failed_error[0]
+
+
+def test_a_new_registration_forgets_grammars(rig: Rig) -> None:
+    rig.pipeline.launch(joining(0, 1, StructuredOutputsParams(regex="abc")))
+    rig.result()
+    assert rig.pipeline.drain(DEADLINE_S)
+    rig.pipeline.reset()
+    rig.pipeline.launch(joining(0, 1, StructuredOutputsParams(regex="xyz")))
+    assert TOKENIZER.id_to_token(int(rig.result().token[0])) == "x"
+
+
+def test_a_mask_thread_that_fails_fails_the_pipeline(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("masks are out")
+
+    monkeypatch.setattr(MaskThread, "_fill", fail)
+    rig.pipeline.launch(joining(0, 1, StructuredOutputsParams(regex="abc")))
+    assert "masks are out" in str(rig.failures.get(timeout=DEADLINE_S))
+    with pytest.raises(RuntimeError, match="masks are out"):
+        rig.pipeline.drain(DEADLINE_S)
+
+
+def test_what_need_not_wait_is_started_by_its_caller() -> None:
+    launcher = Launcher(on_failure=lambda error: None)
+    threads: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for waits in (False, True):
+        launcher.launch(lambda: threads.put(threading.current_thread().name), waits=waits)
+    names = [threads.get(timeout=DEADLINE_S) for _ in range(2)]
+    launcher.close(DEADLINE_S)
+    assert names == [threading.current_thread().name, "launches"]
