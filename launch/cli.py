@@ -1,4 +1,4 @@
-"""The command line: `tandem serve | generate | chat | demo | stats | bench | scheduler | worker | keys`. Each
+"""The command line: `tandem serve | generate | chat | demo | doctor | stats | bench | scheduler | worker | keys`. Each
 command's work is elsewhere; here are its flags, its help and its exit code (those of `bench` are in bench/cli.py).
 
 Exit codes: 0 done, or ended as asked; 1 something failed; 2 the options cannot work; 130 `generate` was interrupted.
@@ -237,6 +237,22 @@ def stats(
     from .stats import stats as run
 
     run(connect, keys=keys, insecure=insecure, watch=watch, interval_s=interval, as_json=as_json)
+
+
+@app.command()
+@with_flags(EMBEDDED_FLAGS)
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    config: ConfigFile = None,
+    **options: Any,
+) -> None:
+    """Show what is installed, what a service with these options would use and why, and what is in its way.
+
+    Exit code 1 if it would not start.
+    """
+    from .doctor import doctor as run
+
+    sys.exit(run(_split(options, config)[1], as_json=as_json))
 
 
 class _Bench(TyperGroup):

@@ -70,7 +70,7 @@ def service(
         return
     if not asked and not embed:
         address = default_address()
-        if os.environ.get("TANDEM_ADDRESS") or _answers(address):
+        if os.environ.get("TANDEM_ADDRESS") or answers(address):
             note(f"Using the service at {address.url}.")
             yield _running(address.url, keys, insecure)
             return
@@ -87,7 +87,7 @@ def _running(url: str, keys: str | None, insecure: bool) -> Service:
     """A service that was named. Raises ServiceUnavailable at once if nobody can be there."""
     address = Address(url)
     peer_keys(address, "clients", keys, insecure)  # the client reads them itself, but what is wrong comes first
-    if not _answers(address):
+    if not answers(address):
         flags = " --insecure" if insecure else ""
         raise ServiceUnavailable(
             f"nobody serves at {url}; start a service there with: tandem serve --address {url}{flags}"
@@ -129,7 +129,7 @@ def _embedded(worker_options: Options, scheduler_options: Options, data_parallel
         raise system.death
 
 
-def _answers(address: Address) -> bool:
+def answers(address: Address) -> bool:
     """Whether somebody listens there."""
     if not address.is_ipc:
         host, _, port = address.url.removeprefix("tcp://").rpartition(":")

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Final
 
+from transformers import PreTrainedModel
+
 from ..protocol.messages import MAX_CONTEXT, FileInfo, ModelDescription
 from .config import WorkerConfig
 from .loading import LoadError, ModelSource, local_folder, max_positions, stop_token_ids, weight_files
@@ -48,7 +50,7 @@ def default_name(model: str) -> str:
     return folder.resolve().name or model if folder.is_dir() else model
 
 
-def choose_max_model_len(config: WorkerConfig, model: PagedModel) -> int:
+def choose_max_model_len(config: WorkerConfig, model: PagedModel | PreTrainedModel) -> int:
     """The option, or what the model's config allows. Raises LoadError if the option is more than that, or neither
     says."""
     allowed = max_positions(model.config)

@@ -32,7 +32,18 @@ def count_blocks(
     On CUDA what the model leaves is measured, by running the largest step there is. Raises LoadError with the figures
     if not even one request of max_model_len fits.
     """
-    per_block = model.kv_bytes_per_block(config.block_size)
+
+    def room() -> tuple[int, str]:
+        if model.device.type == "cuda":
+            return _free_cuda_bytes(config, model, max_model_len, progress)
+        return CPU_CACHE_BYTES, f"the CPU's default of {CPU_CACHE_BYTES} bytes"
+
+    return fit_blocks(config, model.kv_bytes_per_block(config.block_size), max_model_len, room)
+
+
+def fit_blocks(config: WorkerConfig, per_block: int, max_model_len: int, room: Callable[[], tuple[int, str]]) -> int:
+    """Blocks of `per_block` bytes that fit; `room` says how many bytes there are, and where that comes from, if no
+    option does. Raises as `count_blocks`."""
     least = -(-max_model_len // config.block_size)
     if config.num_gpu_blocks_override is not None:
         blocks, source = config.num_gpu_blocks_override, "num_gpu_blocks_override"
@@ -41,11 +52,9 @@ def count_blocks(
             config.kv_cache_memory_bytes // per_block,
             f"kv_cache_memory_bytes {config.kv_cache_memory_bytes}",
         )
-    elif model.device.type == "cuda":
-        free, source = _free_cuda_bytes(config, model, max_model_len, progress)
-        blocks = free // per_block
     else:
-        blocks, source = CPU_CACHE_BYTES // per_block, f"the CPU's default of {CPU_CACHE_BYTES} bytes"
+        free, source = room()
+        blocks = free // per_block
     if blocks < least:
         raise LoadError(
             f"the KV cache ({source}) has room for {max(0, blocks)} blocks of {config.block_size} tokens, but one "

@@ -62,10 +62,10 @@ class PagedModel:
         self.module = module
         self.quantization: Quantization | None = None
         self.kv_dtype = FP8 if kv_cache_dtype == "fp8" else dtype
-        self._trunk, self._head = _split(module)
+        self._trunk, self._head = trunk_and_head(module)
         with inspection.named_failures(module):
             self.kv_spec: tuple[LayerKV, ...] = inspection.inspect_layers(module, self._trunk, device)
-        self.attention_backend = _choose_backend(attention_backend, self.kv_spec, dtype, device, batch_invariant)
+        self.attention_backend = choose_backend(attention_backend, self.kv_spec, dtype, device, batch_invariant)
         self._layer_of = {layer.layer_idx: index for index, layer in enumerate(self.kv_spec)}
         self._cache: KVCache | None = None
         self._backend: AttentionBackend | None = None
@@ -257,7 +257,7 @@ class _GivenOutput:
         return None
 
 
-def _split(module: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+def trunk_and_head(module: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The trunk, and the head: the same model, sharing its weights, whose trunk only passes rows on. So whatever the
     model does to its logits (soft caps, scales) is done by its own code."""
     prefix = module.base_model_prefix
@@ -269,9 +269,10 @@ def _split(module: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return trunk, head
 
 
-def _choose_backend(
+def choose_backend(
     wanted: BackendName, spec: tuple[LayerKV, ...], dtype: torch.dtype, device: torch.device, batch_invariant: bool
 ) -> Literal["flashinfer", "reference"]:
+    """The attention backend of a model. Raises LoadError if the wanted one cannot serve it."""
     problem = "it is not batch-invariant" if batch_invariant else flashinfer.problem(spec, dtype, device)
     if wanted == "flashinfer" and problem is not None:
         raise LoadError(f"attention backend 'flashinfer' cannot be used: {problem}; use 'auto' or 'reference'")

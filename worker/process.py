@@ -80,7 +80,7 @@ def _full_device_explained() -> Iterator[None]:
 
 
 def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedModel, dict[str, bytes]]:
-    device = _device(config)
+    device = choose_device(config)
     _set_threads(config, device)
     source = ModelSource(
         model=config.model,
@@ -142,7 +142,8 @@ def _set_threads(config: WorkerConfig, device: torch.device) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
 
 
-def _device(config: WorkerConfig) -> torch.device:
+def choose_device(config: WorkerConfig) -> torch.device:
+    """Where the worker computes. Raises ConfigurationError for options that do not fit the machine."""
     device = _named_device(config)
     if config.batch_invariant and device.type != "cpu":
         raise ConfigurationError("--batch-invariant is kept on a CPU only so far; leave it out, or add --device cpu")

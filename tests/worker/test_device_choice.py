@@ -9,7 +9,7 @@ import torch
 
 from tandem.protocol.errors import ConfigurationError
 from tandem.worker.config import WorkerConfig
-from tandem.worker.process import _device
+from tandem.worker.process import choose_device
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
@@ -17,5 +17,5 @@ def test_batch_invariance_is_refused_where_it_is_not_shown(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options: dict[str, Any] = {"scheduler": "ipc:///nowhere", "model": "none", "batch_invariant": True}
     with pytest.raises(ConfigurationError, match="--batch-invariant"):
-        _device(WorkerConfig.model_validate({**options, "device": device}))
-    assert _device(WorkerConfig.model_validate({**options, "device": "cpu"})) == torch.device("cpu")
+        choose_device(WorkerConfig.model_validate({**options, "device": device}))
+    assert choose_device(WorkerConfig.model_validate({**options, "device": "cpu"})) == torch.device("cpu")
