@@ -300,6 +300,12 @@ def test_a_grammar_that_cannot_be_followed_fails_its_own_row_once(masks: Masks) 
     assert second.failed == []
 
 
+def test_tokens_that_do_not_follow_a_grammar_cost_the_others_nothing(masks: Masks) -> None:
+    """A forged resumption must not make everybody's grammar be compiled anew."""
+    masks.done(masks.step([1], [False], join=[regex(1, "popular", "q")]))
+    assert BOOK.holds(StructuredOutputsParams(regex="popular"))
+
+
 def test_a_failure_is_told_with_the_rows_first_token(masks: Masks) -> None:
     """A long prompt's row joins steps before it samples."""
     masks.step([], [], join=[regex(1, "ab", "q")])

@@ -146,12 +146,17 @@ class MaskThread:
                 raise_error(matcher)
             self._matchers[row.slot] = matcher
         except GrammarError as error:
-            self._give_up(row.slot, str(error))
+            self._fail(row.slot, str(error))
 
-    def _give_up(self, slot: int, error: str) -> None:
+    def _fail(self, slot: int, error: str) -> None:
         """What goes wrong with a grammar ends its own row."""
         self._matchers[slot] = None
         self._failures[slot] = f"structured_outputs: the grammar cannot be followed any further: {error}"
+
+    def _give_up(self, slot: int, error: str) -> None:
+        """A limit was met: perhaps because of what all copies of the grammar have learned together, so that the next
+        row gets a new one. (Tokens that somebody else has generated are no reason for that.)"""
+        self._fail(slot, error)
         self._book.discard(self._wanted[slot])
 
     def _advance(self, step: StepMasks) -> None:
