@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .restarts import RestartPolicy
 from .status import StatusLines
 from .tether import command
 
@@ -33,6 +35,15 @@ class ChildSpec:
     """Asked to end only when all others have ended."""
     grace_s: float = 0.0
     """How long it may at least take to end, if that is more than the supervisor gives every child."""
+    restart: RestartPolicy | None = None
+    """Whether it is started again when it ends unasked; else that ends everything."""
+    ready_within_s: float | None = None
+    """A child that was started *again* and is not ready by then is killed."""
+    silence_s: float | None = None
+    """A child that was ready and has not said for so long that it is alive is killed."""
+    known_to: str | None = None
+    """The child whose word it is whether this one works. If that says for UNKNOWN_S that it does not know this one's
+    process id, this one is killed."""
 
 
 class Child:
@@ -44,6 +55,15 @@ class Child:
         self.words: deque[str] = deque(maxlen=LAST_WORDS_LINES)
         self.told = ""
         self.asked_to_end = False
+        self.drained = False
+        self.verdict = ""
+        """Why it was killed, if it was."""
+        self.started_at = time.monotonic()
+        self.is_ready = False
+        self.heard_at = self.started_at
+        """When it last said that it is alive, or was ready."""
+        self.unknown_since: float | None = None
+        """Since when the child that should know it does not."""
         self.unfinished = b""
         self.output, output_write = os.pipe2(os.O_CLOEXEC)
         self.statuses, status_write = os.pipe2(os.O_CLOEXEC)
@@ -91,6 +111,8 @@ class Child:
         os.close(self.output)
         os.close(self.statuses)
         os.close(self.pidfd)
+        if self.verdict:
+            return f"{self.verdict} and was killed"
         if code < 0:
             return f"was killed by {_signal_name(-code)}"
         return f"ended unexpectedly with exit code {code}"

@@ -21,6 +21,7 @@ from ..worker.config import WorkerConfig
 from .config import merged, read_file
 from .options import Group, flags, option_names, with_flags
 from .progress import note
+from .restarts import SupervisionConfig
 from .sampling import request_flags, sample_flags, sampling_flags
 from .structured import structured_flags, with_structure
 from .terminal import UNWRITABLE, discard_stdout, prepare_stdio
@@ -37,7 +38,7 @@ app = typer.Typer(
 SCHEDULER = Group(SchedulerConfig, "Scheduler")
 WORKER = Group(WorkerConfig, "Worker: model and device", without=("scheduler",))
 GATEWAY = Group(GatewayConfig, "HTTP", without=("scheduler",))
-SERVE_FLAGS = flags(SCHEDULER, WORKER, GATEWAY)
+SERVE_FLAGS = flags(SCHEDULER, WORKER, GATEWAY, Group(SupervisionConfig, "Processes that end or hang"))
 GATEWAY_FLAGS = flags(Group(GatewayConfig, "Gateway"))
 SCHEDULER_FLAGS = flags(SCHEDULER)
 EMBEDDED_FLAGS = flags(

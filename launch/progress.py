@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from .status import Failed, Ready, Status
 from .status import Progress as StageProgress
+from .status import Ready, Status
 
 
 class StartDisplay:
@@ -50,7 +50,7 @@ class StartDisplay:
     def status(self, name: str, status: Status) -> None:
         """A status line of a process; called by the supervisor's thread."""
         with self._lock:
-            if self._quiet or isinstance(status, Failed):
+            if self._quiet or not isinstance(status, StageProgress | Ready):
                 return  # a failure is reported by whoever waits for the process
             if self._bars is not None:
                 self._draw(self._bars, name, status)

@@ -1,7 +1,9 @@
-"""What a starting process says of itself: JSON lines on a pipe that it inherits (`--status-fd`).
+"""What a process says of itself: JSON lines on a pipe that it inherits (`--status-fd`).
 
 {"event": "progress", "stage": "load weights", "done": 0.4}
 {"event": "ready", …}
+{"event": "alive", "workers": [4711, 4712]}
+{"event": "drained"}
 {"event": "error", "message": "…"}
 """
 
@@ -31,13 +33,26 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """The process' main loop turns. `workers`: the scheduler's word on which worker processes are registered with it;
+    None from others."""
+
+    workers: frozenset[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The process ends because it was asked to leave the service for good."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The process ends because of this, which is meant for the user to read."""
 
     message: str
 
 
-Status = Progress | Ready | Failed
+Status = Progress | Ready | Alive | Drained | Failed
 
 
 class StatusLines:
@@ -69,6 +84,11 @@ def parse(line: bytes) -> Status | None:
     event = said.pop("event", None)
     if event == "ready":
         return Ready(said)
+    if event == "alive":
+        workers = said.get("workers")
+        return Alive(frozenset(pid for pid in workers if type(pid) is int) if isinstance(workers, list) else None)
+    if event == "drained":
+        return Drained()
     if event == "error":
         return Failed(str(said.get("message", "")))
     if event == "progress":

@@ -1,4 +1,4 @@
-"""Starts child processes, listens to them, notices when one dies, and ends them all.
+"""Starts child processes, listens to them, notices when one dies or hangs, starts it again, and ends them all.
 
 One thread does everything: it starts the children (which are tethered to it, see tether.py), and then sleeps until a
 child speaks, a child dies or its owner asks for something. The owner's thread waits by reading a pipe, so that an
@@ -19,17 +19,24 @@ from typing import Protocol
 
 from ..protocol.errors import TandemError
 from .child import Child, ChildSpec, read_now
-from .status import Failed, Ready, Status
+from .restarts import RestartHistory
+from .status import Alive, Drained, Failed, Ready, Status
 
 GRACE_S = 5.0
 """How long a child that was asked to end may take before it is killed."""
+UNKNOWN_S = 10.0
+"""How long a ready child may be unknown to the one that should know it (see ChildSpec.known_to)."""
+LOOK_S = 1.0
+"""How often is looked for children that hang."""
+LAUNCHER = "launcher"
+"""The name under which the supervisor itself tells the listener what it does."""
 
 
 class Listener(Protocol):
     """Hears what the children say, in the supervisor's thread; must not block or raise."""
 
     def status(self, name: str, status: Status) -> None:
-        """A status line of a child."""
+        """A status line of a child; not each sign of life."""
 
     def output(self, name: str, line: str) -> None:
         """A line that a child wrote to stdout or stderr, without its end."""
@@ -56,14 +63,18 @@ class StartTimeout(TandemError):
 class Supervisor:
     """The children of one system. Owned by one thread; `stop()` ends everything and is idempotent.
 
-    The first child that ends unasked is kept in `death` and takes the others with it.
+    A child that ends unasked, or hangs and is killed for it, is started again as its spec says. If it is not, that is
+    kept in `death`, and it takes the others with it.
     """
 
     def __init__(self, listener: Listener, on_death: Callable[[ChildDied], None] | None = None) -> None:
-        """`on_death` is called in the supervisor's thread when the first child ends unasked; must not block."""
+        """`on_death` is called in the supervisor's thread when `death` is set; must not block."""
         self._listener = listener
         self._on_death = on_death
         self._children: dict[str, Child] = {}
+        self._histories: dict[str, RestartHistory] = {}
+        self._to_start: dict[str, tuple[float, ChildSpec]] = {}
+        """Children that will be started again, and when."""
         self._stopping = False
         self._grace_s = GRACE_S
         self._kill_at = float("inf")
@@ -75,6 +86,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._serve_requests)
         self.ready: dict[str, Ready] = {}
+        """Of the children that are ready now, what they said."""
         self.death: ChildDied | None = None
         self._failure: Exception | None = None
         self._closed = False
@@ -87,15 +99,22 @@ class Supervisor:
 
     def wait_ready(self, name: str, timeout_s: float | None = None) -> Ready:
         """Blocks until the child says that it is ready. Raises ChildDied if it or another ends first, StartTimeout."""
-        self._wait(lambda: name in self.ready or self.death is not None, timeout_s)
+        found: list[Ready] = []
+
+        def over() -> bool:
+            if (ready := self.ready.get(name)) is not None:  # it may have ended again before we look twice
+                found.append(ready)
+            return bool(found) or self.death is not None
+
+        self._wait(over, timeout_s)
         if self.death is not None:
             raise self.death
-        if name not in self.ready:
+        if not found:
             raise StartTimeout(f"{name} was not ready after {timeout_s:g} seconds")
-        return self.ready[name]
+        return found[0]
 
     def wait_for_death(self, timeout_s: float | None = None) -> ChildDied | None:
-        """Blocks until a child ends unasked, and returns that; None after `timeout_s`."""
+        """Blocks until a child ends unasked for good, and returns that; None after `timeout_s`."""
         self._wait(lambda: self.death is not None, timeout_s)
         return self.death
 
@@ -130,16 +149,27 @@ class Supervisor:
 
     def _run(self) -> None:
         try:
+            looked_at = time.monotonic()
             while not (self._stopping and not self._children):
-                left = self._kill_at - time.monotonic()
-                for key, _ in self._selector.select(None if left == float("inf") else max(0.0, left)):
+                now = time.monotonic()
+                left = min(self._kill_at, looked_at + LOOK_S, *(when for when, _ in self._to_start.values())) - now
+                for key, _ in self._selector.select(max(0.0, left)):
                     if self._selector.get_map().get(key.fileobj) is key:  # else its child has ended just now
                         key.data()
-                if time.monotonic() >= self._kill_at:
-                    self._kill_at = time.monotonic() + self._grace_s
+                now = time.monotonic()
+                if now >= self._kill_at:
+                    self._kill_at = now + self._grace_s
                     for child in self._children.values():
                         if child.asked_to_end:
                             child.kill()
+                for when, spec in list(self._to_start.values()):
+                    if now >= when:
+                        del self._to_start[spec.name]
+                        self._start(spec)
+                if now >= looked_at + LOOK_S:
+                    # If it was us who stood still, the children may have as well.
+                    self._look_for_hung(now, forgiven=max(0.0, now - looked_at - 2 * LOOK_S))
+                    looked_at = now
         except Exception as error:  # noqa: BLE001  (an error of ours: the owner raises it, and no child stays behind)
             self._failure = error
             for child in self._children.values():
@@ -157,10 +187,12 @@ class Supervisor:
     def _start(self, spec: ChildSpec) -> None:
         if self._stopping:
             return
+        if spec.restart is not None:
+            self._histories.setdefault(spec.name, RestartHistory(spec.restart))
         try:
             child = Child(spec)
         except OSError as error:
-            self._die(ChildDied(spec.name, f"could not be started: {error.strerror}", [], ""))
+            self._lose(spec, ChildDied(spec.name, f"could not be started: {error.strerror}", [], ""))
             return
         self._children[spec.name] = child
         for fd, on_data in (
@@ -185,15 +217,59 @@ class Supervisor:
         if data is None:
             return False
         for status in child.status_lines.feed(data):
-            self._listener.status(child.spec.name, status)
-            if isinstance(status, Ready):
-                self.ready[child.spec.name] = status
-                self._tell_owner()
-            elif isinstance(status, Failed):
-                child.told = status.message
+            if not isinstance(status, Alive):
+                self._listener.status(child.spec.name, status)
+            self._note(child, status)
         if not data:
             self._selector.unregister(child.statuses)
         return bool(data)
+
+    def _note(self, child: Child, status: Status) -> None:
+        name, now = child.spec.name, time.monotonic()
+        match status:
+            case Ready():
+                child.is_ready, child.heard_at = True, now
+                if name in self._histories:
+                    self._histories[name].ready(now)
+                self.ready[name] = status
+                self._tell_owner()
+            case Alive():
+                child.heard_at = now
+                for other in self._children.values():
+                    if other.spec.known_to == name and other.is_ready and status.workers is not None:
+                        if other.process.pid in status.workers:
+                            other.unknown_since = None
+                        elif other.unknown_since is None:
+                            other.unknown_since = now
+            case Drained():
+                child.drained = True
+            case Failed():
+                child.told = status.message
+
+    def _look_for_hung(self, now: float, forgiven: float) -> None:
+        """Kills children that do not work though they live. `forgiven`: seconds that do not count, of the last."""
+        for child in self._children.values():
+            spec = child.spec
+            child.started_at += forgiven
+            child.heard_at += forgiven
+            if child.unknown_since is not None:
+                child.unknown_since += forgiven
+            if child.asked_to_end or child.verdict:
+                continue
+            history = self._histories.get(spec.name)
+            if child.is_ready and spec.silence_s is not None and now - child.heard_at > spec.silence_s:
+                child.verdict = f"gave no sign of life for {now - child.heard_at:.1f} s"
+            elif child.unknown_since is not None and now - child.unknown_since > UNKNOWN_S:
+                child.verdict = f"was given up by the {spec.known_to} for {now - child.unknown_since:.1f} s"
+            elif (
+                not child.is_ready
+                and spec.ready_within_s is not None
+                and (history is not None and history.failures)  # a first start is waited for by the owner
+                and now - child.started_at > spec.ready_within_s
+            ):
+                child.verdict = f"was not ready {now - child.started_at:.1f} s after it was started again"
+            if child.verdict:
+                child.kill()
 
     def _ended(self, child: Child) -> None:
         child.kill()  # and with it whatever it started, which may hold the pipes open
@@ -206,12 +282,33 @@ class Supervisor:
         for fd in (child.output, child.statuses, child.pidfd):
             if fd in self._selector.get_map():
                 self._selector.unregister(fd)
-        del self._children[child.spec.name]
+        name = child.spec.name
+        del self._children[name]
+        self.ready.pop(name, None)
+        for other in self._children.values():
+            if other.spec.known_to == name:
+                other.unknown_since = None  # nobody can say now
         how = child.reap()
         if self._stopping:
             self._ask_to_end()
+        elif child.drained:
+            self._listener.output(LAUNCHER, f"{name} was drained and has ended")
         else:
-            self._die(ChildDied(child.spec.name, how, list(child.words), child.told))
+            self._lose(child.spec, ChildDied(name, how, list(child.words), child.told))
+
+    def _lose(self, spec: ChildSpec, death: ChildDied) -> None:
+        """A child ended that nobody had asked to: it is started again, or everything ends."""
+        history = self._histories.get(spec.name)
+        delay_s = None if history is None else history.ended(time.monotonic())
+        if delay_s is None:
+            if history is not None and history.failures > 1:
+                how = f"{death.how}, the last of {history.failures} early ends in a row"
+                death = ChildDied(death.name, how, death.words, death.told)
+            self._die(death)
+            return
+        self._to_start[spec.name] = (time.monotonic() + delay_s, spec)
+        reason = f": {death.told}" if death.told else ""
+        self._listener.output(LAUNCHER, f"{spec.name} {death.how}{reason}; starting it again in {delay_s:g} s")
 
     def _die(self, death: ChildDied) -> None:
         first, self.death = self.death is None, self.death or death
@@ -222,6 +319,7 @@ class Supervisor:
 
     def _begin_stop(self, grace_s: float) -> None:
         self._stopping = True
+        self._to_start.clear()
         self._grace_s = min(self._grace_s, grace_s)
         self._ask_to_end()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..gateway.config import KEY_VARIABLE, GatewayConfig
@@ -17,10 +17,12 @@ from .builtin import MODEL_DIR
 from .child import ChildSpec
 from .config import Options, build
 from .directory import PrivateDirectory
+from .restarts import RestartPolicy, SupervisionConfig
 from .status import Ready
 from .supervisor import GRACE_S, ChildDied, Listener, Supervisor
 
 BUILTIN_NAME = "tandem-builtin"
+SCHEDULER = "scheduler"
 SCHEDULER_READY_S = 60.0
 GATEWAY = "gateway"
 GATEWAY_READY_S = 60.0
@@ -38,7 +40,9 @@ class WorkerPlace:
 class System:
     """Scheduler and workers. `start()` returns when all are ready; `stop()` ends all, and is idempotent.
 
-    `on_death` is called by another thread when a process ends unasked; by then the others are being ended too.
+    A process that has been ready and ends unasked, or hangs, is started again. `on_death` is called by another thread
+    when one is not, since it ended too often (--max-restarts) or before it was ever ready; by then the others are being
+    ended too.
     """
 
     def __init__(
@@ -52,8 +56,8 @@ class System:
         listener: Listener,
         on_death: Callable[[ChildDied], None] | None = None,
     ) -> None:
-        """Checks the options, and starts nothing. `scheduler` must hold an address; without `gateway` there is no HTTP.
-        Raises ConfigurationError."""
+        """Checks the options, and starts nothing. `scheduler` must hold an address, and may hold the options of
+        SupervisionConfig; without `gateway` there is no HTTP. Raises ConfigurationError."""
         self._workers_directory: PrivateDirectory | None = None
         self._supervisor: Supervisor | None = None
         self._listener = listener
@@ -61,6 +65,7 @@ class System:
         self._scheduler_options = scheduler
         self._worker_options = worker
         self.scheduler = build(SchedulerConfig, scheduler)
+        self.supervision = build(SupervisionConfig, scheduler)
         _require_keys(self.scheduler)
         self._gateway: GatewayConfig | None = None
         self._api_keys = api_keys
@@ -84,7 +89,7 @@ class System:
 
     @property
     def death(self) -> ChildDied | None:
-        """The first process that ended unasked."""
+        """The first process that ended unasked and was not started again."""
         return None if self._supervisor is None else self._supervisor.death
 
     def start(self) -> list[Ready]:
@@ -100,9 +105,20 @@ class System:
             address = f"ipc://{self._workers_directory.path}"
             self.scheduler = self.scheduler.model_copy(update={"worker_address": address})
         self._supervisor = supervisor = Supervisor(self._listener, self._on_death)
-        supervisor.start(ChildSpec("scheduler", "tandem.scheduler.main", _arguments(self.scheduler), last=True))
+        restart = RestartPolicy(max_restarts=self.supervision.max_restarts)
+        supervisor.start(
+            ChildSpec(
+                SCHEDULER,
+                "tandem.scheduler.main",
+                _arguments(self.scheduler),
+                last=True,
+                restart=restart,
+                ready_within_s=SCHEDULER_READY_S,
+                silence_s=self.supervision.scheduler_lease,
+            )
+        )
         if self._gateway is not None:  # before the workers: a port that is taken must show before a model is loaded
-            supervisor.start(_gateway_spec(self._gateway, self._api_keys))
+            supervisor.start(replace(_gateway_spec(self._gateway, self._api_keys), restart=restart))
         # Workers connect only once they have loaded a model, long after the scheduler listens.
         where = self.scheduler.worker_address or self.scheduler.address
         where = Address(where).reachable.url
@@ -112,16 +128,23 @@ class System:
         places = place_workers(options, self.workers, where)
         for place in places:
             supervisor.start(
-                ChildSpec(place.config.name, "tandem.worker.main", _arguments(place.config), place.environment)
+                ChildSpec(
+                    place.config.name,
+                    "tandem.worker.main",
+                    _arguments(place.config),
+                    place.environment,
+                    restart=restart,
+                    known_to=SCHEDULER,
+                )
             )
-        supervisor.wait_ready("scheduler", SCHEDULER_READY_S)
+        supervisor.wait_ready(SCHEDULER, SCHEDULER_READY_S)
         ready = [supervisor.wait_ready(place.config.name) for place in places]
         if self._gateway is not None:
             supervisor.wait_ready(GATEWAY, GATEWAY_READY_S)
         return ready
 
     def wait_for_death(self, timeout_s: float | None = None) -> ChildDied | None:
-        """Blocks until a process ends unasked, or for `timeout_s`."""
+        """Blocks until a process ends unasked and is not started again, or for `timeout_s`."""
         if self._supervisor is None:
             raise RuntimeError("this system has not been started")
         return self._supervisor.wait_for_death(timeout_s)
@@ -149,7 +172,7 @@ def place_workers(options: Options, count: int, address: str) -> list[WorkerPlac
         if given.get("served_model_name") is None:
             given["served_model_name"] = BUILTIN_NAME
     names = [name] if count == 1 else [f"{name}-{index}" for index in range(count)]
-    for taken in ("scheduler", GATEWAY):
+    for taken in (SCHEDULER, GATEWAY):
         if taken in names:
             raise ConfigurationError(f"--name: {taken!r} names the {taken} already")
     configs = [build(WorkerConfig, {**given, "name": one, "scheduler": address}) for one in names]

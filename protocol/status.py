@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 from typing import Any
 
 
@@ -20,6 +21,19 @@ class StatusPipe:
     def progress(self, stage: str, done: float) -> None:
         """`done` runs from 0 to 1 within a stage."""
         self._write({"event": "progress", "stage": stage, "done": done})
+
+    def alive(self, **details: Any) -> None:
+        """The main loop turns; to be called from it. Left out if the reader does not read: that must not block it."""
+        if self._descriptor is None:
+            return
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        if poll.poll(0):
+            self._write({"event": "alive", **details})
+
+    def drained(self) -> None:
+        """The process is about to end, and is not to come back."""
+        self._write({"event": "drained"})
 
     def error(self, message: str) -> None:
         """The process is about to end because of this."""

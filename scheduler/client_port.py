@@ -11,9 +11,11 @@ from ..protocol.errors import ProtocolError, VersionMismatch
 from ..protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
+    AskDrain,
     AskStats,
     Cancel,
     ClientHello,
+    Draining,
     FetchFile,
     Goodbye,
     ModelDescription,
@@ -22,6 +24,7 @@ from ..protocol.messages import (
     Refused,
     Stats,
     Submit,
+    Suspected,
     UnknownPeer,
     VersionRefused,
     Welcome,
@@ -30,7 +33,7 @@ from ..protocol.transport import LoopSocket, Sent
 from .admission import Admission, Complaints
 from .core import Core
 from .delivery import Delivery
-from .events import Accept, Cancelled, ClientLost, Deliver, Event, Reject, Submitted
+from .events import Accept, Cancelled, ClientLost, Deliver, Event, Reject, Submitted, Suspect
 from .files import FileStore
 from .peers import MAX_BACKLOG_BYTES, ClientPeer, require_given_route
 from .worker_port import WorkerPort
@@ -79,6 +82,8 @@ class ClientPort:
         self._started_at = clock()
         self.workers: WorkerPort | None = None
         """Who tells of the workers."""
+        self.drain: Callable[[str], int | None] | None = None
+        """Begins to drain the workers of a name; None if clients here have no say in that."""
 
     def attach(self, socket: LoopSocket) -> None:
         self._socket = socket
@@ -109,7 +114,7 @@ class ClientPort:
                 raise ProtocolError(f"a message has one frame, not {len(frames) - 1}")
             if peer is None:
                 require_given_route(route)
-            message = decode(data, ClientHello, Submit, Cancel, Ping, AskStats, FetchFile, Goodbye)
+            message = decode(data, ClientHello, Submit, Cancel, Ping, AskStats, AskDrain, FetchFile, Goodbye)
         except VersionMismatch as error:
             self._complaints.warn("refused a client: %r", str(error)[:200])
             self._reply(route, VersionRefused(version=PROTOCOL_VERSION))
@@ -194,6 +199,7 @@ class ClientPort:
                         timeout_s=message.timeout_s,
                         cache_salt=message.cache_salt,
                         resumed=message.resumed or len(message.generated) > 0,
+                        suspicions=message.suspicions,
                     )
                 )
             case Cancel():
@@ -205,6 +211,8 @@ class ClientPort:
                 self._send_chunk(peer, message)
             case AskStats():
                 self._send(peer, self._stats())
+            case AskDrain():
+                self._send(peer, self._drain(message.worker))
             case Goodbye():
                 self._lose(peer.routing_id)
 
@@ -218,6 +226,13 @@ class ClientPort:
             self._lose(peer.routing_id)
         else:
             self._send(peer, chunk)
+
+    def _drain(self, worker: str) -> Draining:
+        if self.drain is None:
+            return Draining(epoch=self._epoch, worker=worker, state="refused")
+        running = self.drain(worker)
+        state = "unknown" if running is None else "draining"
+        return Draining(epoch=self._epoch, worker=worker, state=state, running=running or 0)
 
     def _stats(self) -> Stats:
         counters, workers = self._core.counters, self.workers
@@ -241,6 +256,10 @@ class ClientPort:
             joined_workers=0 if workers is None else workers.joined,
             restarted_workers=0 if workers is None else workers.restarted,
             histograms=counters.histograms(),
+            lost_workers=counters.lost_workers,
+            moved=counters.moved,
+            suspects=self._core.suspects,
+            poisoned=counters.poisoned,
             workers=() if workers is None else workers.stats(),
         )
 
@@ -266,6 +285,13 @@ class ClientPort:
                 retry_after_s=reject.retry_after,
             )
             self._send(peer, refused)
+
+    def tell_suspicions(self, suspect: Suspect) -> None:
+        """After what has been generated until then: the client counts from there."""
+        peer = self._by_client.get(suspect.client)
+        if peer is not None:
+            self._send_tokens(self._delivery.flush())
+            self._send(peer, Suspected(epoch=self._epoch, ticket=suspect.ticket, count=suspect.count))
 
     def deliver(self, deliver: Deliver) -> None:
         """Tokens go out at once or, where that saves messages, a little later; endings at once."""
@@ -312,9 +338,10 @@ class ClientPort:
 
     # --- clients that go -------------------------------------------------------------------------------------------
 
-    def expire(self, now: float) -> None:
-        """Gives up clients whose lease ran out."""
+    def expire(self, now: float, forgiven: float) -> None:
+        """Gives up clients whose lease ran out. `forgiven`: seconds in which nobody could be heard."""
         for peer in list(self._by_client.values()):
+            peer.heard_at += forgiven
             if now - peer.heard_at > self._lease_s:
                 log.info("client %d (%s) is gone", peer.client, peer.name)
                 self._lose(peer.routing_id)

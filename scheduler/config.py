@@ -43,10 +43,10 @@ class SchedulerConfig(BaseModel):
         Field(
             gt=0,
             le=86_400,
-            description="Seconds without a result or a sign of idleness after which a worker is lost; "
-            "never less than ten of its longest steps.",
+            description="Seconds without a result or a sign of idleness after which a worker is lost, beyond ten "
+            "times what its step should take.",
         ),
-    ] = 60.0
+    ] = 10.0
     max_waiting_requests: Annotated[
         int, Field(ge=1, le=1_000_000, description="Requests that may wait; more are refused at once.")
     ] = 10_000

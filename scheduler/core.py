@@ -8,6 +8,7 @@ seen yet is not accepted before one has.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +19,7 @@ from ..protocol.errors import ProtocolError
 from ..protocol.messages import NO_INTS, NO_LONGS, Ended, ModelDescription
 from ..protocol.sampling import sample_seed
 from ..protocol.structured import StructuredOutputsParams
-from .blocks import root
+from .blocks import Match, root
 from .deadlines import Deadlines
 from .door import Invalid, find_fault
 from .events import (
@@ -27,6 +28,8 @@ from .events import (
     Checked,
     ClientLost,
     Deliver,
+    Dismiss,
+    DrainWorker,
     Event,
     Expel,
     Instruction,
@@ -34,6 +37,7 @@ from .events import (
     SendPlan,
     StepDone,
     Submitted,
+    Suspect,
     Trouble,
     WorkerJoined,
     WorkerLost,
@@ -42,13 +46,19 @@ from .grammars import Grammars, Held
 from .joining import is_rare
 from .metrics import Counters
 from .policy import Policy
+from .quarantine import Quarantine, must_be_alone, suspect
 from .queue import WaitingQueue
 from .replica import Commit, Offer, Replica
 from .requests import Request
+from .rows import ENDING
 from .throughput import EndingRate
 
-MAX_LOSSES = 5
-"""A request that ran when so many workers were lost fails."""
+KEPT_VERDICTS = 16
+"""Lost workers that are remembered, for the case that one was not dead."""
+POISONOUS = (
+    "a worker died while it ran this request and nothing else; it had been suspected of two workers' deaths before, so "
+    "it is not tried again"
+)
 INTERNAL = "an error inside the scheduler; its log has the details"
 ADMISSION_WINDOW = 8
 """If the first in the queue finds no room, so many of those behind it are looked at."""
@@ -69,6 +79,9 @@ class Core:
         self._epoch = epoch
         self._policy = policy
         self._queue = WaitingQueue(policy.priority_aging_s)
+        self._quarantine = Quarantine(policy.priority_aging_s)
+        self._accused: dict[int, list[Request]] = {}
+        """By lost worker: whom its loss suspected."""
         self._replicas: dict[int, Replica] = {}
         self._requests: dict[int, dict[int, Request]] = {}
         """Open requests by client and ticket."""
@@ -104,12 +117,15 @@ class Core:
                 case ClientLost():
                     self._client_lost(event.client, now)
                 case WorkerJoined():
-                    self._worker_joined(event)
+                    self._worker_joined(event, out)
                 case WorkerLost():
                     self._worker_lost(event, now, out)
                 case Checked():
                     held = self._grammars.settle(event.worker, event.number, event.error, now)
                     self._submit_held(held, now, out)
+                case DrainWorker():
+                    if (draining := self._replicas.get(event.worker)) is not None:
+                        draining.draining = True
         for request in self._deadlines.passed(now):
             self.counters.timeouts += 1
             self._withdraw(request, "timeout", now, out)
@@ -120,7 +136,12 @@ class Core:
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + self.suspects
+
+    @property
+    def suspects(self) -> int:
+        """Requests that wait for a worker of their own."""
+        return len(self._quarantine.waiting)
 
     @property
     def running(self) -> int:
@@ -224,6 +245,7 @@ class Core:
             goes_first=event.resumed,
             rare=is_rare(sampling),
             held_back=(tuple({*model.eos_token_ids, *sampling.stop_token_ids}) if sampling.min_tokens else ()),
+            suspicions=event.suspicions,
         )
 
     def _accept(self, request: Request, event: Submitted, now: float, out: list[Instruction]) -> None:
@@ -234,7 +256,7 @@ class Core:
         elif len(request.known) >= request.limit:
             self._end(request, "length", len(request.known), now, out)
         else:
-            self._queue.push(request)
+            self._wait(request)
             if event.timeout_s is not None:
                 self._deadlines.add(now + event.timeout_s, request)
 
@@ -274,8 +296,9 @@ class Core:
 
     def _over_limits(self, event: Submitted, open_here: int, now: float) -> Reject | None:
         policy = self._policy
-        waiting = len(self._queue) + self._grammars.held
-        tokens = self._queue.tokens + self._grammars.held_tokens + event.n * (len(event.prompt) + len(event.generated))
+        waiting = self.waiting + self._grammars.held
+        tokens = self._queue.tokens + self._quarantine.waiting.tokens + self._grammars.held_tokens
+        tokens += event.n * (len(event.prompt) + len(event.generated))
         if waiting + event.n > policy.max_waiting_requests:
             name, most, would = "max_waiting_requests", policy.max_waiting_requests, waiting + event.n
             what = "requests would wait"
@@ -318,7 +341,7 @@ class Core:
     def _withdraw(self, request: Request, reason: str, now: float, out: list[Instruction], error: str = "") -> None:
         """Ends an open request wherever it is, with what it has."""
         known = len(request.known)
-        if not self._queue.remove(request):
+        if not (self._queue.remove(request) or self._quarantine.waiting.remove(request)):
             replica, slot = self._locate(request)
             known = int(replica.rows.known[slot])
             replica.release(slot)
@@ -360,25 +383,90 @@ class Core:
 
     # --- workers ---------------------------------------------------------------------------------------------------
 
-    def _worker_joined(self, event: WorkerJoined) -> None:
+    def _worker_joined(self, event: WorkerJoined, out: list[Instruction]) -> None:
         self.model = event.model
         self._replicas[event.worker] = Replica(event.worker, event.limits, self._epoch, self._policy)
+        if event.lived_on is not None:
+            self._acquit(event.lived_on, out)
 
     def _worker_lost(self, event: WorkerLost, now: float, out: list[Instruction]) -> None:
-        """Its requests wait for another attempt, but not for ever: what no worker survives is not tried on all of
-        them."""
+        """Its requests wait for another attempt, before all that never had one; but what no worker survives is not
+        tried on all of them (see quarantine.py)."""
         replica = self._replicas.pop(event.worker, None)
         if replica is None:
             return
-        self._submit_held(self._grammars.worker_lost(event.worker, now), now, out)
+        self._submit_held(self._grammars.worker_lost(event.worker, now, died=event.died), now, out)
         self.counters.lost_evictions += replica.pool.evictions
+        self.counters.lost_workers += event.died
+        launched = replica.launched() if event.died else set()
+        accused = []
         for request in replica.evict_all():
-            request.losses += 1
-            if request.losses < MAX_LOSSES:
-                self._queue.push(request)
+            self.counters.moved += 1
+            if request.number not in launched:
+                self._return(request)
+            elif request is replica.alone:
+                launched.remove(request.number)
+                self.counters.poisoned += 1
+                self._end(request, "error", len(request.known), now, out, POISONOUS)
             else:
-                error = f"the worker was lost {request.losses} times while it ran this request"
-                self._end(request, "error", len(request.known), now, out, error)
+                launched.remove(request.number)
+                suspect(request, len(request.known))
+                accused.append(request)
+                self._return(request)
+        accused += self._suspect_elsewhere(launched)
+        if accused:
+            self._accused[event.worker] = accused
+            if len(self._accused) > KEPT_VERDICTS:
+                del self._accused[next(iter(self._accused))]
+            self._tell_suspicions(accused, out)
+
+    def _suspect_elsewhere(self, launched: set[int]) -> list[Request]:
+        """Suspects those of the requests that were in a dead worker's launched steps, but had been taken away from it
+        meanwhile (drained or preempted)."""
+        if not launched:
+            return []
+        found = [one for of_client in self._requests.values() for one in of_client.values() if one.number in launched]
+        for request in found:
+            if self._queue.remove(request) or self._quarantine.waiting.remove(request):
+                suspect(request, len(request.known))
+                self._wait(request)
+                continue
+            replica, slot = self._locate(request)
+            suspect(request, int(replica.rows.known[slot]))
+            if must_be_alone(request) and replica.alone is not request:
+                self.counters.moved += 1
+                self._return(replica.evict(slot))
+        return found
+
+    def _acquit(self, worker: int, out: list[Instruction]) -> None:
+        """A worker that was taken for dead is back: nobody has killed it."""
+        acquitted = [one for one in self._accused.pop(worker, ()) if self._is_open(one) and one.suspicions]
+        for request in acquitted:
+            waits = self._quarantine.waiting.remove(request)
+            request.suspicions -= 1
+            if waits:
+                self._wait(request)
+        self._tell_suspicions(acquitted, out)
+
+    @staticmethod
+    def _tell_suspicions(requests: list[Request], out: list[Instruction]) -> None:
+        by_client: dict[int, list[Request]] = defaultdict(list)
+        for request in requests:
+            by_client[request.client].append(request)
+        for client, theirs in by_client.items():
+            tickets = np.array([request.ticket for request in theirs], np.int64)
+            out.append(Suspect(client, tickets, np.array([request.suspicions for request in theirs], np.int32)))
+
+    def _return(self, request: Request) -> None:
+        """Back to the queue, through no fault of its own that is proven."""
+        request.goes_first = True
+        self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        if must_be_alone(request):
+            self._quarantine.push(request)
+        else:
+            self._queue.push(request)
 
     def _step_done(self, event: StepDone, now: float, out: list[Instruction]) -> None:
         replica = self._replicas.get(event.worker)
@@ -425,6 +513,8 @@ class Core:
 
     def plan(self, now: float, out: list[Instruction]) -> None:
         """Plans for every worker that may have one more step in flight, until nobody can take more."""
+        for replica in [r for r in self._replicas.values() if r.draining]:
+            self._drain(replica, now, out)
         ready = [r for r in self._replicas.values() if r.in_flight <= r.limits.lookahead]
         while ready:
             self._admit(now, out)
@@ -442,8 +532,35 @@ class Core:
                         again.append(replica)
             ready = again
 
+    def _drain(self, replica: Replica, now: float, out: list[Instruction]) -> None:
+        """Moves the worker's requests, oldest first, as far as there is room for them elsewhere; the others go on here
+        meanwhile. Lets the worker go when it has none."""
+        rows = replica.rows
+        elsewhere = [other for other in self._replicas.values() if not other.draining]
+        slots = np.flatnonzero(rows.number >= 0)
+        for slot in slots[np.argsort(rows.number[slots])].tolist() if elsewhere else ():
+            request = rows.request[slot]
+            if request is None or rows.phase[slot] == ENDING:
+                continue  # its end is in flight
+            request.known = rows.tokens(slot)
+            request.probes.clear()
+            if not must_be_alone(request) and not any(other.offer(request) for other in elsewhere):
+                break
+            self.counters.moved += 1
+            self._return(replica.evict(slot))
+            self._admit(now, out)
+        if not rows.owned and not replica.in_flight:
+            del self._replicas[replica.worker]
+            self._submit_held(self._grammars.worker_lost(replica.worker, now, died=False), now, out)
+            self.counters.lost_evictions += replica.pool.evictions
+            out.append(Dismiss(replica.worker))
+
     def _admit(self, now: float, out: list[Instruction]) -> None:
         """Gives waiting requests places. One without room for it is passed by those behind it, but not for ever."""
+        if self._quarantine.active:
+            self._quarantine.admit(
+                self._replicas.values(), now, lambda one, there: self._isolate(one, there, now, out), self._clear
+            )
         while (head := self._queue.head()) is not None and any(r.accepts for r in self._replicas.values()):
             if not self._place(head, now, out) and not self._place_another(now, out):
                 return
@@ -475,19 +592,35 @@ class Core:
         if best is None or best[0].match.pending:
             return False
         self._queue.remove(request)
+        self._settle_in(request, best[1], best[0].match, now, out)
+        return True
+
+    def _isolate(self, request: Request, replica: Replica, now: float, out: list[Instruction]) -> None:
+        """Gives a request that must run alone a place on an empty worker, where everything fits."""
+        self._quarantine.waiting.remove(request)
+        self._settle_in(request, replica, replica.match(request), now, out)
+
+    def _clear(self, replica: Replica) -> None:
+        """Sends a worker's requests back to the queue, before all that never had a place."""
+        requests = replica.evict_all()
+        self.counters.preemptions += len(requests)
+        for request in requests:
+            self._return(request)
+
+    def _settle_in(self, request: Request, replica: Replica, match: Match, now: float, out: list[Instruction]) -> None:
+        """Gives a request that waits nowhere any more a place; what goes wrong then fails it, and nothing else."""
+        request.goes_first = False
         if request.started_at is None:
             request.started_at = now
-        offer, replica = best
         request.worker = replica.worker
         try:
-            replica.admit(request, offer.match)
-        except Exception as error:  # noqa: BLE001 - it must fail this request, and nothing else
+            replica.admit(request, match)
+        except Exception as error:  # noqa: BLE001
             out.append(Trouble(f"{request!r} could not be given a place: {error!r}"))
             self._end(request, "error", len(request.known), now, out, INTERNAL)
-            return True
+            return
         self.counters.looked_up_tokens += len(request.known)
-        self.counters.cached_tokens += len(offer.match.blocks) * replica.limits.block_size
-        return True
+        self.counters.cached_tokens += len(match.blocks) * replica.limits.block_size
 
     # --- integrity -------------------------------------------------------------------------------------------------
 
@@ -495,6 +628,7 @@ class Core:
         """Raises AssertionError unless every open request is in exactly one place and every replica's books balance."""
         self._grammars.check()
         places = [request.number for request in self._queue]
+        places += [request.number for request in self._quarantine.waiting]
         for replica in self._replicas.values():
             replica.check()
             places += [request.number for request in replica.rows.request if request is not None]

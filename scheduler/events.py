@@ -47,6 +47,7 @@ class Submitted:
     timeout_s: float | None = None
     cache_salt: str = ""
     resumed: bool = False
+    suspicions: int = 0
 
 
 @record
@@ -65,10 +66,22 @@ class WorkerJoined:
     worker: int
     model: ModelDescription
     limits: WorkerLimits
+    lived_on: int | None = None
+    """An earlier registration of this very process, whose loss was therefore not its death."""
 
 
 @record
 class WorkerLost:
+    """`died`: for all that is known, of what it ran; else it left, or will be back."""
+
+    worker: int
+    died: bool = True
+
+
+@record
+class DrainWorker:
+    """The worker is to get no more requests, and to be dismissed when those that it has have moved or ended."""
+
     worker: int
 
 
@@ -94,7 +107,7 @@ class Checked:
     error: str
 
 
-Event: TypeAlias = Submitted | Cancelled | ClientLost | WorkerJoined | WorkerLost | StepDone | Checked
+Event: TypeAlias = Submitted | Cancelled | ClientLost | WorkerJoined | WorkerLost | DrainWorker | StepDone | Checked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,10 +173,26 @@ class Expel:
 
 
 @record
+class Suspect:
+    """A client's requests that were in a lost worker's launched steps, each with how often by now."""
+
+    client: int
+    ticket: LongColumn
+    count: IntColumn
+
+
+@record
+class Dismiss:
+    """The worker is drained; the core has forgotten it."""
+
+    worker: int
+
+
+@record
 class Trouble:
     """Something that must not happen has happened to one request, which failed for it; to be logged."""
 
     story: str
 
 
-Instruction: TypeAlias = SendPlan | SendCheck | Accept | Reject | Deliver | Expel | Trouble
+Instruction: TypeAlias = SendPlan | SendCheck | Accept | Reject | Deliver | Expel | Suspect | Dismiss | Trouble

@@ -184,12 +184,12 @@ class Grammars:
             out.append(SendCheck(worker, check.number, check.grammar))
         return out
 
-    def worker_lost(self, worker: int, now: float) -> list[Held]:
-        """Its questions are for others to answer; returns what waited for a grammar that has lost too many."""
+    def worker_lost(self, worker: int, now: float, *, died: bool) -> list[Held]:
+        """Its questions are for others to answer; returns what waited for a grammar that too many died of."""
         refused: list[Held] = []
         for check in [check for check in self._numbers.values() if check.worker == worker]:
             check.worker = None
-            check.losses += 1
+            check.losses += died
             if check.losses >= MAX_LOSSES:
                 self._forget(check)
                 self._remember(check.grammar, f"the worker was lost {check.losses} times while it was checked", now)

@@ -19,6 +19,9 @@ from ..protocol.tracing import Tracer
 from .config import SchedulerConfig
 from .service import Service
 
+ALIVE_EVERY_S = 1.0
+"""How often the loop tells the launcher that it turns."""
+
 
 def run(config: SchedulerConfig, status: StatusPipe | None = None) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code: 0, or 2 for options that cannot work."""
@@ -48,11 +51,20 @@ async def _serve(config: SchedulerConfig, status: StatusPipe, tracer: Tracer) ->
         service = Service(config, context, tracer)
         calm_collector()
         status.ready(address=config.address, worker_address=config.worker_address or config.address)
+        beating = loop.create_task(_tell_alive(service, status))
         await stopping.wait()
+        beating.cancel()
         service.close()
     finally:
         context.term()
     return 0
+
+
+async def _tell_alive(service: Service, status: StatusPipe) -> None:
+    """From the loop that does the scheduler's work: when that hangs, this does."""
+    while True:
+        status.alive(workers=service.workers.pids())
+        await asyncio.sleep(ALIVE_EVERY_S)
 
 
 def calm_collector() -> None:

@@ -59,6 +59,12 @@ class Counters:
         """Those of them that a prefix cache held."""
         self.lost_evictions = 0
         """Evictions of workers that are gone."""
+        self.lost_workers = 0
+        """That did not leave on purpose."""
+        self.moved = 0
+        """Attempts that ended because the worker was lost, left or was drained."""
+        self.poisoned = 0
+        """Requests that failed because a worker died while it ran nothing else."""
         self.prompt_tokens = 0
         """Of requests that got their first token."""
         self.generation_tokens = 0

@@ -31,6 +31,12 @@ class Pace:
             decode_s = (self._decode_s or 0.0) if decode_rows else 0.0
             self._per_token_s = _average(self._per_token_s, max(0.0, seconds - decode_s) / chunk_tokens)
 
+    def step_s(self, decode_rows: int, chunk_tokens: int) -> float | None:
+        """How long such a step should take on the device; None if nothing like it has been seen."""
+        if (decode_rows and self._decode_s is None) or (chunk_tokens and self._per_token_s is None):
+            return None
+        return (self._decode_s or 0.0) * bool(decode_rows) + (self._per_token_s or 0.0) * chunk_tokens
+
     def chunk_tokens(self, decode_rows: int, budget: int) -> int:
         """How many of `budget` tokens the next step's chunks may have."""
         if not self._target_s or not decode_rows or not self._per_token_s:

@@ -9,6 +9,7 @@ from ..protocol.errors import ProtocolError
 from ..protocol.messages import WorkerHello, WorkerStats
 from ..protocol.wires import Wire
 from .metrics import DeviceMeter
+from .replica import Replica
 
 MAX_BACKLOG_BYTES = 8 * 1024 * 1024
 """Kept for a client that does not read, beyond ZeroMQ's own queue; then it loses its requests."""
@@ -49,7 +50,13 @@ class WorkerPeer:
     """As a ClientPeer's."""
     registration: int
     hello: WorkerHello
-    heard_at: float
+    progress_at: float
+    """When it last showed that it works: by a result, by saying that it has nothing to do, or by an answer. Or, if that
+    was later, when it got something to do after it had nothing."""
+    process: int | None = None
+    """A descriptor that tells when its process ends, if that is on this machine."""
+    lived_on: int | None = None
+    """The registration under which the same process was taken for lost before."""
     registered: bool = False
     """Plans may go out; before, its tokenizer files are fetched or those of another worker."""
     waits_for_step: int | None = None
@@ -65,19 +72,24 @@ class WorkerPeer:
         hello = self.hello
         self.meter = DeviceMeter(hello.weight_bytes, hello.kv_bytes_per_token, hello.memory_bandwidth)
 
-    def stats(self, free_blocks: int, cached_blocks: int, running: int) -> WorkerStats:
+    def stats(self, replica: Replica, silent_s: float, lease_s: float) -> WorkerStats:
+        requests = [request for request in replica.rows.request if request is not None]
         return WorkerStats(
             name=self.hello.name,
             registration=self.registration,
             num_blocks=self.hello.num_blocks,
-            free_blocks=free_blocks,
-            cached_blocks=cached_blocks,
-            running=running,
+            free_blocks=replica.pool.available,
+            cached_blocks=replica.pool.cached,
+            running=len(requests),
             steps=self.meter.steps,
             tokens=self.meter.tokens,
             busy_us=self.meter.busy_us,
             gap_us=self.meter.gap_us,
-            in_flight=len(self.planned),
+            in_flight=replica.in_flight,
+            state="draining" if replica.draining else "serving",
+            silent_s=silent_s,
+            lease_s=lease_s,
+            suspects=sum(request.suspicions > 0 for request in requests),
             lookahead=self.hello.lookahead,
             recent_idle_share=self.meter.recent_idle_share,
             decode_busy_us=self.meter.decode_busy_us,

@@ -16,7 +16,8 @@ class WaitingQueue:
 
     The order is that of arrival time + priority · aging_s, which never changes. So a request of priority p goes before
     everything of class 0 that arrived over p · aging_s after it, and none starves. A preempted request keeps its place.
-    Requests that another life of the scheduler had begun go before all others, in the same order.
+    Requests that go first, because their worker is gone or because another life of the scheduler had begun them, go
+    before all that do not.
     """
 
     def __init__(self, aging_s: float) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..protocol.errors import ProtocolError
-from ..protocol.messages import StepPlan
+from ..protocol.messages import NO_LONGS, SUSPICIONS, StepPlan
 from ..protocol.structured import StructuredOutputsParams
 from .blocks import BlockPool, Match
 from .events import IntColumn, LongColumn, WorkerLimits, record
@@ -52,6 +52,8 @@ class Flight:
     entries: IntColumn | None
     """Log-probabilities that each token comes with; None if none does."""
     prompts: list[PromptPart]
+    chunk_number: LongColumn
+    """Requests whose known tokens it computes."""
 
 
 @record
@@ -112,6 +114,13 @@ class Replica:
         """Of them all."""
         self._leaving: list[int] = []
         """Slots that the worker still takes for owned and the next plan must name."""
+        self.draining = False
+        """Nobody joins, and its requests move to others as there is room."""
+        self.reserved = False
+        """Nobody joins: it is kept for a request that must run alone."""
+        self.alone: Request | None = None
+        """The request that runs here, and nobody joins it."""
+        self.alone_since = 0.0
 
     # --- questions -------------------------------------------------------------------------------------------------
 
@@ -137,17 +146,34 @@ class Replica:
 
     @property
     def accepts(self) -> bool:
-        """There is a free slot and room in the next plan's message, and the prompts that are being computed leave room
-        for more of them.
+        """It is open to all, there is a free slot and room in the next plan's message, and the prompts that are being
+        computed leave room for more of them.
 
         The oldest prompt does not count, however huge: the others get their share beside it.
         """
+        if self.draining or self.reserved or self.alone is not None:
+            return False
         oldest = next(iter(self._prefilling.values()), 0)
         return (
             self.rows.has_free_slot
             and self._joining_bytes < MAX_JOINING_BYTES
             and self._backlog - oldest < self.limits.max_num_batched_tokens
         )
+
+    @property
+    def expected_step_s(self) -> float | None:
+        """How long the oldest step in flight should take, going by those before; None if nothing is known of such."""
+        if not self._flights:
+            return None
+        flight = self._flights[0]
+        return self._pace.step_s(flight.decode_rows, flight.chunk_tokens)
+
+    def launched(self) -> set[int]:
+        """Numbers of the requests that the steps in flight compute."""
+        numbers: set[int] = set()
+        for flight in self._flights:
+            numbers.update(flight.number.tolist(), flight.chunk_number.tolist())
+        return numbers
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)
@@ -160,7 +186,7 @@ class Replica:
         former = request.probes.get(self.worker)
         if former is not None and not former[1].pending and not self._fits(request, former[1]):
             return None  # as a rule nothing has been cached since that would help, and looking costs more than waiting
-        match = self._match(request)
+        match = self.match(request)
         if not self._fits(request, match):
             return None
         to_compute = len(request.known) - len(match.blocks) * self.limits.block_size
@@ -171,7 +197,7 @@ class Replica:
         needed = self.blocks_for(len(request.known)) - len(match.blocks)
         return self.pool.available - self.pool.idle_among(match.blocks) - needed >= reserve
 
-    def _match(self, request: Request) -> Match:
+    def match(self, request: Request) -> Match:
         """What the prefix cache holds of it: never all, since its last token must be computed to get the next one."""
         if not self._caching or request.tells_prompt:
             return Match([], request.root, False)
@@ -255,7 +281,7 @@ class Replica:
         return request
 
     def evict_all(self) -> list[Request]:
-        """The worker is gone: all its requests, oldest first. Nothing must be asked of this replica afterwards."""
+        """Takes all its requests back, oldest first."""
         owned = np.flatnonzero(self.rows.phase != FREE)
         return [self.evict(int(slot)) for slot in owned[np.argsort(self.rows.number[owned])]]
 
@@ -304,6 +330,7 @@ class Replica:
             chunk_tokens=sum(chunk_length),
             entries=rows.entries[sampled] if rows.telling else None,
             prompts=prompts,
+            chunk_number=rows.number[chunk_slot] if chunk_slot else NO_LONGS,
         )
         self._flights.append(flight)
         self._leaving = ending
@@ -524,7 +551,17 @@ class Replica:
         rows = self.rows
         owned = np.flatnonzero(rows.phase != FREE)
         self.pool.check([rows.table[slot, : rows.num_blocks[slot]].tolist() for slot in owned])
+        alone = self.alone
         problems = [
+            (
+                alone is not None and any(request not in (None, alone) for request in rows.request),
+                f"others run beside {alone!r}",
+            ),
+            (
+                any(request.suspicions >= SUSPICIONS and request is not alone for request in rows.request if request),
+                "a request that must run alone does not",
+            ),
+            (self.reserved and rows.owned > 0, "it is reserved and runs something"),
             (rows.owned != len(owned), f"{rows.owned} slots are counted as owned, {len(owned)} are"),
             (len(set(rows.number[owned].tolist())) != len(owned), "a request owns two slots"),
             (

@@ -21,7 +21,6 @@ class Request:
         "known",
         "last_token_at",
         "limit",
-        "losses",
         "number",
         "passed",
         "preemptions",
@@ -37,6 +36,8 @@ class Request:
         "started_at",
         "stops",
         "submitted_at",
+        "suspected_at",
+        "suspicions",
         "ticket",
         "worker",
     )
@@ -59,6 +60,7 @@ class Request:
         goes_first: bool = False,
         rare: bool = False,
         held_back: tuple[int, ...] = (),
+        suspicions: int = 0,
     ) -> None:
         self.number = number
         self.client = client
@@ -86,13 +88,16 @@ class Request:
         self.root = root
         """Where its chain of cached blocks begins."""
         self.goes_first = goes_first
-        """It had begun before it was accepted here: it goes before new work."""
+        """While it waits: before new work, since it had begun before it was accepted here, or had a worker that is
+        gone."""
         self.attempt = 0
-        self.losses = 0
-        """Attempts that ended with the loss of the worker."""
         self.preemptions = 0
         self.worker: int | None = None
         """Where it runs, or ran last."""
+        self.suspicions = suspicions
+        """Deaths of workers while it was in a launched step, without enough tokens between (see quarantine.py)."""
+        self.suspected_at = len(known)
+        """Tokens that it knew at the last of them."""
         self.passed = 0
         """Requests behind it in the queue that got a place before it."""
         self.probes: dict[int, tuple[int, Match]] = {}
@@ -132,5 +137,5 @@ class Request:
         return (
             f"request {self.number} (client {self.client}, ticket {self.ticket}, attempt {self.attempt}, "
             f"{self.prompt_length} prompt tokens, {len(self.known)} known, limit {self.limit}, "
-            f"priority {self.priority}, {self.losses} losses, {self.sampling})"
+            f"priority {self.priority}, {self.suspicions} suspicions, {self.sampling})"
         )

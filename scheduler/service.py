@@ -28,7 +28,20 @@ from .client_port import ClientPort
 from .config import SchedulerConfig
 from .connections import Connections, most_connections
 from .core import Core, ignore_end
-from .events import Accept, Deliver, Event, Expel, Instruction, Reject, SendCheck, SendPlan, StepDone, Trouble
+from .events import (
+    Accept,
+    Deliver,
+    Dismiss,
+    Event,
+    Expel,
+    Instruction,
+    Reject,
+    SendCheck,
+    SendPlan,
+    StepDone,
+    Suspect,
+    Trouble,
+)
 from .requests import Request
 from .worker_port import WorkerPort
 
@@ -40,6 +53,8 @@ COMMIT, PLAN = range(2)
 """Kinds of spans of the scheduler's track …"""
 DELIVER = 0
 """… and of that of its clients."""
+LONGEST_INTERVAL_S = 1.0
+"""At least so often is looked for peers whose lease ran out."""
 MAX_UNREAD_MESSAGES = 16
 """Of a connection, that wait in the scheduler, each of MAX_SUBMISSION_BYTES at most; a client that sends faster has to
 wait."""
@@ -75,7 +90,7 @@ class Service:
             config.delivery_interval_s,
         )
         self.workers = WorkerPort(
-            self.epoch, config.worker_lease, self._post, self._loop.time, self._core, self.clients.serve_model
+            self.epoch, config.worker_lease, self._post, self._loop, self._core, self.clients.serve_model
         )
         self.clients.workers = self.workers
         self._track = tracer.track("scheduler", "commit", "plan")
@@ -84,6 +99,8 @@ class Service:
         secure = _with_keys(address, worker_address, config)
         self._admission: Admission | None = None
         self._complaints = Complaints(self._loop.time)
+        if address.is_ipc:
+            self.clients.drain = self.workers.drain  # whoever reaches the socket is the service's own user
         with ExitStack() as opened:
             for one in dict.fromkeys((address, worker_address)):
                 if one.is_ipc:
@@ -109,8 +126,10 @@ class Service:
             self._open_port("workers", self.workers, workers, opened)
             for where, port in ((address, self.clients), (worker_address, self.workers)):
                 port.admission = self._admission if where in secure else None
+            self.workers.local = worker_address.is_ipc
             self._opened = opened.pop_all()
-        self._housekeeping = self._loop.create_task(self._keep_house(min(config.client_lease, config.worker_lease) / 4))
+        interval = min(LONGEST_INTERVAL_S, min(config.client_lease, config.worker_lease) / 8)
+        self._housekeeping = self._loop.create_task(self._keep_house(interval))
 
     def close(self) -> None:
         """Tells everybody, closes the sockets and removes them from the file system."""
@@ -240,6 +259,10 @@ class Service:
                         self.workers.send_check(instruction)
                     case Expel():
                         self.workers.expel(instruction)
+                    case Suspect():
+                        self.clients.tell_suspicions(instruction)
+                    case Dismiss():
+                        self.workers.dismiss(instruction)
                     case Trouble():
                         log.error("%s", instruction.story)
         finally:
@@ -247,11 +270,15 @@ class Service:
                 self._loop.call_soon(self._carry_out, instructions)
 
     async def _keep_house(self, interval: float) -> None:
+        looked_at = self._loop.time()
         while True:
             await asyncio.sleep(interval)
             now = self._loop.time()
-            self.clients.expire(now)
-            self.workers.expire(now)
+            # If this process was stopped, what was said meanwhile is not read yet.
+            forgiven = max(0.0, now - looked_at - 2 * interval)
+            self.clients.expire(now, forgiven)
+            self.workers.expire(now, forgiven)
+            looked_at = now
             self._check_keys()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -21,6 +23,7 @@ from ..protocol.messages import (
     Goodbye,
     GrammarChecked,
     Idle,
+    Leave,
     ModelDescription,
     StepResult,
     UnknownPeer,
@@ -29,11 +32,24 @@ from ..protocol.messages import (
     WorkerStats,
     WorkerWelcome,
 )
+from ..protocol.process import open_process
 from ..protocol.tracing import OFF, Track
 from ..protocol.transport import LoopSocket
 from .admission import Admission, Complaints
 from .core import Core
-from .events import Checked, Event, Expel, SendCheck, SendPlan, StepDone, WorkerJoined, WorkerLimits, WorkerLost
+from .events import (
+    Checked,
+    Dismiss,
+    DrainWorker,
+    Event,
+    Expel,
+    SendCheck,
+    SendPlan,
+    StepDone,
+    WorkerJoined,
+    WorkerLimits,
+    WorkerLost,
+)
 from .files import FileStore
 from .logprobs import StepLogprobs
 from .peers import WorkerPeer, require_given_route
@@ -42,9 +58,16 @@ log = logging.getLogger(__name__)
 
 RECEIVE, SEND = range(2)
 """Kinds of spans of the track."""
-LONGEST_STEPS = 10
-"""A worker's lease is at least so many of its longest step: attention over a long context takes longer than the
-trial."""
+EXPECTED_STEPS = 10
+"""While a step is computed, a worker's lease is longer by so many times what the step should take, going by those
+before it or, if none was like it, by the largest that the worker tried. Machines have bad moments, and attention over a
+long context takes longer than over a short one."""
+LONGEST_STEPS = 2
+"""It is never less than so many times the largest step that the worker tried."""
+LAST_WORDS_S = 0.02
+"""What a process said last, results or a goodbye, may still be on its way through ZeroMQ's thread when it has ended."""
+KEPT_LOSSES = 64
+"""Lost workers that are remembered, for the case that one comes back."""
 MAX_LOOKAHEAD = 64
 MOST_REMEMBERED = 1_024
 """Of the workers that are gone."""
@@ -68,21 +91,26 @@ class WorkerPort:
         epoch: int,
         lease_s: float,
         post: Callable[[Event], None],
-        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
         core: Core,
         serve_model: Callable[[ModelDescription, FileStore], None],
     ) -> None:
         self._epoch = epoch
         self._lease_s = lease_s
         self._post = post
-        self._clock = clock
+        self._loop = loop
+        self._clock = loop.time
         self._core = core
         self._serve_model = serve_model
-        self._complaints = Complaints(clock)
+        self._complaints = Complaints(loop.time)
         self.admission: Admission | None = None
         """Who may connect; None where no keys are used."""
         self.track: Track = OFF
         self._socket: LoopSocket | None = None
+        self.local = False
+        """The socket can be reached from this machine only, so a worker's process id means a process here."""
+        self._lost: OrderedDict[tuple[int, str | None], int] = OrderedDict()
+        """Registrations of workers that were lost without a word, by instance and key."""
         self._by_route: dict[bytes, WorkerPeer] = {}
         self._by_registration: dict[int, WorkerPeer] = {}
         self._next_registration = 1
@@ -103,6 +131,7 @@ class WorkerPort:
     def close(self, reason: str) -> None:
         for peer in self._by_registration.values():
             self._send(peer.routing_id, Goodbye(reason=reason))
+            self._watch_no_more(peer)
         if self._socket is not None:
             self._socket.close()
 
@@ -111,13 +140,29 @@ class WorkerPort:
         peer = None if registration is None else self._by_registration.get(registration)
         return str(registration or "") if peer is None else peer.hello.name
 
+    def pids(self) -> list[int]:
+        """Of the workers that have said hello and are not given up."""
+        return [peer.hello.pid for peer in self._by_registration.values()]
+
     def stats(self) -> tuple[WorkerStats, ...]:
-        found = []
+        found, now = [], self._clock()
         for peer in self._by_registration.values():
             replica = self._core.replica(peer.registration)
             if replica is not None:
-                found.append(peer.stats(replica.pool.available, replica.pool.cached, replica.rows.owned))
+                found.append(peer.stats(replica, max(0.0, now - peer.progress_at), self._lease(peer)))
         return tuple(found)
+
+    def drain(self, name: str) -> int | None:
+        """Begins to drain the workers of that name, or goes on with it; returns how many requests they still have, None
+        if there are no such workers."""
+        running = None
+        for peer in self._by_registration.values():
+            if peer.hello.name == name and (replica := self._core.replica(peer.registration)) is not None:
+                running = (running or 0) + replica.rows.owned
+                if not replica.draining:
+                    log.info("worker %s is drained", name)
+                    self._post(DrainWorker(peer.registration))
+        return running
 
     # --- what workers say ------------------------------------------------------------------------------------------
 
@@ -142,8 +187,6 @@ class WorkerPort:
             if peer is None:
                 self._send(route, UnknownPeer(epoch=self._epoch))
                 return
-            if not isinstance(message, GrammarChecked):  # from a thread that runs on when steps do not
-                peer.heard_at = self._clock()
             self._handle(peer, message)
         except VersionMismatch as error:
             self._complaints.warn("refused a worker: %s", error)
@@ -156,7 +199,7 @@ class WorkerPort:
         given to another key."""
         peer = self._by_route.get(route)
         if peer is not None and peer.key != key:
-            self._lose(route)
+            self._lose(route, died=True, silently=True)
             return None
         return peer
 
@@ -167,18 +210,19 @@ class WorkerPort:
             if not self.admission.admits("workers", peer.key):
                 log.warning("worker %s is dropped: its key was revoked", peer.hello.name)
                 self._send(peer.routing_id, Goodbye(reason="the key of this worker was revoked", final=True))
-                self._lose(peer.routing_id)
+                self._lose(peer.routing_id, died=False)
                 self.admission.condemn(peer.wire)
 
     def _refuse(self, route: bytes, error: ProtocolError) -> None:
         self._complaints.warn("worker %s is refused: %r", route.hex(), str(error)[:400])
         self._send(route, Goodbye(reason=str(error)[:1_000], final=True))
-        self._lose(route)
+        self._lose(route, died=True)
 
     def _handle(self, peer: WorkerPeer, message: object) -> None:
         match message:
             case StepResult():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
+                    peer.progress_at = self._clock()
                     peer.waits_for_step = None
                     if peer.planned:  # else it answers what was not asked, for which the core expels it
                         sent_at, after_idle = peer.planned.popleft()
@@ -193,14 +237,16 @@ class WorkerPort:
                     self._post(Checked(peer.registration, message.number, message.error))
             case Idle():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
+                    peer.progress_at = self._clock()
                     self._note_idle(peer, message.step)
             case FileChunk():
                 if self._fetching is peer:
+                    peer.progress_at = self._clock()
                     self._files.add(message)
                     self._fetch(peer)
             case Goodbye():
                 log.info("worker %s leaves: %r", peer.hello.name, message.reason)
-                self._lose(peer.routing_id)
+                self._lose(peer.routing_id, died=message.failed)
 
     def _note_idle(self, peer: WorkerPeer, step: int) -> None:
         """A worker that says twice that it waits for a step which was planned has not got the plan, and never will."""
@@ -209,7 +255,7 @@ class WorkerPort:
             peer.waits_for_step = None
         elif peer.waits_for_step == step:
             log.error("worker %s never got step %d and must register anew", peer.hello.name, step)
-            self._lose(peer.routing_id)
+            self._lose(peer.routing_id, died=False)
         else:
             peer.waits_for_step = step
 
@@ -224,15 +270,18 @@ class WorkerPort:
         for former in list(self._by_registration.values()):
             # A worker that connects anew; with another key it would be somebody else who knows its number.
             if former.routing_id == route or (former.hello.instance == hello.instance and former.key == key):
-                self._lose(former.routing_id)
+                self._lose(former.routing_id, died=False)
         if (key, hello.instance) in self._expelled:
             raise ProtocolError(f"worker {hello.name} was expelled; start it anew")
         if self._model is not None:
             _require_same(hello.name, hello.model, self._model)
         _require_sound(hello)
         peer = WorkerPeer(route, key, self._next_registration, hello, self._clock(), wire=self._socket.wire())
+        peer.lived_on = self._lost.pop((hello.instance, key), None)
+        if self.local:
+            self._watch(peer)
         self._next_registration += 1
-        peer.joined_at = peer.heard_at
+        peer.joined_at = peer.progress_at
         self._by_route[route] = self._by_registration[peer.registration] = peer
         self._admit_waiting()
 
@@ -278,7 +327,7 @@ class WorkerPort:
             vocab_size=hello.model.vocab_size,
             lookahead=hello.lookahead,
         )
-        self._post(WorkerJoined(peer.registration, hello.model, limits))
+        self._post(WorkerJoined(peer.registration, hello.model, limits, peer.lived_on))
         log.info(
             "worker %s (pid %d) joined: %d blocks of %d", hello.name, hello.pid, hello.num_blocks, hello.block_size
         )
@@ -289,12 +338,15 @@ class WorkerPort:
         peer = self._by_registration.get(instruction.worker)
         if peer is None:
             return
+        replica = self._core.replica(peer.registration)
+        if replica is not None and replica.awaited_step == instruction.plan.step:
+            peer.progress_at = self._clock()  # until now it had nothing to do
         begun = self.track.start()
         try:
             data = encode(instruction.plan)
         except MessageTooLarge as error:
             log.error("worker %s is given up: %s", peer.hello.name, error)  # noqa: TRY400  (it says all there is)
-            self._lose(peer.routing_id)
+            self._lose(peer.routing_id, died=True)
             return
         self._core.counters.plan_bytes.observe(len(data))
         peer.planned.append((time.monotonic(), instruction.plan.after_idle))
@@ -302,7 +354,7 @@ class WorkerPort:
         self.track.end(SEND, instruction.plan.step, begun)
         if not sent:
             log.error("worker %s cannot be reached", peer.hello.name)
-            self._lose(peer.routing_id)
+            self._lose(peer.routing_id, died=True, silently=True)
 
     def send_check(self, instruction: SendCheck) -> None:
         peer = self._by_registration.get(instruction.worker)
@@ -315,7 +367,7 @@ class WorkerPort:
             )
             if not self._send(peer.routing_id, question):
                 log.error("worker %s cannot be reached", peer.hello.name)
-                self._lose(peer.routing_id)
+                self._lose(peer.routing_id, died=True, silently=True)
 
     def expel(self, instruction: Expel) -> None:
         peer = self._by_registration.get(instruction.worker)
@@ -323,7 +375,14 @@ class WorkerPort:
             log.error("worker %s is expelled: %s", peer.hello.name, instruction.reason)
             self._expelled.append((peer.key, peer.hello.instance))
             self._send(peer.routing_id, Goodbye(reason=instruction.reason[:1_000], final=True))
-            self._lose(peer.routing_id)
+            self._lose(peer.routing_id, died=True)
+
+    def dismiss(self, instruction: Dismiss) -> None:
+        peer = self._by_registration.get(instruction.worker)
+        if peer is not None:
+            log.info("worker %s is drained and may go", peer.hello.name)
+            self._send(peer.routing_id, Leave(reason="drained"))
+            self._lose(peer.routing_id, died=False)
 
     def _send(self, route: bytes, message: Any) -> bool:
         return self._send_bytes(route, encode(message))
@@ -333,22 +392,64 @@ class WorkerPort:
 
     # --- workers that go -------------------------------------------------------------------------------------------
 
-    def expire(self, now: float) -> None:
-        """Gives up workers whose lease ran out. It allows for the longest step: nothing is heard during one."""
+    def expire(self, now: float, forgiven: float) -> None:
+        """Gives up workers whose lease ran out. `forgiven`: seconds in which nobody could be heard, because it was us
+        who stood still."""
         for peer in list(self._by_registration.values()):
-            lease = max(self._lease_s, LONGEST_STEPS * peer.hello.longest_step_s)
-            if now - peer.heard_at > lease:
-                log.error("worker %s said nothing for %.1f s and is given up", peer.hello.name, now - peer.heard_at)
-                self._lose(peer.routing_id)
+            peer.progress_at += forgiven
+            silent, lease = now - peer.progress_at, self._lease(peer)
+            if silent > lease:
+                log.error(
+                    "worker %s has made no progress for %.1f s (its lease is %.1f s) and is given up",
+                    peer.hello.name,
+                    silent,
+                    lease,
+                )
+                self._lose(peer.routing_id, died=True, silently=True)
 
-    def _lose(self, route: bytes) -> None:
+    def _lease(self, peer: WorkerPeer) -> float:
+        """How long the worker may show no progress now: nothing is heard during a step."""
+        longest, expected = peer.hello.longest_step_s, 0.0
+        replica = self._core.replica(peer.registration)
+        if replica is not None and replica.in_flight:
+            expected = longest if replica.expected_step_s is None else replica.expected_step_s
+        return max(self._lease_s + EXPECTED_STEPS * expected, LONGEST_STEPS * longest)
+
+    def _watch(self, peer: WorkerPeer) -> None:
+        """A process that ends is lost at once, and not when its lease ends."""
+        peer.process = open_process(peer.hello.pid, peer.hello.started)
+        if peer.process is not None:
+            self._loop.add_reader(peer.process, self._on_end, peer)
+
+    def _on_end(self, peer: WorkerPeer) -> None:
+        self._watch_no_more(peer)
+        self._loop.call_later(LAST_WORDS_S, self._bury, peer)
+
+    def _bury(self, peer: WorkerPeer) -> None:
+        if self._by_registration.get(peer.registration) is peer:
+            log.error("the process of worker %s (pid %d) has ended", peer.hello.name, peer.hello.pid)
+            self._lose(peer.routing_id, died=True)
+
+    def _watch_no_more(self, peer: WorkerPeer) -> None:
+        if peer.process is not None:
+            self._loop.remove_reader(peer.process)
+            os.close(peer.process)
+            peer.process = None
+
+    def _lose(self, route: bytes, *, died: bool, silently: bool = False) -> None:
+        """`died`: its launched steps may be why. `silently`: it may be alive, and will be back then."""
         peer = self._by_route.pop(route, None)
         if peer is None:
             return
         del self._by_registration[peer.registration]
         if peer.registered:
             self._gone.append((peer.hello.name, peer.hello.instance))
-        self._post(WorkerLost(peer.registration))
+        self._watch_no_more(peer)
+        if silently:
+            self._lost[peer.hello.instance, peer.key] = peer.registration
+            if len(self._lost) > KEPT_LOSSES:
+                self._lost.popitem(last=False)
+        self._post(WorkerLost(peer.registration, died))
         if self._fetching is peer:
             self._fetching = None
             self._admit_waiting()

@@ -24,6 +24,7 @@ from ..protocol.messages import (
     CheckGrammar,
     FetchFile,
     Goodbye,
+    Leave,
     StepPlan,
     StepResult,
     UnknownPeer,
@@ -42,6 +43,18 @@ RECEIVE, SEND = range(2)
 """Kinds of spans of the track."""
 CLOSE_S: Final = 1.0
 """How long `close` waits for the thread, which only ever forwards."""
+
+
+_INCOMING: Final = (
+    StepPlan,
+    WorkerWelcome,
+    CheckGrammar,
+    FetchFile,
+    Leave,
+    UnknownPeer,
+    VersionRefused,
+    Goodbye,
+)
 
 
 class Failure:
@@ -208,9 +221,7 @@ class Link:
             if len(frames) != 1:
                 raise ProtocolError(f"the scheduler sent a message of {len(frames)} frames; a message has one")
             begun = self._track.start()
-            message = decode(
-                frames[0], StepPlan, WorkerWelcome, CheckGrammar, FetchFile, UnknownPeer, VersionRefused, Goodbye
-            )
+            message = decode(frames[0], *_INCOMING)
         except (ProtocolError, VersionMismatch) as error:
             self.inbox.put(Failure(error))  # and not raised: the scheduler is still to be told
             return

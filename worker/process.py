@@ -13,6 +13,7 @@ import torch
 
 from ..protocol.errors import ConfigurationError, TandemError
 from ..protocol.messages import MAX_BLOCKS, PROTOCOL_VERSION, WorkerHello
+from ..protocol.process import started_at
 from ..protocol.status import StatusPipe
 from ..protocol.tracing import Tracer
 from . import invariance
@@ -62,7 +63,10 @@ def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSi
                 largest = config.max_cudagraph_capture_size or min(config.max_num_seqs, LARGEST_GRAPH)
                 pipeline.capture(graph_sizes(largest), status.progress)
             status.ready(name=hello.name, num_blocks=hello.num_blocks)
-            Session(link, pipeline, hello, files, checker).run()
+            session = Session(link, pipeline, hello, files, checker)
+            session.run()
+            if session.drained:
+                status.drained()
         finally:
             checker.close()
             pipeline.close(CLOSE_S)
@@ -115,6 +119,7 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         version=PROTOCOL_VERSION,
         name=config.name or f"{socket.gethostname()}-{os.getpid()}",
         pid=os.getpid(),
+        started=started_at(os.getpid()),
         instance=secrets.randbits(62),
         model=describe(config, source, model, max_model_len),
         files=file_infos(files),

@@ -17,6 +17,7 @@ from ..protocol.messages import (
     Goodbye,
     GrammarChecked,
     Idle,
+    Leave,
     StepPlan,
     UnknownPeer,
     VersionRefused,
@@ -68,16 +69,18 @@ class Session:
         """None: a hello is outstanding."""
         self._patience_s = HELLO_AFTER_S
         """How long an outstanding hello is waited for."""
+        self.drained = False
+        """The session ended because the scheduler has moved this worker's requests elsewhere and needs it no more."""
 
     def run(self) -> None:
-        """Until asked to stop. Raises what a step raised, and ServiceUnavailable if the scheduler will not have this
-        worker; either way the scheduler is told that the worker leaves, and why."""
+        """Until asked to stop, or no longer needed. Raises what a step raised, and ServiceUnavailable if the scheduler
+        will not have this worker; either way the scheduler is told that the worker leaves, and why."""
         try:
             self._converse()
         except Exception as error:
-            self._link.send(Goodbye(reason=f"{type(error).__name__}: {error}"[:LONGEST_REASON]))
+            self._link.send(Goodbye(reason=f"{type(error).__name__}: {error}"[:LONGEST_REASON], failed=True))
             raise
-        self._link.send(Goodbye(reason="stopped"))
+        self._link.send(Goodbye(reason="drained" if self.drained else "stopped"))
 
     def _converse(self) -> None:
         self._greet()
@@ -87,7 +90,8 @@ class Session:
             except queue.Empty:
                 self._nothing_came()
                 continue
-            if isinstance(message, Stop):
+            if isinstance(message, Stop | Leave):
+                self.drained = isinstance(message, Leave)
                 self._finish()
                 return
             self._handle(message)

@@ -64,6 +64,8 @@ class SimulatedWorker:
     chunk_tokens: int = 0
     """Known tokens computed so far, those of prompts and of earlier attempts."""
     largest_step: int = 0
+    touched: list[list[int]] = field(default_factory=list)
+    """Known tokens of the rows that the last step computed, as they were before it."""
 
     def __post_init__(self) -> None:
         self.cache = np.full((self.num_blocks, self.block_size), HOLE, np.int64)
@@ -76,6 +78,7 @@ class SimulatedWorker:
         total = len(decoding) + int(plan.chunk_length.sum())
         assert 0 < total <= self.max_tokens, f"plan {plan.step} has {total} tokens"
         self.largest_step = max(self.largest_step, total)
+        self.touched = [list(self.rows[slot].tokens) for slot in (*decoding, *plan.chunk_slot.tolist())]
         sampling = [self.rows[slot] for slot in decoding]
         for row in sampling:
             self._write(row, 1)
