@@ -30,6 +30,16 @@ def mask_of(tokens: Sequence[int], vocab_size: int) -> IntColumn:
     return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32, copy=False)
 
 
+def rare_bytes(request: Request, vocab_size: int) -> int:
+    """About how much a joining row adds to the columns of `rare_columns`."""
+    if not request.rare:
+        return 0
+    sampling = request.sampling
+    mask = vocab_size // 8 if sampling.allowed_token_ids is not None else 0
+    sequences = sum(4 * (len(one) + 2) for one in sampling.bad_words_token_ids)
+    return 64 + mask + sequences + 8 * len(sampling.logit_bias or ()) + 4 * len(request.held_back)
+
+
 def rare_columns(slots: Sequence[int], requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
     """The columns of a StepPlan that these joining rows need beside those that all have."""
     rows = [(slot, request) for slot, request in zip(slots, requests, strict=True) if request.rare]

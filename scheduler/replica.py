@@ -25,7 +25,7 @@ from ..protocol.messages import NO_LONGS, SUSPICIONS, StepPlan
 from ..protocol.structured import StructuredOutputsParams
 from .blocks import BlockPool, Match
 from .events import IntColumn, LongColumn, WorkerLimits, record
-from .joining import rare_columns
+from .joining import rare_bytes, rare_columns
 from .logprobs import NOTHING_TOLD, Logprobs, PromptLogprobs, PromptPart, StepLogprobs
 from .pace import Pace
 from .policy import Policy
@@ -35,8 +35,8 @@ from .rows import DECODE, ENDING, FREE, PREFILL, Rows
 HUGE_SHARE = 0.75
 """Of the tokens left in a step, what a prompt gets that does not fit in: those behind it shall not wait for its end."""
 MAX_JOINING_BYTES = 8 * 1024 * 1024
-"""A plan introduces no further request once the known tokens and grammars of those that join take so much. Rows that
-share a cached prefix all name it, so without this a plan could be larger than a message may be."""
+"""A plan introduces no further request once the known tokens, grammars, bad words and the like of those that join take
+so much. Rows that share a cached prefix all name it, so without this a plan could be larger than a message may be."""
 
 
 @record
@@ -109,7 +109,7 @@ class Replica:
         self._backlog = 0
         """Their sum."""
         self._joining: dict[int, int] = {}
-        """Slots that the next plan must introduce to the worker, and the bytes of their tokens and grammars."""
+        """Slots that the next plan must introduce to the worker, and the bytes that each brings."""
         self._joining_bytes = 0
         """Of them all."""
         self._leaving: list[int] = []
@@ -226,7 +226,8 @@ class Replica:
             raise
         self._prefilling[slot] = length - shared * block_size
         grammar = request.sampling.structured_outputs
-        self._joining[slot] = 4 * length + (0 if grammar is None else grammar.size)
+        rare = rare_bytes(request, self.limits.vocab_size)
+        self._joining[slot] = 4 * length + (0 if grammar is None else grammar.size) + rare
         self._joining_bytes += self._joining[slot]
         self._backlog += length - shared * block_size
         if self._caching:
