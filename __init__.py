@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .client import TokenLogprob as TokenLogprob
     from .client import TokensPrompt as TokensPrompt
     from .client import Usage as Usage
+    from .launch.llm import LLM as LLM
+    from .launch.llm import CompletionOutput as CompletionOutput
+    from .launch.llm import Logprob as Logprob
+    from .launch.llm import RequestOutput as RequestOutput
     from .protocol.errors import AuthenticationError as AuthenticationError
     from .protocol.errors import ConfigurationError as ConfigurationError
     from .protocol.errors import InvalidRequest as InvalidRequest
@@ -56,6 +60,10 @@ __all__ = [
     "Chunk",
     "Usage",
     "Timings",
+    "LLM",
+    "RequestOutput",
+    "CompletionOutput",
+    "Logprob",
     "TokenLogprob",
     "PositionLogprobs",
     "TandemError",
@@ -79,7 +87,7 @@ def __getattr__(name: str) -> object:
     """Imports what is asked for, so that `import tandem` costs nothing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in (".protocol.errors", ".client", ".protocol.sampling", ".protocol.structured"):
+    for module in (".protocol.errors", ".client", ".protocol.sampling", ".protocol.structured", ".launch.llm"):
         value: object = getattr(import_module(module, __name__), name, None)
         if value is not None:
             globals()[name] = value

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
@@ -188,6 +188,7 @@ class AsyncClient:
         cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
+        on_done: Callable[[], None] | None = None,
         **sampling: Any,
     ) -> list[Completion]: ...
 
@@ -201,11 +202,12 @@ class AsyncClient:
         cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
+        on_done: Callable[[], None] | None = None,
         **sampling: Any,
     ) -> Completion | list[Completion]:
         """Generates to the end. A list of prompts gives a list of completions in its order, with at most
         `max_concurrency` in flight; the first failure cancels the rest and is raised. `sampling_params` may then be a
-        list too.
+        list too; `on_done` is called, on the client's loop, as each is completed.
 
         `n` samples of each prompt come as the completion's `choices`; sample i of a seed is always the same. Requests
         of a lower `priority` go first. Only requests with the same `cache_salt` share cached prefixes. `timeout` (s) is
@@ -221,7 +223,7 @@ class AsyncClient:
         options = request_options(n, priority, cache_salt)
         if is_batch(prompt):
             prompts = cast("Sequence[Prompt]", prompt)
-            return await self._generate_all(prompts, sampling_params, chat, sampling, options, timeout)
+            return await self._generate_all(prompts, sampling_params, chat, sampling, options, timeout, on_done)
         stream = self._new_stream(
             cast("Prompt", prompt),
             cast("SamplingParams | None", sampling_params),
@@ -231,7 +233,10 @@ class AsyncClient:
             timeout=timeout,
             collect=True,
         )
-        return await stream.collect()
+        completion = await stream.collect()
+        if on_done is not None:
+            on_done()
+        return completion
 
     def stream(
         self,
@@ -411,6 +416,7 @@ class AsyncClient:
         sampling: Mapping[str, Any],
         options: RequestOptions,
         time_limit: float | None,
+        on_done: Callable[[], None] | None,
     ) -> list[Completion]:
         from .arguments import require_params, seconds
 
@@ -435,7 +441,10 @@ class AsyncClient:
                 )
                 return stream.collect()
 
-            return await patiently(attempt, time_limit)
+            completion = await patiently(attempt, time_limit)
+            if on_done is not None:
+                on_done()
+            return completion
 
         return await in_order(len(prompts), self._max_concurrency, one)
 

@@ -7,7 +7,7 @@ import concurrent.futures
 import os
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
@@ -125,6 +125,7 @@ class Client:
         cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
+        on_done: Callable[[], None] | None = None,
         **sampling: Any,
     ) -> list[Completion]: ...
 
@@ -138,6 +139,7 @@ class Client:
         cache_salt: str = "",
         timeout: float | None = None,
         chat: ChatOptions | None = None,
+        on_done: Callable[[], None] | None = None,
         **sampling: Any,
     ) -> Completion | list[Completion]:
         """As AsyncClient.generate: one completion, or a list for a list of prompts."""
@@ -149,6 +151,7 @@ class Client:
             cache_salt=cache_salt,
             timeout=timeout,
             chat=chat,
+            on_done=on_done,
             **sampling,
         )
         return self._run(coroutine)

@@ -45,7 +45,6 @@ class SamplingFields(Strict):
     bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
     n: int | None = None
     best_of: int | None = None
     priority: int | None = None
@@ -67,7 +66,7 @@ class SamplingFields(Strict):
 
 _SAMPLING = (
     "temperature top_p top_k min_p seed stop stop_token_ids ignore_eos min_tokens presence_penalty frequency_penalty "
-    "repetition_penalty allowed_token_ids bad_words include_stop_str_in_output skip_special_tokens prompt_logprobs"
+    "repetition_penalty allowed_token_ids bad_words include_stop_str_in_output skip_special_tokens"
 ).split()
 
 

@@ -1,5 +1,6 @@
-"""The command line: `tandem serve | generate | chat | demo | doctor | stats | bench | scheduler | worker | keys`. Each
-command's work is elsewhere; here are its flags, its help and its exit code (those of `bench` are in bench/cli.py).
+"""The command line: `tandem serve | generate | chat | demo | doctor | stats | bench | gateway | scheduler | worker |
+keys`. Each command's work is elsewhere; here are its flags, its help and its exit code (those of `bench` are in
+bench/cli.py).
 
 Exit codes: 0 done, or ended as asked; 1 something failed; 2 the options cannot work; 130 `generate` was interrupted.
 """

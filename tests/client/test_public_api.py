@@ -35,6 +35,7 @@ def test_every_name_is_there(module: object) -> None:
 def test_the_api_is_this() -> None:
     assert set(tandem.__all__) == set(
         """
+        LLM RequestOutput CompletionOutput Logprob
         Client AsyncClient SamplingParams StructuredOutputsParams ChatOptions TokensPrompt CompletionStream
             SyncCompletionStream Completion
         Choice Chunk Usage Timings TokenLogprob PositionLogprobs TandemError ConfigurationError ServiceUnavailable
