@@ -79,7 +79,7 @@ class Driver:
         """Messages of clients that the next step finds."""
         self._next_ticket = 0
         self._prompt_tokens = self._cached_tokens = 0
-        self._routes = [b"client%03d" % client for client in range(clients)]
+        self._routes = [b"\0%03d" % client for client in range(clients)]
         for route in self._routes:
             self._port.on_message([route, encode(ClientHello(version=PROTOCOL_VERSION, name="bench"))])
         self._record: list[tuple[int, ...]] = []

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...protocol.messages import ModelDescription
-from ...protocol.transport import LoopSocket, Sent
+from ...protocol.transport import LOCAL, LoopSocket, Sent
 from ...scheduler.client_port import ClientPort
 from ...scheduler.core import Core
 from ...scheduler.events import Event
@@ -81,6 +81,7 @@ class DiscardingSocket(LoopSocket):
     """Takes every message at once, counts it and forgets it."""
 
     def __init__(self) -> None:  # no ZeroMQ socket, and so nothing that the base class would set up
+        self.sender = LOCAL
         self.messages = 0
         self.bytes = 0
 
@@ -88,6 +89,9 @@ class DiscardingSocket(LoopSocket):
         self.messages += 1
         self.bytes += len(frames[-1])
         return Sent.QUEUED
+
+    def wire(self) -> None:
+        """There is no connection."""
 
     def close(self, linger_ms: int = 0) -> None:
         """Nothing is open."""
