@@ -3,6 +3,7 @@
 #   make test       the tests that a change must pass        (TEST_ARGS="tests/client -k name" picks some)
 #   make test-all   the same with the whole grids and the slow tests
 #   make chaos      200 times on each of two models something is killed, stopped or cut while 64 streams go on
+#   make fuzz       the codec and the scheduler's ports under random messages for ten minutes (FUZZ_S=60: one)
 #   make check      formatting, lint, types, import arrows
 # PYTHON chooses the interpreter that makes .venv; EXTRAS=test,cuda adds FlashInfer on a machine with a GPU; JOBS is
 # how many tests run at once, FAULTS how often `make chaos` does harm.
@@ -11,6 +12,7 @@ EXTRAS ?= test
 TEST_ARGS ?= tests
 JOBS ?= 2
 FAULTS ?= 200
+FUZZ_S ?= 600
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -19,7 +21,7 @@ HOUSE := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all chaos check dev clean
+.PHONY: help demo test test-all chaos fuzz check dev clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +37,9 @@ test-all: $(INSTALLED)
 
 chaos: $(INSTALLED)
 	@TANDEM_TEST_GRID=full TANDEM_CHAOS_FAULTS=$(FAULTS) $(BIN)/python -P -m pytest -s tests/chaos
+
+fuzz: $(INSTALLED)
+	@TANDEM_FUZZ_S=$$(( $(FUZZ_S) / 4 )) $(BIN)/python -P -m pytest -n 0 --timeout $$(( $(FUZZ_S) + 300 )) tests/fuzz
 
 check: dev
 	@scripts/check
