@@ -9,8 +9,8 @@ from typing import Any
 
 from tandem import AsyncClient, Completion, PositionLogprobs
 
-TIMEOUT_S = 240.0
-"""Deadline of each request."""
+TIMEOUT_S = 600.0
+"""Deadline of each request: all streams together get a few tokens each between two faults, on a busy machine too."""
 LATE_S = 10.0
 """By so much a busy machine may miss it."""
 

@@ -1,0 +1,218 @@
+"""`python -m tandem.bench.recovery`: how long streams stand still when a worker or the scheduler is killed.
+
+A system of its own, with two workers unless told otherwise, serves some streams that each get a token a step. Then one
+process gets SIGKILL, again and again once all is well; each stream's pause is the time from the signal to its next
+token. With `--plot`, the streams' token times around the last kill of each kind become a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..client.aio import AsyncClient
+from ..launch.embedded import EmbeddedSystem
+from ..protocol.messages import Stats
+from .machine import describe_machine
+
+CALM_S = 1.0
+"""All streams get tokens for so long before a kill."""
+SHOWN_S = (-1.0, 5.0)
+"""What the picture shows, from the kill on."""
+
+
+@dataclass
+class Times:
+    """When a stream's tokens came (time.monotonic)."""
+
+    tokens: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Kill:
+    """What one kill did."""
+
+    what: str
+    at: float
+    pauses_s: list[float]
+    """Of each stream that the process served: from the signal to its next token."""
+
+
+class Streams:
+    """Streams that never end for as long as this runs."""
+
+    def __init__(self, client: AsyncClient, count: int, prompt_tokens: int, max_tokens: int) -> None:
+        self.times = [Times() for _ in range(count)]
+        self._client = client
+        self._prompt_tokens = prompt_tokens
+        self._max_tokens = max_tokens
+        self._tasks = [asyncio.create_task(self._run(i)) for i in range(count)]
+
+    async def _run(self, index: int) -> None:
+        turn = 0
+        while True:
+            turn += 1
+            prompt = [5 + (7 * index + 13 * turn + 3 * position) % 100 for position in range(self._prompt_tokens)]
+            request = self._client.stream(prompt, temperature=1.0, max_tokens=self._max_tokens, ignore_eos=True)
+            async for chunk in request:
+                self.times[index].tokens += [time.monotonic()] * len(chunk.token_ids)
+
+    def failed(self) -> BaseException | None:
+        """What ended a stream, if something did."""
+        return next((task.exception() for task in self._tasks if task.done() and not task.cancelled()), None)
+
+    async def calm(self) -> None:
+        """Waits until every stream gets tokens and has done so for CALM_S."""
+        since = [0.0] * len(self.times)
+        while True:
+            error = self.failed()
+            if error is not None:
+                raise error
+            now = time.monotonic()
+            for i, times in enumerate(self.times):
+                if not times.tokens or now - times.tokens[-1] > CALM_S / 2:
+                    since[i] = now
+            if all(now - start > CALM_S for start in since):
+                return
+            await asyncio.sleep(0.05)
+
+    async def after(self, moment: float) -> list[float]:
+        """For each stream, how long after `moment` its next token came."""
+        while any(not times.tokens or times.tokens[-1] <= moment for times in self.times):
+            error = self.failed()
+            if error is not None:
+                raise error
+            await asyncio.sleep(0.01)
+        return [next(at for at in times.tokens if at > moment) - moment for times in self.times]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def measure(address: str, options: argparse.Namespace) -> tuple[list[Kill], list[Times]]:
+    async with AsyncClient(address, reconnect_timeout=120) as client:
+        streams = Streams(client, options.streams, options.prompt_tokens, options.max_tokens)
+        try:
+            kills = []
+            for _ in range(options.kills):
+                for what in ("worker", "scheduler"):
+                    await streams.calm()
+                    found = await all_there(client, options.workers)
+                    served = found.workers[0].running if what == "worker" else options.streams
+                    at = kill(found.workers[0].name if what == "worker" else None)
+                    # The others go on with their next step, so those that stand still the longest are its own.
+                    pauses = sorted(await streams.after(at))[-served:]
+                    kills.append(Kill(what, at, pauses))
+                    print(f"SIGKILL {what}: {_shown(pauses)}", file=sys.stderr)
+            return kills, streams.times
+        finally:
+            await streams.close()
+
+
+async def all_there(client: AsyncClient, workers: int) -> Stats:
+    """Waits until so many workers serve."""
+    while True:
+        found = await client.stats(timeout=60)
+        if len(found.workers) == workers and all(worker.running for worker in found.workers):
+            return found
+        await asyncio.sleep(0.2)
+
+
+def kill(worker: str | None) -> float:
+    """SIGKILL for our own worker of that name, or for the scheduler; returns when."""
+    module = "tandem.scheduler.main" if worker is None else "tandem.worker.main"
+    for pid in _descendants(os.getpid()):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if module not in command:
+            continue
+        if worker is None or json.loads(command[command.index("--config-json") + 1])["name"] == worker:
+            at = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            return at
+    raise RuntimeError(f"there is no {worker or 'scheduler'} process to kill")
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *_descendants(int(child))]
+    return found
+
+
+def summary(kills: Sequence[Kill], what: str) -> dict[str, Any]:
+    """Of all streams that a killed process served."""
+    of_kind = [kill for kill in kills if kill.what == what]
+    pauses = [pause for kill in of_kind for pause in kill.pauses_s]
+    longest = [max(kill.pauses_s) for kill in of_kind]
+    return {
+        "kills": len(of_kind),
+        "median_ms": 1_000 * statistics.median(pauses),
+        "median_of_the_longest_ms": 1_000 * statistics.median(longest),
+        "longest_ms": 1_000 * max(longest),
+    }
+
+
+def plot(path: str, kills: Sequence[Kill], times: Sequence[Times]) -> None:
+    """Each stream's tokens as dots on a line of its own, around the last kill of each kind."""
+    figure = import_module("matplotlib.figure").Figure(figsize=(10, 7), layout="constrained")
+    for axes, what in zip(figure.subplots(2, 1), ("worker", "scheduler"), strict=True):
+        last = [kill for kill in kills if kill.what == what][-1]
+        for line, stream in enumerate(times):
+            shown = [at - last.at for at in stream.tokens if SHOWN_S[0] <= at - last.at <= SHOWN_S[1]]
+            axes.plot(shown, [line] * len(shown), "|", color="#1f77b4", markersize=5)
+        axes.axvline(0.0, color="#d62728")
+        axes.set(title=f"SIGKILL of the {what} at 0", xlabel="seconds", ylabel="stream", xlim=SHOWN_S)
+    figure.savefig(path)
+
+
+def _shown(pauses: Sequence[float]) -> str:
+    return f"median {1_000 * statistics.median(pauses):.0f} ms, longest {1_000 * max(pauses):.0f} ms"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tandem.bench.recovery", description=__doc__)
+    parser.add_argument("--model", default=None, help="Hub id or folder (default: the built-in model)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=400)
+    parser.add_argument("--kills", type=int, default=5, help="of each kind")
+    parser.add_argument("--out", default=None, help="JSON file to write")
+    parser.add_argument("--plot", default=None, help="picture to write (matplotlib)")
+    options = parser.parse_args(argv)
+    worker: dict[str, Any] = {"device": options.device, "max_num_seqs": max(64, options.streams)}
+    if options.model is not None:
+        worker["model"] = options.model
+    with EmbeddedSystem(worker, data_parallel_size=options.workers) as system:
+        kills, times = asyncio.run(measure(system.address, options))
+    report = {
+        "machine": describe_machine(),
+        "options": vars(options),
+        **{what: summary(kills, what) for what in ("worker", "scheduler")},
+        "kills": [{"what": kill.what, "pauses_ms": [round(1_000 * p, 1) for p in kill.pauses_s]} for kill in kills],
+    }
+    print(json.dumps({name: report[name] for name in ("worker", "scheduler")}, indent=2))
+    if options.out is not None:
+        Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
+    if options.plot is not None:
+        plot(options.plot, kills, times)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
