@@ -1,8 +1,7 @@
 """How many workers and streams one scheduler process carries before a GPU would wait:
 
-    python -m tandem.bench.scheduler.cluster --workers 4 --rows 256 --step-ms 12 --clients 256 --seconds 20
-    python -m tandem.bench.scheduler.cluster --step-ms 12 --sweep --out result.json
-    python -m tandem.bench.scheduler.cluster --step-ms 12 --profile
+    python -m tandem.bench.scheduler cluster --workers 4 --rows 256 --step-ms 12 --clients 256 --seconds 20
+    python -m tandem.bench.scheduler cluster --step-ms 12 --sweep --profile --out result.json
 
 The real scheduler process, simulated workers and simulated clients speak the real protocol over real sockets, all on
 this machine. Each worker runs `rows` requests; slightly more are open, so that a slot is taken again at once. A step
@@ -44,10 +43,9 @@ from .party import Party
 from .report import holds, show_knee, show_profile, show_runs, summarise
 from .setup import MAX_MODEL_LEN, Setup
 
-app = typer.Typer(add_completion=False)
-
 READY_S = 60.0
 REPORT_S = 30.0
+WORKERS = 4
 SWEEP = (1, 2, 4, 8, 16)
 
 
@@ -158,9 +156,8 @@ def _difference(before: dict[str, float], after: dict[str, float]) -> dict[str, 
     return {name: value for name, value in cores.items() if not math.isnan(value)}
 
 
-@app.command()
 def main(
-    workers: Annotated[int, typer.Option("--workers", min=1, max=256)] = 4,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, max=256, show_default="4")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Requests that run on each worker.")] = 256,
     step_ms: Annotated[float | None, typer.Option(min=0.1, help="Length of every step; else as on an H200.")] = None,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Each with a connection of its own.")] = 256,
@@ -176,13 +173,19 @@ def main(
     scheduler_json: Annotated[str, typer.Option(help="More fields of SchedulerConfig, as a JSON object.")] = "{}",
     sweep: Annotated[bool, typer.Option(help="1, 2, 4, 8, 16 workers, until GPUs would wait.")] = False,
     profile: Annotated[
-        bool, typer.Option(help="Run the scheduler under cProfile, which slows it, and show it.")
+        bool,
+        typer.Option(
+            help="Run the scheduler under cProfile, which slows it, and show it; after a sweep, in one more run with "
+            "the most workers that it came to."
+        ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Load one scheduler process with simulated workers and clients."""
     if least_output > most_output or prompt_tokens + most_output > MAX_MODEL_LEN:
         raise typer.BadParameter(f"prompt and output must fit into {MAX_MODEL_LEN} tokens, and least ≤ most output")
+    if sweep and workers is not None:
+        raise typer.BadParameter("a sweep has its own numbers of workers: leave --workers out", param_hint="--workers")
     setup = Setup(
         rows=rows,
         step_s=None if step_ms is None else step_ms / 1e3,
@@ -202,7 +205,13 @@ def main(
     report: dict[str, Any] = {"settings": asdict(setup), "step_time": asdict(setup.step_time)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile" if profile else None
-        report["runs"] = _sweep(setup, console) if sweep else [run_once(setup, workers, file)]
+        if sweep:
+            report["runs"] = _sweep(setup, console)
+            if file is not None:
+                console.print("profile …")
+                report["profiled_run"] = run_once(setup, report["runs"][-1]["workers"], file)
+        else:
+            report["runs"] = [run_once(setup, workers or WORKERS, file)]
         show_runs(console, report["runs"])
         if sweep:
             show_knee(console, report["runs"])
@@ -225,7 +234,3 @@ def _sweep(setup: Setup, console: Console) -> list[dict[str, Any]]:
         if not verdict:
             break
     return runs
-
-
-if __name__ == "__main__":
-    app()

@@ -1,7 +1,7 @@
 """What a step costs the scheduler, without sockets and other processes:
 
-    python -m tandem.bench.scheduler.core
-    python -m tandem.bench.scheduler.core --size 1024 --load steady --load churn --steps 2000 --out result.json
+    python -m tandem.bench.scheduler core
+    python -m tandem.bench.scheduler core --size 1024 --load steady --load churn --steps 2000 --out result.json
 
 One worker with room for all rows, lookahead 1, blocks of 16 tokens, prefix cache on. Each step is timed in pieces, µs:
 
@@ -34,8 +34,6 @@ from ..machine import describe_machine
 from .calibration import calibrate
 from .drive import CLIENTS, Driver, Steps
 from .loads import LOADS
-
-app = typer.Typer(add_completion=False)
 
 SIZES = (64, 256, 1_024, 4_096)
 WARM_UP_STEPS = 150
@@ -117,7 +115,6 @@ def _verdict(what: str, measured: float, target: float) -> dict[str, Any]:
     return {"what": what, "measured": measured, "target": target, "holds": measured <= target}
 
 
-@app.command()
 def main(
     size: Annotated[list[int] | None, typer.Option(min=1, help="Running requests; may be given several times.")] = None,
     load: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(LOADS)}; several times for some.")] = None,
@@ -181,7 +178,3 @@ def _show_verdicts(console: Console, verdicts: list[dict[str, Any]]) -> None:
         holds = "[green]yes[/]" if one["holds"] else "[red]no[/]"
         table.add_row(one["what"], f"{one['target']:,g}", f"{one['measured']:,.2f}", holds)
     console.print(table)
-
-
-if __name__ == "__main__":
-    app()

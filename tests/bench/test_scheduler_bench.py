@@ -41,9 +41,9 @@ from support.simulated_worker import SimulatedWorker
 DEADLINE_S = 120.0
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", f"tandem.bench.scheduler.{module}", *arguments],
+        [sys.executable, "-P", "-m", "tandem.bench.scheduler", command, *arguments],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -402,6 +402,12 @@ def test_sweep_tells_of_every_point() -> None:
     assert [line.rpartition(": ")[2] for line in lines] == ["held", "held", "too many"]
     assert lines[2].startswith("4 workers, 1,024 streams")
     assert "50.000%, 25.000% of the steps" in lines[2]
+
+
+def test_cluster_refuses_a_number_of_workers_beside_a_sweep() -> None:
+    done = run("cluster", "--sweep", "--workers", "3")
+    assert done.returncode == 2
+    assert "--workers" in done.stderr
 
 
 def test_cluster_refuses_outputs_that_do_not_fit() -> None:

@@ -1,0 +1,14 @@
+"""`python -m tandem.bench.scheduler core`: what a step costs the scheduler; `… cluster`: how many workers it carries."""
+
+from __future__ import annotations
+
+import typer
+
+from . import cluster, core
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.command("core")(core.main)
+app.command("cluster")(cluster.main)
+
+if __name__ == "__main__":
+    app()
