@@ -1,4 +1,4 @@
-"""`python -m tandem.bench.scheduler core`: what a step costs the scheduler; `… cluster`: how many workers it carries."""
+"""What the scheduler costs: `python -m tandem.bench.scheduler core`, and how many workers it carries: `… cluster`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tandem.scheduler.blocks import BlockPool, Key, Match, Place, Run, root
 
-from support.profiles import examples
+from support.profiles import examples, most_s
 
 BLOCK = 2
 """Tokens a block. With the tokens 0 and 1 there are four contents, so that near misses are the rule."""
@@ -312,8 +312,9 @@ class BlocksMachine(RuleBasedStateMachine):
         assert pool.idle_among(range(pool.total)) == pool.available
 
 
-TestBlocks = BlocksMachine.TestCase
-TestBlocks.settings = settings(max_examples=examples(ci=200, nightly=20_000), stateful_step_count=40)
+EXAMPLES = examples(ci=200, nightly=20_000)
+TestBlocks = pytest.mark.timeout(most_s(EXAMPLES))(BlocksMachine.TestCase)
+TestBlocks.settings = settings(max_examples=EXAMPLES, stateful_step_count=40)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,3 +9,8 @@ def examples(ci: int, nightly: int) -> int:
     """`ci`, or `nightly` under the profile of that name; TANDEM_TEST_EXAMPLES sets another number for both."""
     chosen = nightly if os.environ.get("TANDEM_TEST_PROFILE") == "nightly" else ci
     return int(os.environ.get("TANDEM_TEST_EXAMPLES", chosen))
+
+
+def most_s(examples: int) -> float:
+    """How long so many may take, on a machine that is busy with other things too."""
+    return max(600.0, 2.0 * examples)
