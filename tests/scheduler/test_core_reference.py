@@ -1,5 +1,5 @@
-"""The core against random events of clients, and workers that come and go: each accepted request receives exactly what a
-reference scheduler says that is too simple to be wrong, and ends once."""
+"""The core against random events of clients, and workers that come and go: each accepted request receives exactly what
+a reference scheduler says that is too simple to be wrong, and ends once."""
 
 from __future__ import annotations
 
