@@ -318,3 +318,21 @@ def test_a_plan_never_introduces_more_than_a_message_may_hold(monkeypatch: pytes
     assert max(joined) < 500 + 4 * len(prompt)
     assert len([size for size in joined if size]) >= 10
     assert all(made.received[ticket] == expected(prompt, 2) for ticket in range(40))
+
+
+def test_a_cancelled_request_leaves_no_block_that_a_step_in_flight_completes() -> None:
+    """Its generated blocks can be found, but only where all their tokens are committed."""
+    made = bench(block_size=4, lookahead=1, num_blocks=64)
+    made.submit(0, [10, 11, 12], max_tokens=30)
+    replica = made.core.replica(1)
+    assert replica is not None
+    while int(replica.rows.planned.max()) < 8:
+        made.step()
+    assert int(replica.rows.known.max()) == 7  # the step in flight samples the eighth token
+    made.handle(Cancelled(CLIENT, 0))
+    assert replica.pool.cached == 1  # the first block, and not the one that the step in flight would complete
+    made.run()
+    assert replica.pool.cached == 1
+    made.submit(1, [10, 11, 12], max_tokens=9)
+    made.run()
+    assert made.received[1] == expected([10, 11, 12], 9)
