@@ -29,19 +29,18 @@ def test_the_document_describes_every_path(served: Served) -> None:
                 assert schema["$ref"].rpartition("/")[2] in document["components"]["schemas"], path
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(400)
 def test_schemathesis_finds_nothing(served: Served, tmp_path: Path) -> None:
     run = subprocess.run(
         [
             *(sys.executable, "-P", "-W", "ignore", "-c", "from schemathesis.cli import schemathesis; schemathesis()"),
-            *("run", f"{served.url}/openapi.json", "--checks", CHECKS, "--max-examples", "5", "--seed", "1"),
-            *("--phases", "examples,fuzzing", "--request-timeout", "60", "--generation-database", "none"),
+            *("run", f"{served.url}/openapi.json", "--checks", CHECKS, "--max-examples", "25", "--seed", "1"),
+            *("--phases", "fuzzing", "--request-timeout", "60", "--generation-database", "none"),
             *("--suppress-health-check", "all", "--no-color"),
         ],
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=350,
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stdout[-4_000:] + run.stderr[-1_000:]
