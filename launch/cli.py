@@ -257,6 +257,20 @@ def doctor(
     sys.exit(run(_split(options, config)[1], as_json=as_json))
 
 
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Name of the worker, as `tandem stats` shows it.", show_default=False)],
+    connect: Annotated[
+        str | None, typer.Option(help="Address of the service, ipc only (default: $TANDEM_ADDRESS or your own).")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the worker is gone.")] = True,
+) -> None:
+    """Move a worker's requests to others as there is room, then end it."""
+    from .drain import drain as run
+
+    run(worker, connect, wait)
+
+
 class _Bench(TyperGroup):
     """`tandem bench …`, whose commands are imported when one is asked for: the others need not wait for them."""
 

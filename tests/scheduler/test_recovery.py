@@ -1,0 +1,88 @@
+"""What becomes of requests when a worker ends, or is drained: a real service, and workers that a test plays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tandem.protocol.messages import AskDrain, Draining, Leave, StepPlan, Suspected, WorkerWelcome
+from tandem.protocol.process import open_process, started_at
+
+from support.peers import VOCAB, scene
+from support.simulated_worker import continuation
+
+NEVER_S = 3600.0
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """Some process of this user's."""
+    with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) as made:
+        yield made
+        made.kill()
+
+
+def test_a_process_is_told_from_another_of_the_same_id(process: subprocess.Popen[bytes]) -> None:
+    started = started_at(process.pid)
+    assert started
+    descriptor = open_process(process.pid, started)
+    assert descriptor is not None
+    os.close(descriptor)
+    assert open_process(process.pid, started + 1) is None
+    assert open_process(process.pid, 0) is None
+    process.kill()
+    process.wait()
+    assert open_process(process.pid, started) is None
+
+
+def test_a_local_worker_whose_process_ends_is_lost_at_once(process: subprocess.Popen[bytes]) -> None:
+    """Its lease would last for an hour. Its request goes on elsewhere, and the client hears what it is suspected of."""
+
+    async def script() -> None:
+        async with scene(worker_lease=NEVER_S) as made:
+            client = made.client()
+            dying = made.worker(1, manual=True, pid=process.pid, started=started_at(process.pid))
+            await dying.hello()
+            await dying.expect(WorkerWelcome)
+            await client.hello()
+            await client.submit(1, [1, 2])
+            await dying.expect(StepPlan)
+            process.kill()
+            suspected = await client.expect(Suspected)
+            assert (suspected.ticket.tolist(), suspected.count.tolist()) == ([1], [1])
+            await made.worker(2).hello()
+            end = await client.wait(lambda: client.ended(1))
+            assert end.attempts == 2
+            assert client.tokens(1) == continuation([1, 2], 7, frozenset(), VOCAB)[0]
+
+    asyncio.run(script())
+
+
+def test_a_drained_worker_hands_its_request_over_and_is_let_go() -> None:
+    async def script() -> None:
+        async with scene(worker_lease=NEVER_S) as made:
+            client, first = made.client(), made.worker(1, manual=True)
+            await first.hello()
+            await first.expect(WorkerWelcome)
+            await client.hello()
+            await client.submit(1, [4, 5], 6)
+            await first.expect(StepPlan)
+            await client.send(AskDrain(worker="worker-1"))
+            told = await client.expect(Draining)
+            assert (told.state, told.running) == ("draining", 1)
+            await made.worker(2).hello()
+            end = await client.wait(lambda: client.ended(1))
+            assert end.attempts == 2
+            while first.simulated.plans:
+                first.compute()  # what was on its way: nobody's any more
+            await first.expect(Leave)
+            assert client.tokens(1) == continuation([4, 5], 8, frozenset(), VOCAB)[0]
+            await client.send(AskDrain(worker="worker-1"))
+            assert (await client.expect(Draining, 2)).state == "unknown"
+
+    asyncio.run(script())
