@@ -116,6 +116,12 @@ right = st.fixed_dictionaries(
 ).map(lambda fields: msgpack.packb(["Submit", fields]))
 
 HELLO = encode(ClientHello(version=PROTOCOL_VERSION))
+RUNNING = msgpack.packb(
+    [
+        "Submit",
+        {"ticket": 7, "prompt": ints([1, 2]), "sampling": {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}},
+    ]
+)
 plain = st.one_of(
     st.builds(lambda ticket: encode(Cancel(ticket=ticket)), st.integers(0, 6)),
     st.sampled_from([HELLO, encode(Ping()), encode(AskStats()), encode(Goodbye())]),
@@ -158,11 +164,14 @@ class Play:
         self.devices: dict[int, tuple[WorkerWelcome, SimulatedWorker] | None] = dict.fromkeys(range(WORKERS))
 
     def begin(self) -> None:
-        """Every peer says hello, workers as new processes."""
-        for client in range(CLIENTS):
-            self.hear_client(client, HELLO)
+        """Every peer says hello, workers as new processes, and each client has a request that runs."""
         for worker in range(WORKERS):
             self.join(worker)
+        for client in range(CLIENTS):
+            self.hear_client(client, HELLO)
+            self.hear_client(client, RUNNING)
+        for worker in range(WORKERS):
+            self.work(worker, 3)
 
     def end(self) -> None:
         """All go; nothing is left."""
