@@ -1,6 +1,6 @@
-"""The command line: `tandem serve | generate | chat | demo | doctor | stats | bench | gateway | scheduler | worker |
-keys`. Each command's work is elsewhere; here are its flags, its help and its exit code (those of `bench` are in
-bench/cli.py).
+"""The command line: `tandem serve | generate | chat | complete | demo | doctor | stats | drain | bench | gateway |
+scheduler | worker | keys`. Each command's work is elsewhere; here are its flags, its help and its exit code (those of
+`bench` are in bench/cli.py).
 
 Exit codes: 0 done, or ended as asked; 1 something failed; 2 the options cannot work; 130 `generate` was interrupted.
 """
@@ -215,6 +215,16 @@ def chat(connect: Connect = None, system: SystemMessage = None, config: ConfigFi
 
     sampling, worker_options = _split(options, config)
     run(connect=connect, worker_options=worker_options, sampling=sampling, system=system)
+
+
+@app.command()
+@with_flags([*SAMPLING_FLAGS, *EMBEDDED_FLAGS])
+def complete(connect: Connect = None, config: ConfigFile = None, **options: Any) -> None:
+    """Let a model continue texts in the terminal; no chat template."""
+    from .complete import complete as run
+
+    sampling, worker_options = _split(options, config)
+    run(connect=connect, worker_options=worker_options, sampling=sampling)
 
 
 @app.command()

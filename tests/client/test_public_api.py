@@ -15,6 +15,12 @@ from tandem import Client, AsyncClient, InvalidRequest
 heavy = {"torch", "transformers", "numpy", "zmq", "pydantic", "tokenizers", "jinja2"} & set(sys.modules)
 print(*sorted(heavy))
 """
+OFFLINE = """
+import sys
+from tandem import Client, AsyncClient, SamplingParams, LLM
+heavy = {"torch", "transformers", "huggingface_hub", "fastapi", "numpy", "zmq", "msgpack", "tokenizers", "jinja2"}
+print(*sorted(heavy & set(sys.modules)))
+"""
 COMPLETE = """
 import sys
 from tandem import *
@@ -52,7 +58,7 @@ def test_unknown_names_are_refused() -> None:
         _ = tandem.client.nonsense
 
 
-@pytest.mark.parametrize("code", [LIGHT, COMPLETE], ids=["names only", "everything"])
+@pytest.mark.parametrize("code", [LIGHT, OFFLINE, COMPLETE], ids=["names only", "offline too", "everything"])
 def test_what_imports_bring_along(code: str) -> None:
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr

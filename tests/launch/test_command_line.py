@@ -55,7 +55,7 @@ def test_every_option_of_a_process_is_a_flag_with_its_description(
             assert len(models) > 1 or field.description.removesuffix(".") in words
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "demo", "serve", "scheduler", "worker"])
+@pytest.mark.parametrize("command", ["generate", "chat", "complete", "demo", "serve", "scheduler", "worker"])
 def test_help_of_every_command(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +102,7 @@ def test_help_of_every_command(
         ),
         (["generate", "--connect", "tcp://127.0.0.1:7000", "hello"], "--insecure"),
         (["chat", "--max-num-seqs", "0"], "--max-num-seqs: input should be greater than or equal to 1, not 0"),
+        (["complete", "--timeout", "0"], "--timeout: 0 s leave no time for an answer"),
         (["demo", "--config", "/nonexistent.yaml"], "cannot read the configuration file /nonexistent.yaml"),
     ],
 )

@@ -61,16 +61,29 @@ def test_serve_generate_chat_and_a_clean_end(runtime: Path, engine: list[str], t
                 chat.write(line)
             assert chat.finish() == 0, chat.output
 
+        # The text as it is, each line by itself: what `generate --raw` says to the same prompts.
+        texts = ["hello", " hello ", "hello"]
+        with tandem("generate", *sampling, "--raw", "--json", *texts, environment=environment) as generate:
+            assert generate.finish() == 0, generate.output
+        raw = [json.loads(line)["text"] for line in generate.output.splitlines() if line.startswith("{")]
+        with tandem("complete", *sampling, environment=environment, stdin=True) as complete:
+            for line in (texts[0], "", texts[1], texts[2]):
+                complete.write(line)
+            assert complete.finish() == 0, complete.output
+        assert raw[0] == raw[2] != raw[1]
+        assert complete.output.endswith("default.\n" + "".join(f"{text}\n" for text in raw))
+
         # On a terminal, Ctrl-C stops an answer and not the conversation.
-        with terminal("chat", "--ignore-eos", environment=environment) as chat:
-            chat.wait_for("> ")
-            chat.write("tell me everything")
-            chat.wait_for("everything\r\n")  # the terminal's echo
-            chat.wait_for_more()
-            chat.send(signal.SIGINT)
-            chat.wait_for("[stopped]\r\n> ")
-            chat.write("/exit")
-            assert chat.finish() == 0, chat.output
+        for command in ("chat", "complete"):
+            with terminal(command, "--ignore-eos", environment=environment) as dialogue:
+                dialogue.wait_for("> ")
+                dialogue.write("tell me everything")
+                dialogue.wait_for("everything\r\n")  # the terminal's echo
+                dialogue.wait_for_more()
+                dialogue.send(signal.SIGINT)
+                dialogue.wait_for("[stopped]\r\n> ")
+                dialogue.write("/exit")
+                assert dialogue.finish() == 0, dialogue.output
 
         with tandem("serve", "--no-http", *engine, environment=environment) as second:
             assert second.finish() == 1, second.output
