@@ -73,6 +73,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, *, data_parallel_size: int = 1, **options: Any) -> None:
+        """Starts the system, and returns when it can answer."""
         from ..client.sync import Client
         from ..scheduler.config import SchedulerConfig
         from ..worker.config import WorkerConfig
