@@ -25,6 +25,7 @@ from ..client.aio import AsyncClient
 from ..launch.embedded import EmbeddedSystem
 from ..protocol.messages import Stats
 from .machine import describe_machine
+from .processes import command_line, descendants
 
 CALM_S = 1.0
 """All streams get tokens for so long before a kill."""
@@ -134,8 +135,8 @@ async def all_there(client: AsyncClient, workers: int) -> Stats:
 def kill(worker: str | None) -> float:
     """SIGKILL for our own worker of that name, or for the scheduler; returns when."""
     module = "tandem.scheduler.main" if worker is None else "tandem.worker.main"
-    for pid in _descendants(os.getpid()):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    for pid in descendants(os.getpid()):
+        command = command_line(pid)
         if module not in command:
             continue
         if worker is None or json.loads(command[command.index("--config-json") + 1])["name"] == worker:
@@ -143,14 +144,6 @@ def kill(worker: str | None) -> float:
             os.kill(pid, signal.SIGKILL)
             return at
     raise RuntimeError(f"there is no {worker or 'scheduler'} process to kill")
-
-
-def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *_descendants(int(child))]
-    return found
 
 
 def summary(kills: Sequence[Kill], what: str) -> dict[str, Any]:

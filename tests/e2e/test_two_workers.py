@@ -46,7 +46,7 @@ def observer(address: str) -> Iterator[Observer]:
 
 
 def idle(stats: Stats) -> bool:
-    """Settled, and no step is in flight whose tokens are still to be counted (a request that was given up leaves some)."""
+    """Settled, and no step is in flight whose tokens are still to be counted: a cancelled request leaves some."""
     return settled(stats) and not any(worker.in_flight for worker in stats.workers)
 
 
