@@ -266,8 +266,9 @@ def _checked(params: SamplingParams) -> SamplingParams:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         limit = next((value for key, value in first.get("ctx", {}).items() if key != "error"), None)
+        message = first["msg"][:1].lower() + first["msg"][1:]
         raise InvalidRequest(
-            f"{field}: {first['msg']}, got {first['input']!r:.100}", field=field, limit=limit, value=first["input"]
+            f"{field}: {message}, got {first['input']!r:.100}", field=field, limit=limit, value=first["input"]
         ) from error
 
 

@@ -75,7 +75,13 @@ REQUESTS: list[type[BaseModel]] = [
 
 def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -> FastAPI:
     """The application, without its guard."""
-    app = FastAPI(title="Tandem", version=own_version(), summary="OpenAI-compatible HTTP", redoc_url=None)
+    app = FastAPI(
+        title="Tandem",
+        version=own_version(),
+        summary="OpenAI-compatible HTTP",
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect's address would be a guess at what stands before this gateway
+    )
     limit = config.max_request_bytes
     started = now()
 
@@ -140,6 +146,7 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
     get("/ping", health, Health)
     get("/version", version_, Version)
     app.add_api_route("/metrics", metrics_, methods=["GET"], response_class=PlainTextResponse)
+    app.add_api_route("/metrics", metrics_, methods=["HEAD"], response_class=PlainTextResponse, include_in_schema=False)
     app.openapi = _with_schemas(app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (ApiError, TandemError, ClientGone, ClientDisconnect, Exception):
@@ -187,6 +194,8 @@ class _Adder:
             openapi_extra=extra,
             name=endpoint.__name__.rstrip("_"),
         )
+        if self._method == "GET":  # RFC 9110: what can be got can be asked for its head; probes do
+            self._app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
 def _with_schemas(app: FastAPI) -> Callable[[], dict[str, Any]]:

@@ -25,6 +25,7 @@ from .chat_schema import (
 )
 from .config import GatewayConfig
 from .errors import ApiError, refused
+from .fields import told_as
 from .generation import Piece, begun, completions, pieces
 from .logprobs import chat_logprobs
 from .messages import to_template
@@ -250,5 +251,6 @@ async def chat(request: Request, backend: Backend, asked: ChatRequest, config: G
     tokenizer = await backend.client.tokenizer()
     if tokenizer is None:
         raise ApiError(400, "messages: the model comes without a tokenizer; use /v1/completions with token ids")
-    chatting = Chatting(backend, asked, tokenizer, config)
-    return await (chatting.stream(request) if asked.stream else chatting.answer(request))
+    with told_as(asked.structure_field() or ("tools" if asked.tools else None)):
+        chatting = Chatting(backend, asked, tokenizer, config)
+        return await (chatting.stream(request) if asked.stream else chatting.answer(request))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..protocol.sampling import MAX_LOGPROBS
 from .fields import SamplingFields, ShortText, StreamOptions, Strict, StructureFields
 from .logprobs import ChatLogprobs
 from .wire import Answer, Usage
@@ -79,7 +80,7 @@ class ChatRequest(SamplingFields, StructureFields):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None

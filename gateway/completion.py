@@ -14,6 +14,7 @@ from ..client.tokenizer import Tokenizer
 from .backend import Backend
 from .completion_schema import CompletionChoice, CompletionRequest, CompletionResponse
 from .errors import ApiError, refused
+from .fields import told_as
 from .generation import Piece, begun, completions, pieces
 from .logprobs import LegacyLogprobs
 from .sse import DONE, EventStream, answered, event
@@ -145,5 +146,6 @@ async def complete(request: Request, backend: Backend, asked: CompletionRequest)
     """Answers one request."""
     backend.model(asked.model)
     tokenizer = await backend.client.tokenizer()
-    completing = Completing(backend, asked, tokenizer)
-    return await (completing.stream(request) if asked.stream else completing.answer(request))
+    with told_as(asked.structure_field()):
+        completing = Completing(backend, asked, tokenizer)
+        return await (completing.stream(request) if asked.stream else completing.answer(request))

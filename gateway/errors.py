@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from ..protocol.errors import (
@@ -103,13 +104,11 @@ def as_api_error(error: Exception) -> ApiError:
 def of_validation(error: ValidationError) -> ApiError:
     """The first fault of a body, with the field, what it may be and what it was."""
     faults = error.errors(include_url=False, include_context=True)
-    first = faults[0]
+    first = _most_telling(faults)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx'].get('error', first['msg'])}", code="invalid_json")
-    # A field that may be one of several types fails once for each: the types' own names are no part of its place.
-    place = [part for part in first["loc"] if not (isinstance(part, str) and _names_a_type(part))]
-    field = ".".join(str(part) for part in place)
-    if first["type"] == "extra_forbidden":
+    field = ".".join(str(part) for part in _place(first))
+    if first["type"] == "extra_forbidden" or (first["type"] == "too_long" and first["ctx"]["max_length"] == 0):
         return ApiError(
             400, f"{field}: this field is not supported here; leave it out", param=field, code="unsupported_field"
         )
@@ -119,6 +118,19 @@ def of_validation(error: ValidationError) -> ApiError:
     message = message[:1].lower() + message[1:]
     shown = _shown(first["input"])
     return ApiError(400, f"{field or 'the body'}: {message}, got {shown}", param=field)
+
+
+def _most_telling(faults: list[ErrorDetails]) -> ErrorDetails:
+    """Of a field that may be one of several types, and fails once for each, the type that fitted farthest."""
+    first = _place(faults[0])
+    return max(
+        (fault for fault in faults if _place(fault)[: len(first)] == first), key=lambda fault: len(_place(fault))
+    )
+
+
+def _place(fault: ErrorDetails) -> list[int | str]:
+    """Without the names of types, which are no part of where a field is."""
+    return [part for part in fault["loc"] if not (isinstance(part, str) and _names_a_type(part))]
 
 
 def _names_a_type(part: str) -> bool:

@@ -5,11 +5,14 @@ Types are checked here; bounds are the SDK's and the scheduler's to check, which
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
+from ..protocol.errors import InvalidRequest
 from .errors import ApiError, of_validation, refused
 
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -133,12 +136,36 @@ class StructureFields(Strict):
             raise refused("response_format", "two forms are given for one answer; give one")
         return {"structured_outputs": found[0]} if found else {}
 
+    def structure_field(self) -> str | None:
+        """The field that `structure()` came from, if any form is asked for."""
+        for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+            if getattr(self, name) is not None:
+                return name
+        form = self.response_format
+        return None if form is None or form.type == "text" else "response_format"
+
+
+@contextmanager
+def told_as(field: str | None) -> Iterator[None]:
+    """What is wrong with `structured_outputs` is told by the name of the field that the request said it in."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if field in (None, "structured_outputs") or not error.field.startswith("structured_outputs"):
+            raise
+        raise refused(str(field), str(error).removeprefix(error.field).removeprefix(": ")) from error
+
 
 async def read(request: Request, model: type[M], limit: int) -> M:
     """The body as `model`. Raises ApiError naming what is wrong with it."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise ApiError(415, f"content-type: expected application/json, got {kind[:80] or 'none'}", param="content-type")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            415, f"content-encoding: compressed bodies are not read, got {encoding[:80]}", param="content-encoding"
+        )
     body = await read_body(request, limit)
     try:
         return model.model_validate_json(body)

@@ -14,6 +14,7 @@ from ..client.tokenizer import Tokenizer
 from .backend import Backend
 from .chat_schema import Message
 from .errors import ApiError
+from .fields import told_as
 from .generation import Piece, begun, completions, pieces
 from .messages import to_template
 from .responses_schema import (
@@ -131,5 +132,6 @@ async def respond(request: Request, backend: Backend, asked: ResponsesRequest) -
     tokenizer = await backend.client.tokenizer()
     if tokenizer is None:
         raise ApiError(400, "input: the model comes without a tokenizer; use /v1/completions with token ids")
-    responding = Responding(backend, asked, tokenizer)
-    return await (responding.stream(request) if asked.stream else responding.answer(request))
+    with told_as("text.format"):
+        responding = Responding(backend, asked, tokenizer)
+        return await (responding.stream(request) if asked.stream else responding.answer(request))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 
 from tandem import Client
@@ -187,14 +188,43 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages.0.content",
-            "",
+            "messages.0.content.0.type",
+            "'text'",
+        ),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "20, got 21"),
+        ("/v1/chat/completions", {**CHAT, "tool_choice": {"type": "function"}}, "tool_choice.function", "needed"),
+        (
+            "/v1/chat/completions",
+            {
+                **CHAT,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}},
+            },
+            "response_format",
+            "response_format: Invalid type: objekt",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                **CHAT,
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}],
+                "tool_choice": "required",
+            },
+            "tools",
+            "tools: Invalid type: objekt",
+        ),
+        ("/v1/completions", {"prompt": "x", "guided_regex": "[0-9"}, "guided_regex", "unclosed"),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"regex": "[0"}}, "structured_outputs.regex", ""),
+        (
+            "/v1/responses",
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "objekt"}}}},
+            "text.format",
+            "text.format: Invalid type: objekt",
         ),
         ("/v1/chat/completions", {}, "messages", "needed"),
         ("/v1/chat/completions", [], "", "object"),
         ("/v1/completions", {"prompt": []}, "prompt", ""),
         ("/v1/completions", {"prompt": [[]]}, "prompt", ""),
-        ("/v1/completions", {"prompt": [-1]}, "prompt", ""),
+        ("/v1/completions", {"prompt": [-1]}, "prompt.0", "0, got -1"),
         ("/v1/completions", {"prompt": [1_536]}, "prompt", "1535"),
         ("/v1/completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "echo"),
         ("/v1/completions", {"prompt": [1] * 4_096}, "prompt", "4095"),
@@ -203,7 +233,7 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
         ("/v1/completions", {"prompt": "x", "priority": 1_001}, "priority", "1000"),
         ("/v1/responses", {"input": "x", "previous_response_id": "y"}, "previous_response_id", ""),
         ("/v1/responses", {"input": "x", "store": True}, "store", ""),
-        ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "tools", ""),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "tools", "not supported"),
         ("/tokenize", {}, "prompt", "either"),
         ("/detokenize", {"tokens": [10**6]}, "tokens", "1535"),
     ],
@@ -225,10 +255,21 @@ def test_statuses(served: Served) -> None:
         (served.chat("hi", model="gpt-4"), 404, "model_not_found"),
         (served.get("/v1/models/gpt-4"), 404, "model_not_found"),
         (served.post("/v1/completions", content=b"{", headers={"content-type": "text/plain"}), 415, None),
+        (served.post("/v1/completions", content=b"x", headers={"content-encoding": "gzip"}), 415, None),
         (served.post("/v1/completions", content=b"{"), 400, "invalid_json"),
+        (served.post("/v1/completions/", content=b"{}"), 404, "not_found"),
     ]:
         assert answer.status_code == status, answer.text
         assert answer.json()["error"]["code"] == code
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/metrics", "/v1/models", f"/v1/models/{MODEL}"])
+def test_heads(served: Served, path: str) -> None:
+    """Probes ask for the head alone."""
+    answer = httpx.head(served.url + path, timeout=60)
+    assert answer.status_code == 200
+    assert answer.content == b""
+    assert answer.headers["content-type"].startswith(served.get(path).headers["content-type"])
 
 
 def test_request_ids(served: Served) -> None:
