@@ -46,7 +46,7 @@ from .grammars import Grammars, Held
 from .joining import is_rare
 from .metrics import Counters
 from .policy import Policy
-from .quarantine import Quarantine, must_be_alone, suspect
+from .quarantine import Quarantine, is_cleared, must_be_alone, suspect
 from .queue import WaitingQueue
 from .replica import Commit, Offer, Replica
 from .requests import Request
@@ -404,7 +404,7 @@ class Core:
             self.counters.moved += 1
             if request.number not in launched:
                 self._return(request)
-            elif request is replica.alone:
+            elif request is replica.alone and not is_cleared(request, len(request.known)):
                 launched.remove(request.number)
                 self.counters.poisoned += 1
                 self._end(request, "error", len(request.known), now, out, POISONOUS)

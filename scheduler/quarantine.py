@@ -27,6 +27,11 @@ def must_be_alone(request: Request) -> bool:
     return request.suspicions >= SUSPICIONS
 
 
+def is_cleared(request: Request, known: int) -> bool:
+    """Whether a request that was given a worker of its own needs it no more, having `known` tokens now."""
+    return not must_be_alone(request) or known - request.suspected_at >= CLEARING_TOKENS
+
+
 class Quarantine:
     """Requests that wait to run alone, and the workers where they do.
 
@@ -74,9 +79,9 @@ class Quarantine:
         if request is None:
             return
         slot = replica.slot_of(request)
+        if slot is not None and not is_cleared(request, int(replica.rows.known[slot])):
+            return
         if slot is not None and must_be_alone(request):
-            if replica.rows.known[slot] - request.suspected_at < CLEARING_TOKENS:
-                return
             request.suspicions = 0
         replica.alone = None
         self._others_until = now + (now - replica.alone_since)

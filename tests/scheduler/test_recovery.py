@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tandem.protocol.messages import AskDrain, Draining, Leave, StepPlan, Suspected, WorkerWelcome
+from tandem.protocol.messages import AskDrain, AskStats, Draining, Leave, Stats, StepPlan, Suspected, WorkerWelcome
 from tandem.protocol.process import open_process, started_at
 
 from support.peers import VOCAB, scene
@@ -84,5 +84,36 @@ def test_a_drained_worker_hands_its_request_over_and_is_let_go() -> None:
             assert client.tokens(1) == continuation([4, 5], 8, frozenset(), VOCAB)[0]
             await client.send(AskDrain(worker="worker-1"))
             assert (await client.expect(Draining, 2)).state == "unknown"
+
+    asyncio.run(script())
+
+
+def test_what_comes_while_no_worker_is_there_waits_for_one(process: subprocess.Popen[bytes]) -> None:
+    """It is accepted, since the model is known; its deadline goes on."""
+
+    async def script() -> None:
+        async with scene(worker_lease=NEVER_S) as made:
+            client = made.client()
+            only = made.worker(1, pid=process.pid, started=started_at(process.pid))
+            await only.hello()
+            await only.expect(WorkerWelcome)
+            await client.hello()
+            await client.submit(1, [1, 2])
+            await client.wait(lambda: client.ended(1))
+            process.kill()
+            asked, workers = 0, 1
+            while workers:
+                asked += 1
+                await client.send(AskStats())
+                workers = len((await client.expect(Stats, asked)).workers)
+            await client.submit(2, [3, 4])
+            await client.submit(3, [5, 6], timeout_s=0.2)
+            late = await client.wait(lambda: client.ended(3))
+            assert (late.reason, late.completion_tokens) == ("timeout", 0)
+            assert client.ended(2) is None
+            await made.worker(2).hello()
+            end = await client.wait(lambda: client.ended(2))
+            assert (end.reason, end.attempts) == ("length", 1)
+            assert client.tokens(2) == continuation([3, 4], 7, frozenset(), VOCAB)[0]
 
     asyncio.run(script())
