@@ -1,17 +1,22 @@
 """Streamed text: nothing given out changes, and all of it together is the full decode."""
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
+from tandem import AsyncClient
 from tandem.client.detokenizer import MAX_RUN, Detokenizer, describe_decoder
 from tandem.client.tokenizer import Tokenizer
+from tandem.protocol.messages import Submit
 
+from support.scripted_scheduler import MODEL, ScriptedScheduler
 from support.tokenizer_zoo import TEXTS, ZOO, byte_fallback, byte_level
 
 TOKENIZERS = {name: Tokenizer.from_files(files()) for name, files in ZOO.items()}
@@ -172,3 +177,52 @@ def test_an_unknown_decoder_holds_back_little() -> None:
     shown = "".join(detokenizer.push([invalid]) for _ in range(100))
     assert len(shown) >= 100 - 5
     assert shown + detokenizer.finish() == "\ufffd" * 100
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_random_ids_over_the_client(name: str) -> None:
+    """Through a real socket: the chunks of a stream, and a whole answer, are the full decode after the prompt."""
+    tokenizer = TOKENIZERS[name]
+    prompt = tokenizer.encode("Hello", add_special_tokens=False)
+    eos = tokenizer.eos_token_ids[0]
+    pieces: list[list[int]] = []
+
+    def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
+        scheduler.accept(submit)
+        offset = 0
+        for piece in pieces:
+            scheduler.tokens(submit.ticket, piece, offset)
+            offset += len(piece)
+        scheduler.tokens(submit.ticket, [eos], offset, [scheduler.end(submit, offset + 1)])
+
+    async def answers(client: AsyncClient) -> None:
+        chunks = [chunk async for chunk in client.stream(prompt, max_tokens=200)]
+        ids = [id_ for piece in pieces for id_ in piece]
+        assert [id_ for chunk in chunks for id_ in chunk.token_ids] == [*ids, eos]
+        text = tokenizer.decode([*prompt, *ids])
+        assert tokenizer.decode(prompt) + "".join(chunk.text for chunk in chunks) == text
+        assert tokenizer.decode(prompt) + (await client.generate(prompt, max_tokens=200)).text == text
+
+    model = replace(MODEL, vocab_size=tokenizer.vocab_size, eos_token_ids=(eos,))
+    some_ids = st.integers(0, tokenizer.vocab_size - 1).filter(lambda id_: id_ != eos)
+    with asyncio.Runner() as runner:
+
+        async def connect() -> tuple[ScriptedScheduler, AsyncClient]:
+            scheduler = await ScriptedScheduler(script, model=model, files=ZOO[name]()).__aenter__()
+            client = AsyncClient(scheduler.address)
+            await client.connect()
+            return scheduler, client
+
+        scheduler, client = runner.run(connect())
+
+        @given(st.lists(st.lists(some_ids, min_size=1, max_size=6), max_size=8))
+        @settings(max_examples=60, deadline=None)
+        def check(drawn: list[list[int]]) -> None:
+            pieces[:] = drawn
+            runner.run(answers(client))
+
+        try:
+            check()
+        finally:
+            runner.run(client.close())
+            runner.run(scheduler.__aexit__())
