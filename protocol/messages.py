@@ -235,7 +235,7 @@ class Cancel:
 
 @message
 class Ping:
-    """Renews the client's lease."""
+    """Renews the client's lease. To a worker it says nothing: that it can be sent shows that there is a connection."""
 
     answer: Annotated[bool, Field(strict=True)] = False
     """A Pong is wanted, because nothing has been heard for a while."""

@@ -25,6 +25,7 @@ from ..protocol.messages import (
     Idle,
     Leave,
     ModelDescription,
+    Ping,
     StepResult,
     UnknownPeer,
     VersionRefused,
@@ -34,7 +35,7 @@ from ..protocol.messages import (
 )
 from ..protocol.process import open_process
 from ..protocol.tracing import OFF, Track
-from ..protocol.transport import LoopSocket
+from ..protocol.transport import LoopSocket, Sent
 from .admission import Admission, Complaints
 from .core import Core
 from .events import (
@@ -60,10 +61,12 @@ RECEIVE, SEND = range(2)
 """Kinds of spans of the track."""
 EXPECTED_STEPS = 10
 """While a step is computed, a worker's lease is longer by so many times what the step should take, going by those
-before it or, if none was like it, by the largest that the worker tried. Machines have bad moments, and attention over a
-long context takes longer than over a short one."""
+before it, but at most the largest that the worker tried; that one, if none was like it. Machines have bad moments, and
+attention over a long context takes longer than over a short one."""
 LONGEST_STEPS = 2
 """It is never less than so many times the largest step that the worker tried."""
+PROBE_AFTER_S = 1.0
+"""A worker that was silent for so long is sent something: only by sending is noticed that its connection has ended."""
 LAST_WORDS_S = 0.02
 """What a process said last, results or a goodbye, may still be on its way through ZeroMQ's thread when it has ended."""
 KEPT_LOSSES = 64
@@ -406,13 +409,21 @@ class WorkerPort:
                     lease,
                 )
                 self._lose(peer.routing_id, died=True, silently=True)
+            elif silent > PROBE_AFTER_S and self._is_cut_off(peer):
+                log.error("worker %s is not connected any more", peer.hello.name)
+                self._lose(peer.routing_id, died=True, silently=True)
+
+    def _is_cut_off(self, peer: WorkerPeer) -> bool:
+        """Whether its connection has ended. One that is full has not."""
+        return self._socket is not None and self._socket.send([peer.routing_id, encode(Ping())]) is Sent.GONE
 
     def _lease(self, peer: WorkerPeer) -> float:
         """How long the worker may show no progress now: nothing is heard during a step."""
         longest, expected = peer.hello.longest_step_s, 0.0
         replica = self._core.replica(peer.registration)
         if replica is not None and replica.in_flight:
-            expected = longest if replica.expected_step_s is None else replica.expected_step_s
+            # A step in which the process was stopped, or the machine busy, must not make the next one's time endless.
+            expected = longest if replica.expected_step_s is None else min(replica.expected_step_s, longest)
         return max(self._lease_s + EXPECTED_STEPS * expected, LONGEST_STEPS * longest)
 
     def _watch(self, peer: WorkerPeer) -> None:

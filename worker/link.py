@@ -25,6 +25,7 @@ from ..protocol.messages import (
     FetchFile,
     Goodbye,
     Leave,
+    Ping,
     StepPlan,
     StepResult,
     UnknownPeer,
@@ -51,6 +52,7 @@ _INCOMING: Final = (
     CheckGrammar,
     FetchFile,
     Leave,
+    Ping,
     UnknownPeer,
     VersionRefused,
     Goodbye,
@@ -225,6 +227,8 @@ class Link:
         except (ProtocolError, VersionMismatch) as error:
             self.inbox.put(Failure(error))  # and not raised: the scheduler is still to be told
             return
+        if isinstance(message, Ping):
+            return  # the scheduler only wants to know whether it can be sent
         if isinstance(message, StepPlan):
             self._track.end(RECEIVE, message.step, begun)
         elif isinstance(message, WorkerWelcome):

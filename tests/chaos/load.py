@@ -53,6 +53,24 @@ async def undisturbed(address: str, wanted: list[Spec]) -> list[Completion]:
 
 
 @dataclass
+class Turn:
+    """A request of a stream, on its way."""
+
+    client: AsyncClient
+    stream: int
+    which: int
+    prompt: tuple[int, ...]
+    begun_at: float
+    """Loop times."""
+    moved_at: float
+    """When it last got a token, or began."""
+    position: int = 0
+    pauses: list[tuple[int, float]] = field(default_factory=list)
+    """Where tokens came after over a second, and when."""
+    is_reported: bool = False
+
+
+@dataclass
 class Load:
     """Streams that go on, each with one request after the other, until `stop`; every token is compared as it comes."""
 
@@ -64,6 +82,12 @@ class Load:
     finished: int = 0
     tokens: int = 0
     wrong: list[str] = field(default_factory=list)
+    turns: dict[int, Turn] = field(default_factory=dict)
+    """By stream: what it is at."""
+    reports: list[str] = field(default_factory=list)
+    """Of requests that stood still for long; see watch.py."""
+    longest_pause_s: float = 0.0
+    """Without a token, of any stream."""
     stopping: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -94,15 +118,17 @@ class Load:
         which = stream
         while not self.stopping:
             try:
-                await self._request(client, which % len(self.wanted))
+                await self._request(client, stream, which % len(self.wanted))
             except Exception as error:  # noqa: BLE001 - whatever it is, nothing may fail
                 self._complain(f"request {which % len(self.wanted)} of stream {stream}: {error!r}")
             which += self.streams + 1
 
-    async def _request(self, client: AsyncClient, which: int) -> None:
+    async def _request(self, client: AsyncClient, stream: int, which: int) -> None:
         spec, expected = self.wanted[which], self.expected[which].token_ids
         position, ends = 0, 0
         logprobs: list[PositionLogprobs] = []
+        now = asyncio.get_running_loop().time()
+        turn = self.turns[stream] = Turn(client, stream, which, spec.prompt, now, now)
         async with asyncio.timeout(TIMEOUT_S + LATE_S):
             async for chunk in client.stream(list(spec.prompt), timeout=TIMEOUT_S, **spec.sampling):
                 if chunk.offset != position or chunk.token_ids != expected[position : position + len(chunk.token_ids)]:
@@ -111,12 +137,22 @@ class Load:
                 ends += chunk.finish_reason is not None
                 logprobs += chunk.logprobs or ()
                 self.tokens += len(chunk.token_ids)
+                self._note(turn, position)
                 self.news.set()
         if position != len(expected) or ends != 1:
             self._complain(f"request {which}: {position} tokens of {len(expected)}, ended {ends} times")
         if logprobs != (self.expected[which].logprobs or []):
             self._complain(f"request {which}: other log-probabilities")
         self.finished += 1
+        del self.turns[stream]
+
+    def _note(self, turn: Turn, position: int) -> None:
+        now = asyncio.get_running_loop().time()
+        pause = now - turn.moved_at
+        if pause > 1.0:
+            turn.pauses.append((turn.position, now))
+        self.longest_pause_s = max(self.longest_pause_s, pause)
+        turn.position, turn.moved_at = position, now
 
     def _complain(self, what: str) -> None:
         self.wrong.append(what)

@@ -62,6 +62,13 @@ class Kept:
                 self.process.kill()
         self._thread.join()
 
+    def status(self) -> str:
+        """Of the process, as the system calls it: running, sleeping, stopped …"""
+        try:
+            return psutil.Process(self.process.pid).status()
+        except psutil.NoSuchProcess:
+            return "gone"
+
     def descriptors(self) -> int:
         return psutil.Process(self.process.pid).num_fds()
 

@@ -14,6 +14,7 @@ import pytest
 from chaos.load import Load, specs, undisturbed
 from chaos.nemesis import Nemesis
 from chaos.service import CLIENT_LEASE_S, ChaosService, chaos_service, own_descriptors
+from chaos.watch import watch
 
 from tandem import AsyncClient
 from tandem.launch.builtin import MODEL_DIR
@@ -76,14 +77,20 @@ async def storm(service: ChaosService, vocab: int) -> None:
     load = Load(service.address, wanted, expected, CLIENTS, STREAMS)
     running = asyncio.create_task(load.run())
     nemesis = Nemesis(service, load, SEED)
+    watching = asyncio.create_task(watch(service, load, nemesis.log))
     await nemesis.run(FAULTS)
     await load.progress(10 * STREAMS)  # nobody hangs at the end either
     load.stopping = True
     await running
+    watching.cancel()
     service.stop_victims()
 
-    print(f"{sum(nemesis.done.values())} faults: {dict(nemesis.done)}; {load.finished} requests, {load.tokens} tokens")
-    assert not load.wrong, "\n".join([*load.wrong[:20], *nemesis.log])
+    print(
+        f"{sum(nemesis.done.values())} faults: {dict(nemesis.done)}; {load.finished} requests, {load.tokens} tokens; "
+        f"longest pause of a stream {load.longest_pause_s:.1f} s"
+    )
+    print("\n".join(load.reports))
+    assert not load.wrong, "\n".join([*load.wrong[:20], *load.reports[:20], *nemesis.log])
     assert load.finished >= STREAMS
     found = await settled(service)
     assert len(found.workers) == len(service.workers)

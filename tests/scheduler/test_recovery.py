@@ -7,13 +7,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from tandem.protocol.messages import AskDrain, AskStats, Draining, Leave, Stats, StepPlan, Suspected, WorkerWelcome
+from tandem.protocol.messages import (
+    Accepted,
+    AskDrain,
+    AskStats,
+    Draining,
+    Leave,
+    Stats,
+    StepPlan,
+    Suspected,
+    WorkerWelcome,
+)
 from tandem.protocol.process import open_process, started_at
 
-from support.peers import VOCAB, scene
+from support.peers import VOCAB, keyed_scene, scene
 from support.simulated_worker import continuation
 
 NEVER_S = 3600.0
@@ -115,5 +126,52 @@ def test_what_comes_while_no_worker_is_there_waits_for_one(process: subprocess.P
             end = await client.wait(lambda: client.ended(2))
             assert (end.reason, end.attempts) == ("length", 1)
             assert client.tokens(2) == continuation([3, 4], 7, frozenset(), VOCAB)[0]
+
+    asyncio.run(script())
+
+
+def test_a_worker_whose_connection_has_ended_is_lost_before_its_lease() -> None:
+    """Over TCP there is no process to watch, and nothing is due to be sent to a worker with all its steps in flight."""
+
+    async def script() -> None:
+        async with keyed_scene(worker_lease=NEVER_S) as made:
+            client = made.client(made.peer_keys("clients"))
+            dying = made.worker(1, manual=True, keys=made.peer_keys("workers"))
+            await dying.hello()
+            await dying.expect(WorkerWelcome)
+            await client.hello()
+            await client.submit(1, [1, 2], 6)
+            await dying.expect(StepPlan, 2)  # as many as it takes
+            dying.close()
+            await client.expect(Suspected)
+            await made.worker(2, keys=made.peer_keys("workers")).hello()
+            assert (await client.wait(lambda: client.ended(1))).attempts == 2
+            assert client.tokens(1) == continuation([1, 2], 8, frozenset(), VOCAB)[0]
+
+    asyncio.run(script())
+
+
+def test_a_step_that_was_interrupted_does_not_make_the_lease_endless() -> None:
+    """A step of a few tokens that took half an hour says nothing of how long the next one may take: none takes longer
+    than the largest that the worker tried."""
+
+    async def script() -> None:
+        async with scene(worker_lease=0.5) as made:
+            client, worker = made.client(), made.worker(1, manual=True, longest_step_s=0.05)
+            await worker.hello()
+            await worker.expect(WorkerWelcome)
+            await client.hello()
+            await client.submit(1, [1, 2], 6)
+            await worker.expect(StepPlan, 2)  # the prompt, and a token: as many as it takes
+            await client.submit(2, list(range(4, 24)), 6)
+            await client.expect(Accepted, 2)
+            for i, busy_s in enumerate((2_000.0, 0.001)):
+                step, tokens = worker.simulated.compute()
+                await worker.send(replace(worker.result(step, tokens), busy_us=int(busy_s * 1e6)))
+                await worker.expect(StepPlan, 3 + i)
+            assert len(worker.simulated.plans[0].chunk_slot) == 1  # what is computed now is like the first
+            await client.expect(Suspected)
+            await made.worker(2).hello()
+            await client.wait(lambda: client.ended(1) and client.ended(2))
 
     asyncio.run(script())

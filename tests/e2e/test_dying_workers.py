@@ -1,0 +1,63 @@
+"""Two real workers under streams: one is killed, then the other stops. Every token is that of the undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import pytest
+from chaos.load import Load, specs, undisturbed
+from chaos.service import ChaosService, chaos_service
+
+from tandem import AsyncClient
+
+from support.tiny_models import VOCAB, save_tiny
+
+STREAMS = 12
+
+
+@pytest.mark.timeout(300)
+def test_streams_outlive_a_worker_that_is_killed_and_one_that_stops(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    model = {
+        "model": str(tmp_path / "model"),
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": 512,
+    }
+    with chaos_service(logs, model, 2) as service:
+        asyncio.run(disturb(service))
+
+
+async def disturb(service: ChaosService) -> None:
+    wanted = specs(11, STREAMS, VOCAB)
+    expected = await undisturbed(service.address, wanted)
+    async with AsyncClient(service.direct, insecure=True) as observer:
+        async with asyncio.timeout(60):
+            while len((await observer.stats()).workers) < 2:
+                pass
+        load = Load(service.address, wanted, expected, 1, STREAMS)
+        running = asyncio.create_task(load.run())
+        killed, stopped = service.workers
+        await load.progress(10 * STREAMS)
+        killed.send(signal.SIGKILL)
+        async with asyncio.timeout(120):
+            while (await observer.stats()).restarted_workers < 1:
+                assert not load.wrong
+        await load.progress(10 * STREAMS)
+        stopped.send(signal.SIGSTOP)
+        async with asyncio.timeout(120):
+            while stopped.name in {worker.name for worker in (await observer.stats()).workers}:
+                assert not load.wrong
+        load.stopping = True
+        await running  # on what is left
+        assert load.wrong == []
+        found = await observer.stats()
+        assert found.lost_workers == 2
+        assert found.moved > 0
+        assert found.poisoned == 0
+        assert [worker.name for worker in found.workers] == [killed.name]
