@@ -74,13 +74,14 @@ def test_systemd_waits_longer_than_the_service_takes_to_end() -> None:
 
 
 STAND_IN = """#!{python}
-import signal, sys
+import os, signal, sys
 def end(*_):
-    print("ending", flush=True)
+    os.write(1, b"ending\\n")  # not print: it may be what is interrupted
     sys.exit({code})
 signal.signal(signal.SIGTERM, end)
 print("serving", *sys.argv[1:], flush=True)
-signal.pause()
+while True:  # the signal may come before the pause
+    signal.pause()
 """
 
 
