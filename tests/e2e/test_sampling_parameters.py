@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tandem import AsyncClient, Completion, SamplingParams
 from tandem.launch.embedded import EmbeddedSystem
 
-from support.observe import Observer, settled
+from support.observe import run_until_preempted
 from support.reference_sampling import continuation, log_softmax
 from support.tiny_models import EOS, VOCAB, save_tiny
 
@@ -141,11 +141,7 @@ def test_after_preemptions_the_bits_are_the_same(
 ) -> None:
     tight = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 16, "block_size": 8, "lookahead": lookahead}
     with EmbeddedSystem({**COMMON, "model": str(folder), "max_num_seqs": 8, **tight}) as system:
-        same(asyncio.run(crowd(system.address)), undisturbed)
-        observer = Observer(system.address)
-        stats = observer.wait_until(settled)
-        observer.close()
-    assert stats.preemptions > 0
+        run_until_preempted(system.address, lambda: same(asyncio.run(crowd(system.address)), undisturbed))
 
 
 def same(got: dict[str, Completion], expected: dict[str, Completion]) -> None:
@@ -189,10 +185,7 @@ def test_prompt_logprobs(address: str, folder: Path, model: PreTrainedModel) -> 
         assert [one.token_id for one in position.top] == np.argsort(-expected, kind="stable")[:3].tolist()
     tight = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 24, "block_size": 8}
     with EmbeddedSystem({**COMMON, "model": str(folder), "max_num_seqs": 4, **tight}) as system:
-        done += asyncio.run(ask(system.address, 6))
-        observer = Observer(system.address)
-        assert observer.wait_until(settled).preemptions > 0
-        observer.close()
+        run_until_preempted(system.address, lambda: done.extend(asyncio.run(ask(system.address, 6))))
     for other in done:
         assert other.prompt_logprobs == first.prompt_logprobs
         assert other.token_ids == first.token_ids

@@ -13,7 +13,7 @@ from e2e.test_sampling_parameters import PARAMETERS, alone, crowd
 from tandem import AsyncClient, Completion
 from tandem.launch.embedded import EmbeddedSystem
 
-from support.observe import Observer, settled
+from support.observe import run_until_preempted
 from support.structured import constrained_requests, reference
 from support.tiny_models import save_flashinfer_sized, save_tiny
 from support.workload import send_staggered
@@ -58,12 +58,11 @@ def test_structured_output_is_what_a_plain_loop_gives(lookahead: int, tmp_path: 
 
     options = {**OPTIONS, "model": str(tmp_path), "device": "cuda", "lookahead": lookahead}
     with EmbeddedSystem({**options, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 24}) as system:
-        got = asyncio.run(run(system.address))
-        observer = Observer(system.address)
-        stats = observer.wait_until(settled)
-        observer.close()
-    assert got == expected
-    assert stats.preemptions > 0
+
+        def attempt() -> None:
+            assert asyncio.run(run(system.address)) == expected
+
+        run_until_preempted(system.address, attempt)
 
 
 def test_weights_and_cache_in_8_bits_serve(tmp_path: Path) -> None:
