@@ -96,7 +96,8 @@ class AsyncClient:
 
     async def connect(self, *, patiently: bool = False) -> None:
         """Waits until the service can take requests. Raises ServiceUnavailable after `connect_timeout`, unless it is
-        to wait however long that takes, and AuthenticationError as soon as the scheduler has refused our key."""
+        to wait however long that takes, and AuthenticationError as soon as the scheduler has refused our key (within
+        seconds, if it has another key than we expect)."""
         if self._opened:
             raise RuntimeError("this client was connected before; make a new one")
         self._opened = True

@@ -167,6 +167,7 @@ class Connection:
         if self._monitor is not None:
             self._monitor.close(0)
             self._monitor = None
+        self._handshakes.close()
         if self._context is not None:
             context, self._context = self._context, None
             context.term()  # waits at most for the socket's linger

@@ -138,6 +138,7 @@ class Link:
                 self._dealer.close(LINGER_MS)
             if self._monitor is not None:
                 self._monitor.close(0)
+            self._handshakes.close()
 
     def _forward(self) -> None:
         poller = zmq.Poller()

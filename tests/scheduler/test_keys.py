@@ -7,6 +7,7 @@ import logging
 import queue
 from collections.abc import Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +15,17 @@ import zmq
 
 from tandem.client.aio import AsyncClient
 from tandem.launch.keys import KeyDirectory, new_pair
+from tandem.protocol import wires
 from tandem.protocol.errors import AuthenticationError, ConfigurationError
-from tandem.protocol.keys import PeerKeys
+from tandem.protocol.keys import PeerFile, PeerKeys, read_key_file
 from tandem.protocol.messages import Accepted, Goodbye, UnknownPeer, Welcome, WorkerWelcome
 from tandem.protocol.transport import Address, LoopSocket, Port, open_dealer
 from tandem.scheduler.config import SchedulerConfig
 from tandem.scheduler.service import Service
 from tandem.worker.link import Failure, Link
 
-from support.peers import DEADLINE_S, Peer, Scene, keyed_scene, until
+from support.peers import DEADLINE_S, Peer, Scene, free_ports, keyed_scene, until
+from support.proxy import Proxy
 from support.simulated_worker import continuation
 
 LEASES = {"client_lease": 2.0, "worker_lease": 2.0}
@@ -261,6 +264,38 @@ def test_the_sdk_says_that_it_is_not_admitted(wrong: str) -> None:
         await client.close()
 
     run(scenario, **LEASES)
+
+
+@pytest.mark.parametrize("insecure", [False, True], ids=["keys", "insecure"])
+def test_a_proxy_without_a_scheduler_behind_it_refuses_no_key(
+    insecure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends each connection in the midst of the handshake, as a scheduler with another key does."""
+    directory = KeyDirectory(tmp_path / "keys", make=True)
+    directory.create_server()
+    directory.create("workers", "default")
+    directory.create("clients", "default")
+    shown: dict[str, Any] = {"insecure": True} if insecure else {"keys": str(directory.path)}
+    file = read_key_file(directory.path / "workers" / "default.key", PeerFile)
+    (port,) = free_ports(1)
+
+    async def main() -> None:
+        client = AsyncClient(f"tcp://127.0.0.1:{proxy.port}", connect_timeout=60.0, **shown)
+        async with asyncio.timeout(60):
+            with monkeypatch.context() as patch:
+                patch.setattr(wires, "CLOSED_HANDSHAKES_S", 0.0)
+                patch.setattr(wires, "LOOK_EVERY_S", 0.0)
+                connecting = asyncio.create_task(client.connect())
+                await until(lambda: proxy.turned_away > 20 or connecting.done())
+                assert not connecting.done()
+            async with keyed_scene(**{"keys": None, **shown, "address": f"tcp://127.0.0.1:{port}"}) as scene:
+                worker = scene.worker(keys=None if insecure else PeerKeys(file.public, file.secret, file.server))
+                await worker.hello()
+                await connecting
+                await client.close()
+
+    with Proxy(port) as proxy:
+        asyncio.run(main())
 
 
 @pytest.mark.parametrize("wrong", ["unknown", "for another scheduler", "none"])

@@ -23,6 +23,8 @@ class Proxy:
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
+        self.turned_away = 0
+        """Connections that were ended because nobody was at the target."""
         self._open: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
@@ -85,6 +87,7 @@ class Proxy:
         try:
             there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
+            self.turned_away += 1
             writer.transport.abort()  # as the target itself would refuse
             return
         pair = writer, there_writer
