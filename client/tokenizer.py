@@ -36,9 +36,10 @@ class Tokenizer:
         self._backend = backend
         self.special_tokens: dict[str, str] = _named_special_tokens(config)
         """Named special tokens, such as bos_token, and their text; chat templates see these."""
-        self.special_ids: frozenset[int] = frozenset(
-            id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder()
+        self.added_ids: frozenset[int] = frozenset(added)
+        """Tokens that were given to the vocabulary as wholes, special ones among them."""
+        self.special_ids: frozenset[int] = frozenset(id_ for id_, token in added.items() if token.special)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids: tuple[int, ...] = _eos_ids(backend, config, self.special_tokens)
         self.chat_templates: dict[str, str] = dict(templates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ from .chat_schema import (
     ChatRequest,
     ChatResponse,
     NamedToolChoice,
+    Tool,
 )
 from .config import GatewayConfig
 from .errors import ApiError, refused
@@ -30,7 +32,8 @@ from .generation import Piece, begun, completions, pieces
 from .logprobs import chat_logprobs
 from .messages import to_template
 from .sse import DONE, EventStream, answered, event
-from .tools import PARSERS, Call, ForcedCallParser, Parser, PlainText, forced_schema, format_of
+from .strict_tools import strict_grammar
+from .tools import OPEN, PARSERS, Call, ForcedCallParser, HermesParser, Parser, PlainText, forced_schema, format_of
 from .wire import as_dict, json_response, new_id, now, usage_of
 
 
@@ -42,21 +45,18 @@ class ToolUse:
     """Shown to the model."""
     parser: type[Parser]
     structure: dict[str, Any]
-    """Makes the answer a call."""
+    """What form the answer has: the SDK's `structured_outputs` as a keyword argument, or nothing."""
 
 
-NO_TOOLS = ToolUse(None, PlainText, {})
-
-
-def tool_use(asked: ChatRequest, template: str, config: GatewayConfig) -> ToolUse:
+def tool_use(asked: ChatRequest, template: str, tokenizer: Tokenizer, config: GatewayConfig) -> ToolUse:
     """Raises ApiError if the model has no format of calls that is known here, or a choice makes no sense."""
     choice = asked.tool_choice
     if not asked.tools:
         if choice not in (None, "none", "auto"):
             raise refused("tool_choice", "needs tools to choose from")
-        return NO_TOOLS
+        return ToolUse(None, PlainText, asked.structure())
     if choice == "none":
-        return NO_TOOLS
+        return ToolUse(None, PlainText, asked.structure())
     name = format_of(template, config.tool_call_parser)
     if name is None:
         raise refused(
@@ -66,18 +66,49 @@ def tool_use(asked: ChatRequest, template: str, config: GatewayConfig) -> ToolUs
         )
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
     if choice is None or choice == "auto":
-        for i, tool in enumerate(asked.tools):
-            if tool.function.strict:
-                raise refused(
-                    f"tools.{i}.function.strict", 'only with tool_choice "required" or a named function, not "auto"'
-                )
-        return ToolUse(tools, PARSERS[name], {})
+        structure = _strict_structure(asked, tools, name, tokenizer) if any(map(_is_strict, asked.tools)) else {}
+        return ToolUse(tools, PARSERS[name], structure or asked.structure())
     chosen = tools
     if isinstance(choice, NamedToolChoice):
         chosen = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
         if not chosen:
             raise refused("tool_choice.function.name", f"{choice.function.name!r} is none of the tools")
+    if asked.structure():
+        raise refused("response_format", "not with a tool_choice that makes the answer a call")
     return ToolUse(tools, ForcedCallParser, {"structured_outputs": {"json": forced_schema(chosen)}})
+
+
+def _is_strict(tool: Tool) -> bool:
+    return bool(tool.function.strict)
+
+
+def _strict_structure(
+    asked: ChatRequest, tools: list[dict[str, Any]], format_: str, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Calls that follow their schemas, and beside them what form the request asks for. Raises ApiError for a form
+    that is no JSON."""
+    several = asked.parallel_tool_calls is not False
+    form = asked.structure().get("structured_outputs")
+    answer = None
+    if form is not None:
+        answer = {"type": "object"} if form.get("json_object") else form.get("json")
+        if isinstance(answer, str):
+            answer = _parsed(answer)
+        if not isinstance(answer, dict):
+            raise refused(
+                asked.structure_field() or "response_format",
+                "beside strict tools an answer can only be JSON of a schema",
+            )
+    return {
+        "structured_outputs": {"grammar": strict_grammar(tools, format_, tokenizer, several=several, answer=answer)}
+    }
+
+
+def _parsed(schema: str) -> Any:
+    try:
+        return json.loads(schema)
+    except (ValueError, RecursionError):
+        return None
 
 
 class Chatting:
@@ -90,7 +121,8 @@ class Chatting:
         if asked.chat_template is not None and not config.trust_request_chat_template:
             raise refused("chat_template", "not taken from requests; --trust-request-chat-template allows it")
         template = tokenizer.chat_template(bool(asked.tools), asked.chat_template).source
-        self._use = tool_use(asked, template, config)
+        self._use = tool_use(asked, template, tokenizer, config)
+        self._sees_special = self._use.parser is HermesParser and tokenizer.token_id(OPEN) in tokenizer.special_ids
         if asked.stream_options is not None and not asked.stream:
             raise refused("stream_options", "only with stream: true")
         options = ChatOptions(
@@ -107,10 +139,9 @@ class Chatting:
 
     def _sampling(self) -> dict[str, Any]:
         asked = self._asked
-        structure = asked.structure()
-        if structure and self._use.structure:
-            raise refused("response_format", "not with a tool_choice that makes the answer a call")
-        sampling = {**asked.sampling(), **structure, **self._use.structure}
+        sampling = {**asked.sampling(), **self._use.structure}
+        if self._sees_special:  # or nobody could tell a call
+            sampling.setdefault("skip_special_tokens", False)
         if asked.max_completion_tokens is not None and asked.max_tokens not in (None, asked.max_completion_tokens):
             raise refused("max_tokens", "differs from max_completion_tokens, which is its new name; give one")
         most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -230,25 +230,36 @@ def format_of(template: str, chosen: ToolCallParser) -> str | None:
     return None
 
 
-def forced_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """A JSON schema of a call of one of these functions."""
+def forced_schema(tools: Sequence[Mapping[str, Any]], arguments: str = "arguments") -> dict[str, Any]:
+    """A JSON schema of a call of one of these functions; `arguments` is what the format calls those."""
     calls: list[dict[str, Any]] = []
-    definitions: dict[str, Any] = {}
-    for tool in tools:
+    for i, tool in enumerate(tools):
         function = tool["function"]
-        parameters = dict(function.get("parameters") or {"type": "object"})
-        for key in ("$defs", "definitions"):  # references start at the document's root
-            if isinstance(parameters.get(key), dict):
-                definitions.setdefault(key, {}).update(parameters.pop(key))
+        place = f"#/anyOf/{i}/properties/{arguments}" if len(tools) > 1 else f"#/properties/{arguments}"
+        parameters = _moved(function.get("parameters") or {"type": "object"}, place)
         calls.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": function["name"]}, "arguments": parameters},
-                "required": ["name", "arguments"],
+                "properties": {"name": {"const": function["name"]}, arguments: parameters},
+                "required": ["name", arguments],
                 "additionalProperties": False,
             }
         )
-    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), **definitions}
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references start at the document's root, as part of a document in which it stands at `place`."""
+    if isinstance(schema, Mapping):
+        return {
+            key: place + value[1:]
+            if key == "$ref" and isinstance(value, str) and value.startswith("#")
+            else value
+            if key in _VALUES
+            else _moved(value, place)
+            for key, value in schema.items()
+        }
+    return [_moved(one, place) for one in schema] if isinstance(schema, list) else schema
 
 
 def as_call(text: str, key: str) -> Call | None:
@@ -287,6 +298,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+_VALUES = frozenset({"const", "enum", "default", "examples"})
+"""Keywords of JSON Schema that hold no schemas."""
 _JSON = json.JSONDecoder(parse_constant=_no_constant)
 """Python's own would read NaN and Infinity, and write them."""
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -166,6 +166,56 @@ def test_tools(client: Any, choice: object) -> None:
     assert call.type == "function"
     assert call.function.name == "get_weather"
     assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
+class GetWeather(BaseModel):
+    """Get the weather of a city"""
+
+    city: Literal["Rome", "Oslo"]
+
+
+class LookUp(BaseModel):
+    """Get the weather of a city"""
+
+    city: str
+
+
+WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
+
+
+def test_strict_tools_that_the_model_may_call(client: Any) -> None:
+    """What `pydantic_function_tool` makes is strict; with "auto" the calls follow the schema all the same, and answers
+    that are no calls stay what they are."""
+    tools = [openai.pydantic_function_tool(LookUp, name="get_weather")]
+    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 200}
+    done = client.chat.completions.parse(messages=WEATHER, tools=tools, **asked)
+    assert done.choices[0].finish_reason == "tool_calls"
+    (call,) = done.choices[0].message.tool_calls or []
+    assert call.function.parsed_arguments == LookUp(city="Paris")
+    plain = client.chat.completions.parse(messages=SUM, tools=tools, **asked)
+    assert plain.choices[0].message.content == ANSWER
+    assert not plain.choices[0].message.tool_calls
+    with client.chat.completions.stream(messages=WEATHER, tools=tools, **asked) as stream:
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
+        assert call.function.parsed_arguments == LookUp(city="Paris")
+
+
+def test_a_strict_schema_is_followed_against_the_models_will(client: Any) -> None:
+    tools = [openai.pydantic_function_tool(GetWeather, name="get_weather")]
+    done = client.chat.completions.parse(model=MODEL, messages=WEATHER, tools=tools, temperature=0, max_tokens=200)
+    (call,) = done.choices[0].message.tool_calls or []
+    assert call.function.parsed_arguments.city in ("Rome", "Oslo")
+
+
+def test_strict_tools_beside_structured_output(client: Any) -> None:
+    tools = [openai.pydantic_function_tool(LookUp, name="get_weather")]
+    asked: dict[str, Any] = {"model": MODEL, "tools": tools, "response_format": Person, "max_tokens": 100}
+    messages = [{"role": "user", "content": 'Give me a JSON object with name "Ana" and age 31.'}]
+    done = client.chat.completions.parse(messages=messages, temperature=0, **asked)
+    assert done.choices[0].message.parsed == Person(name="Ana", age=31)
+    done = client.chat.completions.parse(messages=WEATHER, temperature=0, **asked)
+    (call,) = done.choices[0].message.tool_calls or []
+    assert call.function.parsed_arguments == LookUp(city="Paris")
 
 
 def test_responses(client: Any) -> None:
