@@ -15,6 +15,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+DRAW_BY_KERNEL = False
+"""On CUDA one kernel (drawing.py) takes the place of what follows the softmax: the same tokens in a few passes over
+memory. Off until it has been run and measured on a GPU; the tests in tests/gpu run both."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (vLLM's limit): dividing by them would overflow."""
 WEIGHT_BITS: Final = 36
@@ -73,12 +76,24 @@ def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
     """One token per row of float32 logits [N, vocab]: [N] int64. Does not wait for the device."""
     is_greedy = columns.temperature < GREEDY_BELOW
     scaled = logits / torch.where(is_greedy, 1.0, columns.temperature)[:, None]
-    cumulative = _weights(scaled, columns).cumsum(-1)
     bits = _random_bits(columns.seed, columns.sample_index, columns.position)
+    if DRAW_BY_KERNEL and logits.is_cuda:
+        from . import drawing
+
+        probabilities = torch.softmax(scaled, dim=-1)
+        drawn = drawing.draw(scaled, probabilities, is_greedy, columns.top_k, columns.top_p, columns.min_p, bits)
+        tokens = drawn.tokens
+    else:
+        tokens = _draw(_weights(scaled, columns), bits)
+    return torch.where(is_greedy, greedy(logits), tokens)
+
+
+def _draw(weights: Tensor, bits: Tensor) -> Tensor:
+    """[N] int64: the token of each row of weights [N, vocab] that random bits [N] lead to."""
+    cumulative = weights.cumsum(-1)
     drawn = (cumulative[:, -1] * bits) >> _RANDOM_BITS  # below the row's sum
     tokens = torch.searchsorted(cumulative, drawn[:, None], right=True).squeeze(1)
-    tokens = tokens.clamp_max(logits.shape[-1] - 1)  # only NaN logits get there
-    return torch.where(is_greedy, greedy(logits), tokens)
+    return tokens.clamp_max(weights.shape[-1] - 1)  # only NaN logits get there
 
 
 def uniform(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor:

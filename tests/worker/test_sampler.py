@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tandem.protocol.sampling import SamplingParams
+from tandem.worker import sampler
 from tandem.worker.sampler import SamplingColumns, greedy, sample, uniform
 
 from support.reference_sampling import distribution
@@ -118,6 +119,14 @@ def test_a_token_depends_on_its_own_row_alone() -> None:
     order = torch.randperm(n)
     shuffled = columns(n, **{name: value[order] for name, value in given.items()})
     assert torch.equal(sample(logits[order], shuffled), together[order])
+
+
+def test_the_kernel_is_only_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    logits, given = torch.randn(9, 100), columns(9, top_k=20, top_p=0.8, min_p=0.01, seed=torch.arange(9))
+    plain = sample(logits, given)
+    monkeypatch.setattr(sampler, "DRAW_BY_KERNEL", True)
+    assert torch.equal(sample(logits, given), plain)
 
 
 def test_temperature_zero_is_greedy_and_ties_go_to_the_lowest_id() -> None:
