@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..protocol.logs import LogFormat
 
@@ -14,6 +16,24 @@ KEY_VARIABLE = "TANDEM_API_KEY"
 see command lines."""
 
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
+
+
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,*]+")
+
+
+def _listed(value: Any) -> Any:
+    """A JSON list on the command line, as vLLM takes it; a single text without its brackets is a list of one."""
+    if not isinstance(value, str):
+        return value
+    if not value.lstrip().startswith("["):
+        return (value,)
+    try:
+        return tuple(json.loads(value))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'expected a JSON list of texts such as \'["a", "b"]\': {error}') from error
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class GatewayConfig(BaseModel):
@@ -74,10 +94,38 @@ class GatewayConfig(BaseModel):
     trust_request_chat_template: Annotated[
         bool, Field(description="Let a chat request bring its own chat template (it is rendered in a sandbox).")
     ] = False
+    allowed_origins: Annotated[
+        Texts,
+        Field(
+            description="Origins whose pages a browser lets use this service (CORS): a JSON list such as "
+            "'[\"https://chat.example\"]', or '[\"*\"]' for all; none by default."
+        ),
+    ] = ()
+    allowed_methods: Annotated[Texts, Field(description="Methods that these pages may use: a JSON list.")] = ("*",)
+    allowed_headers: Annotated[Texts, Field(description="Request headers that they may send: a JSON list.")] = ("*",)
+    allow_credentials: Annotated[
+        bool, Field(description="Let these pages send the browser's credentials (cookies, client certificates).")
+    ] = False
     log_level: Annotated[
         str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
     ] = "info"
     log_format: Annotated[LogFormat, Field(description="Log lines as text, or as a JSON object each.")] = "text"
+
+    @model_validator(mode="after")
+    def _origins_make_sense(self) -> Self:
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--allowed-origins: {origin[:100]!r} is no origin: scheme://host or scheme://host:port in lower "
+                    "case with nothing behind, or *"
+                )
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise ValueError("--allow-credentials: not with all origins (*): name those that may use them")
+        if not self.allowed_origins:
+            for name in ("allowed_methods", "allowed_headers", "allow_credentials"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"--{name.replace('_', '-')}: needs --allowed-origins, or it has no effect")
+        return self
 
 
 def keys_in_environment() -> list[str]:

@@ -19,6 +19,7 @@ from ..protocol.status import StatusPipe
 from .app import make_app
 from .backend import Backend
 from .config import GatewayConfig, keys_in_environment
+from .cors import with_cors
 from .guard import Guard, Keys
 from .metrics import GatewayMetrics
 from .server import listen, make_server, url_of
@@ -54,12 +55,14 @@ async def _serve(config: GatewayConfig, status: StatusPipe) -> int:
     )
     listener = listen(config)
     try:
-        server = make_server(config, guard)
+        server = make_server(config, with_cors(guard, config))
     except ConfigurationError:
         listener.close()
         raise
     if not keys and _is_public(listener.getsockname()[0]):
         log.warning("anyone who reaches %s may use the service: no API key is set", url_of(config, listener))
+    if not keys and config.allowed_origins:
+        log.warning("pages from %s may use the service: no API key is set", ", ".join(config.allowed_origins))
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)

@@ -6,6 +6,7 @@ A flag that was not given is None, which tells it from one that was given its de
 from __future__ import annotations
 
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -89,6 +90,8 @@ def _flag(name: str, field: FieldInfo, heading: str) -> Parameter:
     kind, choices = plain(field.annotation)
     help_text = field.description or ""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if isinstance(default, tuple):
+        default = json.dumps(default) if default else None
     return flag(name, kind, heading, help_text, default, "|".join(map(str, choices)) if choices else None)
 
 
@@ -103,6 +106,8 @@ def plain(annotation: Any) -> tuple[type, tuple[Any, ...]]:
     if origin is Literal:
         choices = typing.get_args(annotation)
         return type(choices[0]), choices
+    if origin is tuple:  # written as a JSON list, which the configuration's field reads
+        return str, ()
     if annotation in (bool, int, float, str):
         return annotation, ()
     raise TypeError(f"no flag can be made from the type {annotation!r}")
