@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -124,10 +125,14 @@ class SamplingParams:
 SAMPLING_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(SamplingParams)}
 _TEXT_FIELDS = ("bad_words", "stop", "include_stop_str_in_output", "skip_special_tokens")
+_about_text = attrgetter(*_TEXT_FIELDS)
+_NO_TEXT = _about_text(SamplingParams())
 
 
 def text_fields(sampling: SamplingParams) -> list[str]:
     """The parameters about text that are not at their defaults. They are the SDK's own and do not travel."""
+    if _about_text(sampling) == _NO_TEXT:
+        return []
     return [name for name in _TEXT_FIELDS if getattr(sampling, name) != _DEFAULTS[name]]
 
 

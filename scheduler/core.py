@@ -268,8 +268,8 @@ class Core:
         taken = event.ticket if event.ticket in open_here else None
         if event.n > 1:
             taken = next((event.ticket + i for i in range(event.n) if event.ticket + i in open_here), None)
-        held_here = self._grammars.held_of(event.client)
-        for other in (held.event for held in held_here):
+        held_here = [held.event for held in self._grammars.held_of(event.client)]
+        for other in held_here:
             if other.ticket < event.ticket + event.n and event.ticket < other.ticket + other.n:
                 taken = max(event.ticket, other.ticket)
         if taken is not None:
@@ -279,7 +279,7 @@ class Core:
         else:
             fault = find_fault(event, model, self._policy.max_n)
         if fault is None:
-            return self._over_limits(event, len(open_here) + sum(held.event.n for held in held_here), now)
+            return self._over_limits(event, len(open_here) + sum(other.n for other in held_here), now)
         return self._invalid(event, fault)
 
     @staticmethod
@@ -481,14 +481,14 @@ class Core:
         self.counters.generation_tokens += len(commit.token)
         self.counters.more_tokens(len(commit.token) - len(commit.first), now - replica.committed_at)
         replica.committed_at = now
-        for slot in commit.first:
+        for slot in commit.first.tolist():
             request = replica.rows.request[slot]
             if request is not None:
                 self.counters.first_token(request, now)
         ended = tuple(
-            self._finish(replica, int(slot), reason, now)
+            self._finish(replica, slot, reason, now)
             for reason, slots in (("stop", commit.stopped), ("length", commit.exhausted))
-            for slot in slots
+            for slot in slots.tolist()
         )
         ended += tuple(self._finish(replica, slot, "error", now, error) for slot, error in commit.failed)
         replica.settle()
@@ -505,7 +505,7 @@ class Core:
         request = replica.rows.request[slot]
         if request is None:
             raise RuntimeError(f"slot {slot} finished without an owner")
-        known = int(replica.rows.known[slot])
+        known = replica.rows.known.item(slot)
         replica.release(slot)
         return request.client, self._forget(request, reason, known, now, error)
 
@@ -561,8 +561,10 @@ class Core:
             self._quarantine.admit(
                 self._replicas.values(), now, lambda one, there: self._isolate(one, there, now, out), self._clear
             )
-        while (head := self._queue.head()) is not None and any(r.accepts for r in self._replicas.values()):
-            if not self._place(head, now, out) and not self._place_another(now, out):
+        while (head := self._queue.head()) is not None:
+            if self._place(head, now, out):
+                continue
+            if not any(r.accepts for r in self._replicas.values()) or not self._place_another(now, out):
                 return
 
     def _place_another(self, now: float, out: list[Instruction]) -> bool:

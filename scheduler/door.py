@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain
 
@@ -127,14 +127,16 @@ def _bad_structure(sampling: SamplingParams, model: ModelDescription) -> Invalid
 
 
 def _outside_vocabulary(sampling: SamplingParams, vocab_size: int) -> Invalid | None:
-    named: tuple[tuple[str, Iterable[int]], ...] = (
+    named: tuple[tuple[str, Collection[int]], ...] = (
         ("stop_token_ids", sampling.stop_token_ids),
         ("logit_bias", sampling.logit_bias or ()),
         ("allowed_token_ids", sampling.allowed_token_ids or ()),
-        ("bad_words_token_ids", chain.from_iterable(sampling.bad_words_token_ids)),
+        ("bad_words_token_ids", tuple(chain.from_iterable(sampling.bad_words_token_ids))),
     )
     for field, tokens in named:
-        highest = max(tokens, default=0)
+        if not tokens:
+            continue
+        highest = max(tokens)
         if highest >= vocab_size:
             limit = f"0 to {vocab_size - 1}"
             return Invalid(f"{field} holds {highest}; the vocabulary has ids {limit}", field, limit, str(highest))
@@ -154,6 +156,8 @@ def _bad_min_tokens(sampling: SamplingParams) -> Invalid | None:
 
 def _nothing_left(sampling: SamplingParams, model: ModelDescription) -> Invalid | None:
     """Parameters that leave no token to choose. What only some outputs lead to is for the worker to cope with."""
+    if not sampling.bad_words_token_ids and not sampling.min_tokens:
+        return None
     banned = {sequence[0] for sequence in sampling.bad_words_token_ids if len(sequence) == 1}
     if sampling.min_tokens:
         banned.update(sampling.stop_token_ids, model.eos_token_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,16 @@ from ..protocol.sampling import SamplingParams
 from .records import IntColumn
 from .requests import Request
 
-_PLAIN = SamplingParams()
-_RARE = (
+_rare = attrgetter(
     "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids",
     "bad_words_token_ids", "min_tokens", "logprobs", "prompt_logprobs",
 )  # fmt: skip
+_PLAIN = _rare(SamplingParams())
 
 
 def is_rare(sampling: SamplingParams) -> bool:
     """The parameters need more than the columns that every joining row has."""
-    return any(getattr(sampling, name) != getattr(_PLAIN, name) for name in _RARE)
+    return bool(_rare(sampling) != _PLAIN)
 
 
 def mask_of(tokens: Sequence[int], vocab_size: int) -> IntColumn:

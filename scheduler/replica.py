@@ -195,7 +195,8 @@ class Replica:
     def _fits(self, request: Request, match: Match) -> bool:
         reserve = self._watermark if self.rows.owned else 0
         needed = self.blocks_for(len(request.known)) - len(match.blocks)
-        return self.pool.available - self.pool.idle_among(match.blocks) - needed >= reserve
+        needed += self.pool.idle_among(match.blocks) if match.blocks else 0
+        return self.pool.available - needed >= reserve
 
     def match(self, request: Request) -> Match:
         """What the prefix cache holds of it: never all, since its last token must be computed to get the next one."""
@@ -216,7 +217,8 @@ class Replica:
         from it. Changes nothing if it raises."""
         shared, block_size = len(match.blocks), self.limits.block_size
         length = len(request.known)
-        self.pool.share(match.blocks)
+        if shared:
+            self.pool.share(match.blocks)
         own = self.pool.take(self.blocks_for(length) - shared)
         blocks = match.blocks + own
         try:
@@ -247,7 +249,7 @@ class Replica:
             self._backlog -= self._prefilling.pop(slot)
         if slot in self._joining:
             self._joining_bytes -= self._joining.pop(slot)  # the worker never heard of it
-        elif rows.phase[slot] != ENDING:
+        elif rows.phase.item(slot) != ENDING:
             self._leaving.append(slot)  # an ENDING slot was put there when its last token was planned
         blocks = rows.blocks(slot)
         if self._caching:
@@ -259,7 +261,7 @@ class Replica:
         """Enters the blocks that have become full of committed tokens since the row got its slot."""
         rows, block_size = self.rows, self.limits.block_size
         filed = rows.filed[slot]
-        full = min(int(rows.known[slot]), int(rows.planned[slot])) // block_size
+        full = min(rows.known.item(slot), rows.planned.item(slot)) // block_size
         if full > filed:
             tokens = rows.history[slot, filed * block_size : full * block_size].tobytes()
             self.pool.enter(tokens, rows.place[slot], blocks[filed:full], ready=True)
@@ -517,8 +519,10 @@ class Replica:
         """Chunks are planned that bring rows from so many tokens to so many."""
         block_size, table = self.limits.block_size, self.rows.table
         first, last = (before // block_size).tolist(), (after // block_size).tolist()
+        blocks: list[int] = []
         for slot, start, end in zip(slots, first, last, strict=True):
-            self.pool.computed(table[slot, start:end].tolist())
+            blocks += table[slot, start:end].tolist()
+        self.pool.computed(blocks)
 
     def _introductions(self) -> dict[str, Any]:
         """The join columns of a plan."""
@@ -526,6 +530,7 @@ class Replica:
             return {}
         rows, slots = self.rows, list(self._joining)
         requests = [request for slot in slots if (request := rows.request[slot]) is not None]
+        num_blocks = rows.num_blocks[slots]
         return {
             "join_slot": np.array(slots, np.int32),
             "join_number": rows.number[slots],
@@ -533,9 +538,11 @@ class Replica:
             "join_prompt_length": rows.prompt_length[slots],
             "join_length": rows.known[slots],
             "join_computed": rows.planned[slots],
-            "join_num_blocks": rows.num_blocks[slots],
-            "join_token": np.concatenate([rows.history[slot, : rows.known[slot]] for slot in slots]),
-            "join_block": np.concatenate([rows.table[slot, : rows.num_blocks[slot]] for slot in slots]),
+            "join_num_blocks": num_blocks,
+            "join_token": np.concatenate([request.known for request in requests]),
+            "join_block": np.concatenate(
+                [rows.table[slot, :count] for slot, count in zip(slots, num_blocks.tolist(), strict=True)]
+            ),
             "join_temperature": np.array([request.sampling.temperature for request in requests], np.float32),
             "join_top_k": np.array([max(0, request.sampling.top_k) for request in requests], np.int32),
             "join_top_p": np.array([request.sampling.top_p for request in requests], np.float32),

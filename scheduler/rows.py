@@ -12,6 +12,7 @@ For an owned slot:  0 ≤ planned, prompt_length ≤ known ≤ limit;  blocks ho
 from __future__ import annotations
 
 import heapq
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,6 +26,17 @@ NO_TOKEN = -1
 """Fills `stops` beyond a row's own stop tokens: no sampled token equals it."""
 STOP_COLUMNS = 8
 """Stop tokens of a row that are compared for all rows at once; a row with more keeps them in a set of its own."""
+
+
+@lru_cache(maxsize=256)
+def _stop_row(stops: tuple[int, ...]) -> IntColumn:
+    """A row of `stops`, int32[STOP_COLUMNS], read-only: none of them if they do not all fit. Most requests have the
+    same."""
+    row: IntColumn = np.full(STOP_COLUMNS, NO_TOKEN, np.int32)
+    if len(stops) <= STOP_COLUMNS:
+        row[: len(stops)] = stops
+    row.flags.writeable = False
+    return row
 
 
 class Rows:
@@ -97,9 +109,8 @@ class Rows:
         self.table[slot, : len(blocks)] = blocks
         self.history[slot, :length] = request.known
         self.entered[slot] = length
-        self.stops[slot] = NO_TOKEN
+        self.stops[slot] = _stop_row(request.stops)
         if len(request.stops) <= STOP_COLUMNS:
-            self.stops[slot, : len(request.stops)] = request.stops
             self._stop_columns = max(self._stop_columns, len(request.stops))
         else:
             self.more_stops[slot] = frozenset(request.stops)
