@@ -80,7 +80,19 @@ def draw(
     return out
 
 
-@triton.jit(do_not_specialize=["uses_min_p"])  # or some step would wait for a compiler
+@triton.jit(  # or some step would wait for a compiler
+    do_not_specialize=["uses_min_p"],
+    do_not_specialize_on_alignment=[
+        "greedy",
+        "top_ks",
+        "top_ps",
+        "min_ps",
+        "random",
+        "tokens",
+        "borders",
+        "at_borders",
+    ],
+)
 def _draw(
     logits, probabilities, greedy, top_ks, top_ps, min_ps, random, tokens, borders, at_borders, held, vocab, uses_min_p,
     HELD: tl.constexpr, TILE: tl.constexpr,
