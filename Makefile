@@ -2,7 +2,7 @@
 #   make demo       the built-in model answers several prompts at once
 #   make test       the tests that a change must pass        (TEST_ARGS="tests/client -k name" picks some)
 #   make test-all   the same with the whole grids and the slow tests
-#   make chaos      200 times on each of two models something is killed, stopped or cut while 64 streams go on
+#   make chaos      200 times in each of three set-ups something is killed, stopped or cut while 72 streams go on
 #   make fuzz       the codec and the scheduler's ports under random messages for ten minutes (FUZZ_S=60: one)
 #   make check      formatting, lint, types, import arrows
 # PYTHON chooses the interpreter that makes .venv; EXTRAS=test,cuda adds FlashInfer on a machine with a GPU; JOBS is

@@ -15,8 +15,6 @@ from .errors import ApiError, unavailable
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 10.0
-"""How long a request waits for a service that is away, before it is answered with 503."""
 POLL_S = 2.0
 STATS_TIMEOUT_S = 5.0
 
@@ -59,7 +57,8 @@ class Backend:
             self._config.scheduler,
             keys=self._config.keys,
             insecure=self._config.insecure,
-            connect_timeout=PATIENCE_S,
+            connect_timeout=self._config.reconnect_timeout,
+            reconnect_timeout=self._config.reconnect_timeout,
             name="gateway",
         )
         try:

@@ -79,6 +79,14 @@ class GatewayConfig(BaseModel):
         float,
         Field(ge=0, le=86_400, description="Seconds that open HTTP answers have to end after SIGTERM."),
     ] = 10.0
+    reconnect_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=86_400,
+            description="Seconds that requests, open ones too, wait for a service that is away before they fail.",
+        ),
+    ] = 10.0
     health_stall_s: Annotated[
         float,
         Field(

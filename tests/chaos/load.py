@@ -46,9 +46,9 @@ def specs(seed: int, count: int, vocab: int) -> list[Spec]:
     return made
 
 
-async def undisturbed(address: str, wanted: list[Spec]) -> list[Completion]:
+async def undisturbed(address: str, wanted: list[Spec], **access: Any) -> list[Completion]:
     """What each request gets when nothing happens."""
-    async with AsyncClient(address, insecure=True, connect_timeout=170) as client:
+    async with AsyncClient(address, connect_timeout=170, **access) as client:
         return await asyncio.gather(*(client.generate(list(one.prompt), **one.sampling) for one in wanted))
 
 
@@ -79,6 +79,8 @@ class Load:
     expected: list[Completion]
     clients: int
     streams: int
+    access: dict[str, Any] = field(default_factory=lambda: {"insecure": True})
+    """How clients get in."""
     finished: int = 0
     tokens: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -105,7 +107,7 @@ class Load:
 
     async def _client(self, index: int) -> None:
         async with AsyncClient(
-            self.address, insecure=True, connect_timeout=170, reconnect_timeout=170, name=f"client {index}"
+            self.address, connect_timeout=170, reconnect_timeout=170, name=f"client {index}", **self.access
         ) as client:
             own = range(index, self.streams, self.clients)
             async with asyncio.TaskGroup() as group:
@@ -120,7 +122,7 @@ class Load:
             try:
                 await self._request(client, stream, which % len(self.wanted))
             except Exception as error:  # noqa: BLE001 - whatever it is, nothing may fail
-                self._complain(f"request {which % len(self.wanted)} of stream {stream}: {error!r}")
+                self.complain(f"request {which % len(self.wanted)} of stream {stream}: {error!r}")
             which += self.streams + 1
 
     async def _request(self, client: AsyncClient, stream: int, which: int) -> None:
@@ -132,7 +134,7 @@ class Load:
         async with asyncio.timeout(TIMEOUT_S + LATE_S):
             async for chunk in client.stream(list(spec.prompt), timeout=TIMEOUT_S, **spec.sampling):
                 if chunk.offset != position or chunk.token_ids != expected[position : position + len(chunk.token_ids)]:
-                    self._complain(f"request {which}: at {chunk.offset} came {chunk.token_ids}, after {position}")
+                    self.complain(f"request {which}: at {chunk.offset} came {chunk.token_ids}, after {position}")
                 position += len(chunk.token_ids)
                 ends += chunk.finish_reason is not None
                 logprobs += chunk.logprobs or ()
@@ -140,9 +142,9 @@ class Load:
                 self._note(turn, position)
                 self.news.set()
         if position != len(expected) or ends != 1:
-            self._complain(f"request {which}: {position} tokens of {len(expected)}, ended {ends} times")
+            self.complain(f"request {which}: {position} tokens of {len(expected)}, ended {ends} times")
         if logprobs != (self.expected[which].logprobs or []):
-            self._complain(f"request {which}: other log-probabilities")
+            self.complain(f"request {which}: other log-probabilities")
         self.finished += 1
         del self.turns[stream]
 
@@ -154,6 +156,6 @@ class Load:
         self.longest_pause_s = max(self.longest_pause_s, pause)
         turn.position, turn.moved_at = position, now
 
-    def _complain(self, what: str) -> None:
+    def complain(self, what: str) -> None:
         self.wrong.append(what)
         self.news.set()

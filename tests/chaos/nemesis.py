@@ -39,6 +39,8 @@ class Nemesis:
             (1.0, self._hold_worker),
             (1.0, self._kill_client),
             (0.5, self._stop_client),
+            (1.0, self._kill_gateway),
+            (0.5, self._stop_gateway),
         ]
         while self.done.total() < faults and not self._load.wrong:
             await self._load.progress(self._rng.randint(1, BETWEEN_TOKENS))
@@ -51,15 +53,16 @@ class Nemesis:
     # --- processes ---------------------------------------------------------------------------------------------------
 
     async def _kill_worker(self) -> str:
-        worker = await self._spared()
-        if worker is None:
+        index = await self._spared()
+        if index is None:
             return ""
+        worker = self._service.workers[index]
         worker.send(signal.SIGKILL)
         return f"SIGKILL {worker.name}"
 
     async def _stop_worker(self) -> str:
-        worker = await self._spared()
-        return "" if worker is None else await self._pause(worker, 0.1, 8.0)
+        index = await self._spared()
+        return "" if index is None else await self._pause(self._service.workers[index], 0.1, 8.0)
 
     async def _kill_scheduler(self) -> str:
         self._service.scheduler.send(signal.SIGKILL)
@@ -80,6 +83,14 @@ class Nemesis:
             return ""
         return await self._pause(self._rng.choice(self._service.victims), 0.5, 8.0)
 
+    async def _kill_gateway(self) -> str:
+        gateway = self._rng.choice(self._service.gateways)
+        gateway.send(signal.SIGKILL)
+        return f"SIGKILL {gateway.name}"
+
+    async def _stop_gateway(self) -> str:
+        return await self._pause(self._rng.choice(self._service.gateways), 0.5, 8.0)
+
     async def _pause(self, process: Kept, shortest: float, longest: float) -> str:
         seconds = self._rng.uniform(shortest, longest)
         process.send(signal.SIGSTOP)
@@ -87,17 +98,17 @@ class Nemesis:
         process.send(signal.SIGCONT)
         return f"SIGSTOP {process.name} for {seconds:.1f} s"
 
-    async def _spared(self) -> Kept | None:
-        """A worker that runs no suspect of another's death; None if there is none, or nobody can tell."""
-        index = self._rng.randrange(len(self._service.workers))
+    async def _spared(self) -> int | None:
+        """The index of a worker that runs no suspect of another's death; None if there is none, if a request is to run
+        alone, or if nobody can tell."""
         try:
-            async with AsyncClient(self._service.direct, insecure=True, connect_timeout=5) as client:
+            async with AsyncClient(self._service.direct, connect_timeout=5, **self._service.access) as client:
                 found = await client.stats(timeout=5)
         except TandemError:
             return None
-        worker = self._service.workers[index]
-        suspects = sum(one.suspects for one in found.workers if one.name == worker.name)
-        return None if suspects or found.suspects else worker
+        suspected = {one.name for one in found.workers if one.suspects}
+        spared = [i for i, worker in enumerate(self._service.workers) if worker.name not in suspected]
+        return self._rng.choice(spared) if spared and not found.suspects else None
 
     # --- the network -------------------------------------------------------------------------------------------------
 
@@ -106,7 +117,9 @@ class Nemesis:
         return "cut all clients"
 
     async def _cut_worker(self) -> str:
-        index = self._rng.randrange(len(self._service.workers))
+        index = await self._spared()
+        if index is None:
+            return ""
         self._service.worker_proxies[index].cut()
         return f"cut worker-{index}"
 
@@ -118,8 +131,10 @@ class Nemesis:
         return f"held all clients for {seconds:.1f} s"
 
     async def _hold_worker(self) -> str:
+        index = await self._spared()
+        if index is None:
+            return ""
         seconds = self._rng.uniform(0.1, 8.0)
-        index = self._rng.randrange(len(self._service.workers))
         self._service.worker_proxies[index].hold()
         await asyncio.sleep(seconds)
         self._service.worker_proxies[index].release()

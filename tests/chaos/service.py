@@ -1,5 +1,5 @@
-"""Scheduler, workers and clients as real processes that are started again whenever they end, each reached through a
-proxy of its own."""
+"""Scheduler, workers, gateways and clients as real processes that are started again whenever they end. Between them
+and the scheduler are proxies."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class Kept:
         self._lock = threading.Lock()
         self._stopping = False
         self.started = 0
+        self.killed = 0
+        """How often it was sent SIGKILL."""
         self._start()
         self._thread = threading.Thread(target=self._keep, name=f"keeps {name}")
         self._thread.start()
@@ -53,6 +55,7 @@ class Kept:
 
     def send(self, number: signal.Signals) -> None:
         with self._lock, contextlib.suppress(ProcessLookupError):
+            self.killed += number == signal.SIGKILL
             self.process.send_signal(number)
 
     def stop(self) -> None:
@@ -79,22 +82,26 @@ class Kept:
 
 @dataclass
 class ChaosService:
-    """One scheduler and some workers. Clients connect to `address`."""
+    """One scheduler, some workers and some gateways. Clients connect to `address` with the options in `access`."""
 
     address: str
     direct: str
     """The scheduler itself, for somebody who only watches."""
+    access: dict[str, Any]
+    """`keys`, or that there are none."""
     scheduler: Kept
     workers: list[Kept]
     clients_proxy: Proxy
     worker_proxies: list[Proxy]
+    gateways: list[Kept]
+    gateway_urls: list[str]
     folder: Path
-    model: dict[str, Any]
     victims: list[Kept] = field(default_factory=list)
 
     def add_victim(self, requests: int) -> None:
         """A client process of its own, with so many streams, that is to be killed."""
-        command = [sys.executable, "-P", str(Path(__file__).with_name("victim.py")), self.address, str(requests)]
+        script = str(Path(__file__).with_name("victim.py"))
+        command = [sys.executable, "-P", script, self.address, json.dumps(self.access), str(requests)]
         self.victims.append(Kept(f"victim {len(self.victims)}", command, self.folder / "victims.log"))
 
     def stop_victims(self) -> None:
@@ -110,49 +117,52 @@ class ChaosService:
 
 
 @contextlib.contextmanager
-def chaos_service(folder: Path, model: dict[str, Any], workers: int) -> Iterator[ChaosService]:
-    """Starts everything; ends everything. Nothing is ready yet: clients wait for a model by themselves."""
+def chaos_service(
+    folder: Path, model: dict[str, Any], workers: int, gateways: int = 0, keys: Path | None = None
+) -> Iterator[ChaosService]:
+    """Starts everything; ends everything. Nothing is ready yet: clients wait for a model by themselves. `keys`: a
+    directory of keys, without which none are used."""
     clients_port, workers_port = free_port(), free_port()
+    access: dict[str, Any] = {"insecure": True} if keys is None else {"keys": str(keys)}
     with contextlib.ExitStack() as stack:
+
+        def keep(process: str, module: str, **options: Any) -> Kept:
+            kept = Kept(process, _command(module, {**access, **options}), folder / f"{process}.log")
+            stack.callback(kept.stop)
+            return kept
+
         clients_proxy = stack.enter_context(Proxy(clients_port))
         worker_proxies = [stack.enter_context(Proxy(workers_port)) for _ in range(workers)]
-        scheduler = Kept(
+        address = f"tcp://127.0.0.1:{clients_proxy.port}"
+        scheduler = keep(
             "scheduler",
-            _command(
-                "scheduler",
-                {
-                    "address": f"tcp://127.0.0.1:{clients_port}",
-                    "worker_address": f"tcp://127.0.0.1:{workers_port}",
-                    "insecure": True,
-                    "client_lease": CLIENT_LEASE_S,
-                    "worker_lease": WORKER_LEASE_S,
-                },
-            ),
-            folder / "scheduler.log",
+            "scheduler",
+            address=f"tcp://127.0.0.1:{clients_port}",
+            worker_address=f"tcp://127.0.0.1:{workers_port}",
+            client_lease=CLIENT_LEASE_S,
+            worker_lease=WORKER_LEASE_S,
         )
-        stack.callback(scheduler.stop)
-        kept = []
-        for i, proxy in enumerate(worker_proxies):
-            options = {
-                "scheduler": f"tcp://127.0.0.1:{proxy.port}",
-                "insecure": True,
-                "name": f"worker-{i}",
-                "device": "cpu",
-                "threads": 1,
-                "batch_invariant": True,
-                **model,
-            }
-            kept.append(Kept(f"worker-{i}", _command("worker", options), folder / f"worker-{i}.log"))
-            stack.callback(kept[-1].stop)
+        own = {"device": "cpu", "threads": 1, "batch_invariant": True, **model}
+        kept_workers = [
+            keep(f"worker-{i}", "worker", scheduler=f"tcp://127.0.0.1:{proxy.port}", name=f"worker-{i}", **own)
+            for i, proxy in enumerate(worker_proxies)
+        ]
+        ports = [free_port() for _ in range(gateways)]
+        kept_gateways = [
+            keep(f"gateway-{i}", "gateway", scheduler=address, port=port, reconnect_timeout=170.0)
+            for i, port in enumerate(ports)
+        ]
         made = ChaosService(
-            address=f"tcp://127.0.0.1:{clients_proxy.port}",
+            address=address,
             direct=f"tcp://127.0.0.1:{clients_port}",
+            access=access,
             scheduler=scheduler,
-            workers=kept,
+            workers=kept_workers,
             clients_proxy=clients_proxy,
             worker_proxies=worker_proxies,
+            gateways=kept_gateways,
+            gateway_urls=[f"http://127.0.0.1:{port}" for port in ports],
             folder=folder,
-            model=model,
         )
         stack.callback(made.stop_victims)
         yield made

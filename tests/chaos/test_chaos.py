@@ -15,9 +15,11 @@ from chaos.load import Load, specs, undisturbed
 from chaos.nemesis import Nemesis
 from chaos.service import CLIENT_LEASE_S, ChaosService, chaos_service, own_descriptors
 from chaos.watch import watch
+from chaos.web import WebLoad
 
 from tandem import AsyncClient
 from tandem.launch.builtin import MODEL_DIR
+from tandem.launch.keys import ROLES, KeyDirectory
 from tandem.protocol.messages import Stats
 
 from support.tiny_models import VOCAB, save_tiny
@@ -26,6 +28,8 @@ FAULTS = int(os.environ.get("TANDEM_CHAOS_FAULTS", "12"))
 SEED = int(os.environ.get("TANDEM_CHAOS_SEED", "1"))
 STREAMS = 64
 CLIENTS = 4
+GATEWAYS = 2
+WEB_STREAMS = 8
 MORE_MEMORY = 128 * 1024 * 1024
 """Bytes that a process may have grown by, for what it keeps on purpose: logs, caches, arenas."""
 
@@ -46,17 +50,29 @@ def builtin(_: Path) -> tuple[dict[str, Any], int]:
     return {"model": str(MODEL_DIR), **LIMITS}, 500
 
 
-MODELS = {"tiny": (tiny, 2), "builtin": (builtin, 3)}
+VARIANTS = {"tiny": (tiny, 2, False), "curve": (tiny, 2, True), "builtin": (builtin, 3, False)}
+"""The model, how many workers, and whether keys are used."""
+
+
+def make_keys(folder: Path) -> Path:
+    directory = KeyDirectory(folder, make=True)
+    directory.create_server()
+    for port in ROLES.values():
+        directory.create(port, "default")
+    return folder
 
 
 @pytest.mark.timeout(180 + 15 * FAULTS)
-@pytest.mark.parametrize("name", ["tiny", pytest.param("builtin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("curve", "builtin"))]
+)
 def test_every_stream_is_what_it_would_have_been(name: str, tmp_path: Path) -> None:
-    make, workers = MODELS[name]
+    make, workers, with_keys = VARIANTS[name]
     model, vocab = make(tmp_path / "model")
+    keys = make_keys(tmp_path / "keys") if with_keys else None
     logs = tmp_path / "logs"
     logs.mkdir()
-    with chaos_service(logs, model, workers) as service:
+    with chaos_service(logs, model, workers, GATEWAYS, keys) as service:
         try:
             asyncio.run(storm(service, vocab))
         except BaseException:
@@ -66,16 +82,18 @@ def test_every_stream_is_what_it_would_have_been(name: str, tmp_path: Path) -> N
 
 async def storm(service: ChaosService, vocab: int) -> None:
     wanted = specs(SEED, STREAMS, vocab)
-    expected = await undisturbed(service.direct, wanted)  # a proxy with nobody behind it is no service
+    expected = await undisturbed(service.direct, wanted, **service.access)
     assert len({tuple(completion.token_ids) for completion in expected}) == len(expected)
     assert any(completion.logprobs for completion in expected)
+    load = Load(service.address, wanted, expected, CLIENTS, STREAMS, service.access)
+    web = WebLoad(load, service.gateways, service.gateway_urls, WEB_STREAMS)
+    await web.ready()
     await settled(service)
     before = own_descriptors(), service.scheduler.descriptors(), service.scheduler.memory()
 
     for _ in range(2):
         service.add_victim(4)
-    load = Load(service.address, wanted, expected, CLIENTS, STREAMS)
-    running = asyncio.create_task(load.run())
+    running = asyncio.gather(load.run(), web.run())
     nemesis = Nemesis(service, load, SEED)
     watching = asyncio.create_task(watch(service, load, nemesis.log))
     await nemesis.run(FAULTS)
@@ -87,18 +105,20 @@ async def storm(service: ChaosService, vocab: int) -> None:
 
     print(
         f"{sum(nemesis.done.values())} faults: {dict(nemesis.done)}; {load.finished} requests, {load.tokens} tokens; "
-        f"longest pause of a stream {load.longest_pause_s:.1f} s"
+        f"longest pause of a stream {load.longest_pause_s:.1f} s; over HTTP {web.finished} requests, and "
+        f"{web.killed} whose gateway was killed"
     )
     print("\n".join(load.reports))
     assert not load.wrong, "\n".join([*load.wrong[:20], *load.reports[:20], *nemesis.log])
     assert load.finished >= STREAMS
+    assert web.finished >= WEB_STREAMS
+    assert all(gateway.started <= gateway.killed + 1 for gateway in service.gateways)
     found = await settled(service)
     assert len(found.workers) == len(service.workers)
     assert found.poisoned == 0
-    assert own_descriptors() <= before[0]
     async with asyncio.timeout(30):
-        while True:  # it may still have to notice who has just gone
-            if service.scheduler.descriptors() <= before[1]:
+        while True:  # they may still have to notice who has just gone; the proxies are in this process
+            if own_descriptors() <= before[0] and service.scheduler.descriptors() <= before[1]:
                 break
             await asyncio.sleep(0.1)
     assert service.scheduler.memory() <= before[2] + MORE_MEMORY
@@ -107,7 +127,7 @@ async def storm(service: ChaosService, vocab: int) -> None:
 async def settled(service: ChaosService) -> Stats:
     """Waits until nothing runs or waits, every worker is there, and every block is free: requests of clients that were
     killed are over a lease later. Connections that ended take the time of a heartbeat to be noticed."""
-    async with AsyncClient(service.direct, insecure=True, connect_timeout=60) as client:
+    async with AsyncClient(service.direct, connect_timeout=60, **service.access) as client:
         async with asyncio.timeout(60 + 2 * CLIENT_LEASE_S):
             while True:
                 found = await client.stats()

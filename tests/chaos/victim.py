@@ -1,16 +1,19 @@
-"""`python victim.py ADDRESS COUNT`: a client with so many long streams, one after the other, until it is killed."""
+"""`python victim.py ADDRESS ACCESS COUNT`: a client with so many long streams, one after the other, until it is killed.
+ACCESS: how it gets in, as JSON."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import sys
+from typing import Any
 
 from tandem import AsyncClient, TandemError
 
 
-async def main(address: str, count: int) -> None:
-    async with AsyncClient(address, insecure=True, connect_timeout=None, reconnect_timeout=None) as client:
+async def main(address: str, access: dict[str, Any], count: int) -> None:
+    async with AsyncClient(address, connect_timeout=None, reconnect_timeout=None, **access) as client:
 
         async def stream(number: int) -> None:
             for turn in itertools.count():
@@ -24,4 +27,4 @@ async def main(address: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+    asyncio.run(main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])))

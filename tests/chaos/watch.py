@@ -65,7 +65,7 @@ async def scheduler_side(service: ChaosService) -> list[str]:
         for kept in (service.scheduler, *service.workers)
     ]
     try:
-        async with AsyncClient(service.direct, insecure=True, connect_timeout=5) as client:
+        async with AsyncClient(service.direct, connect_timeout=5, **service.access) as client:
             found = await client.stats(timeout=5)
     except TandemError as error:
         return [*lines, f"  the scheduler does not answer: {error}"]

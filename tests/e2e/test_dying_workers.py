@@ -35,7 +35,7 @@ def test_streams_outlive_a_worker_that_is_killed_and_one_that_stops(tmp_path: Pa
 
 async def disturb(service: ChaosService) -> None:
     wanted = specs(11, STREAMS, VOCAB)
-    expected = await undisturbed(service.direct, wanted)  # a proxy with nobody behind it is no service
+    expected = await undisturbed(service.direct, wanted, **service.access)
     async with AsyncClient(service.direct, insecure=True) as observer:
         async with asyncio.timeout(60):
             while len((await observer.stats()).workers) < 2:

@@ -117,7 +117,7 @@ def test_health_when_the_worker_is_frozen() -> None:
         EmbeddedSystem({"device": "cpu", "threads": 1}) as system,
         gateway(system.address, "--health-stall-s", "0.5") as (found, _),
     ):
-        (worker,) = [one for one in psutil.Process().children(recursive=True) if _is_worker_of(one, system.address)]
+        (worker,) = [one for one in psutil.Process().children(recursive=True) if _runs(one, "worker", system.address)]
         with streaming(found, {**LONG, "max_tokens": 4_000}) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
@@ -131,6 +131,23 @@ def test_health_when_the_worker_is_frozen() -> None:
                 worker.resume()
             while found.get("/health").status_code != 200:
                 pass
+
+
+def test_open_streams_wait_for_the_service_as_long_as_was_said() -> None:
+    with (
+        EmbeddedSystem({"device": "cpu", "threads": 1}) as system,
+        gateway(system.address, "--reconnect-timeout", "0.5") as (found, _),
+        streaming(found, {**LONG, "max_tokens": 4_000}) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        started = psutil.Process().children(recursive=True)
+        (scheduler,) = [one for one in started if _runs(one, "scheduler", system.address)]
+        scheduler.suspend()
+        try:
+            assert "there was no service for 0.5 s" in "\n".join(lines)
+        finally:
+            scheduler.resume()
 
 
 def test_health_when_nobody_serves() -> None:
@@ -150,9 +167,9 @@ def test_health_when_nobody_serves() -> None:
         shutil.rmtree(folder)
 
 
-def _is_worker_of(process: psutil.Process, address: str) -> bool:
+def _runs(process: psutil.Process, what: str, address: str) -> bool:
     words = process.cmdline()
-    return "tandem.worker.main" in words and any(address in word for word in words)
+    return f"tandem.{what}.main" in words and any(address in word for word in words)
 
 
 def test_usage_of_a_stream_that_a_stop_string_ended(served: Served) -> None:
