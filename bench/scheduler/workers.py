@@ -26,6 +26,7 @@ from ...protocol.messages import (
     PROTOCOL_VERSION,
     Goodbye,
     Idle,
+    Ping,
     StepPlan,
     StepResult,
     UnknownPeer,
@@ -131,12 +132,14 @@ class Worker:
             inbox.append((self, data, time.monotonic()))
 
     def handle(self, data: bytes, at: float) -> None:
-        message = decode(data, StepPlan, WorkerWelcome, Goodbye, UnknownPeer, VersionRefused)
+        message = decode(data, StepPlan, WorkerWelcome, Ping, Goodbye, UnknownPeer, VersionRefused)
         match message:
             case StepPlan():
                 self._execute(message, at)
             case WorkerWelcome():
                 self.welcome = message
+            case Ping():
+                return  # it was silent for long, and the scheduler only wants to know whether it can be sent
             case _:
                 raise RuntimeError(f"{self._name}: the scheduler says {message!r}")
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+import zmq
 from rich.console import Console
 
 from tandem.bench.scheduler.clients import Requests, Settings, read_tokens
@@ -21,9 +22,20 @@ from tandem.bench.scheduler.report import holds, show_knee
 from tandem.bench.scheduler.setup import Setup, spread
 from tandem.bench.scheduler.step_time import StepTime
 from tandem.bench.scheduler.timeline import Timeline
+from tandem.bench.scheduler.workers import Settings as WorkerSettings
+from tandem.bench.scheduler.workers import Worker
 from tandem.protocol.codec import encode
 from tandem.protocol.errors import ProtocolError
-from tandem.protocol.messages import NO_INTS, Ended, StepPlan, Tokens
+from tandem.protocol.messages import (
+    NO_INTS,
+    PROTOCOL_VERSION,
+    Ended,
+    Goodbye,
+    Ping,
+    StepPlan,
+    Tokens,
+    WorkerWelcome,
+)
 from tandem.protocol.sampling import SamplingParams
 from tandem.scheduler.events import (
     Cancelled,
@@ -203,6 +215,33 @@ def test_a_device_that_was_idle_did_not_wait() -> None:
     timeline.plan_arrived(0, at=10.0, seconds=1.0, after_idle=True)
     assert timeline.plan_arrived(1, at=20.0, seconds=1.0, after_idle=True) == (21.0, 0.0)
     assert timeline.report()["steps"] == 0
+
+
+def test_a_simulated_worker_takes_what_the_scheduler_sends_to_one_that_was_silent(tmp_path: Path) -> None:
+    settings = WorkerSettings(
+        endpoint=f"ipc://{tmp_path}/workers",
+        first=0,
+        workers=1,
+        rows=4,
+        num_blocks=64,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        lookahead=1,
+        step_time=StepTime(),
+        high_priority=False,
+    )
+    welcome = WorkerWelcome(version=PROTOCOL_VERSION, epoch=1, registration=2)
+    with zmq.Context[zmq.Socket[bytes]]() as context:
+        worker = Worker(settings, 0, context)
+        try:
+            for message in (Ping(), welcome, Ping()):
+                worker.handle(encode(message), 0.0)
+            assert worker.welcome is not None
+            assert worker.welcome.registration == 2
+            with pytest.raises(RuntimeError, match="simulated-0: the scheduler says Goodbye"):
+                worker.handle(encode(Goodbye(reason="expelled")), 0.0)
+        finally:
+            worker.socket.close(0)
 
 
 def test_step_times_are_near_those_that_were_measured() -> None:
