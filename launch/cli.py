@@ -121,6 +121,9 @@ def root(show_version: Annotated[bool, typer.Option("--version", help="Print the
 @app.command()
 @with_flags(SERVE_FLAGS)
 def serve(
+    model_tag: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="The same as --model.")
+    ] = None,
     config: ConfigFile = None,
     data_parallel_size: Annotated[
         int | None, typer.Option(help="How many workers; each needs a GPU of its own if it uses one (default 1).")
@@ -136,6 +139,10 @@ def serve(
     from .serve import serve as run
 
     own = {"data_parallel_size": data_parallel_size, "http": http, "api_key": api_key or None}
+    if model_tag is not None:
+        if options.get("model") not in (None, model_tag):
+            raise ConfigurationError(f"MODEL and --model name two models, {model_tag} and {options['model']}; give one")
+        options["model"] = model_tag
     file = read_file(config, [*option_names(SERVE_FLAGS), *own]) if config else {}
     chosen = merged({**options, **own}, file)
     http, keys = _switch("http", chosen.pop("http", None)), _keys(chosen.pop("api_key", None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -63,7 +64,7 @@ def local_folder(source: ModelSource) -> Path:
             )
         return folder
     if source.model.startswith((".", "/", "~")) or source.model.count("/") > 1:
-        raise LoadError(f"no such folder: {source.model}")
+        raise LoadError(f"no such folder: {source.model}{_alike(source.model)}")
     return _fetch(source, _SMALL_FILES + (["*.py"] if source.trust_remote_code else []), source.revision)
 
 
@@ -240,6 +241,19 @@ def _fetch(source: ModelSource, patterns: list[str], revision: str | None) -> Pa
         return Path(snapshot_download(source.model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise LoadError(
-            f"{source.model} is neither a folder here nor could it be fetched from the hub: {error} "
-            "(HF_TOKEN gives access to gated models; HF_HUB_OFFLINE allows only what is cached)"
+            f"{source.model} is neither a folder here nor could it be fetched from the hub{_alike(source.model)}: "
+            f"{error} "
+            "(a hub id is written OWNER/NAME, and without a model the small built-in one is served; HF_TOKEN gives "
+            "access to gated models; HF_HUB_OFFLINE allows only what is cached)"
         ) from error
+
+
+def _alike(model: str) -> str:
+    """What folder may have been meant, as the end of a sentence; empty if none is named nearly so."""
+    path = Path(model)
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    found = get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f"; did you mean {path.parent / found[0]}?" if found else ""

@@ -102,6 +102,8 @@ def test_help_of_every_command(
         ),
         (["generate", "--connect", "tcp://127.0.0.1:7000", "hello"], "--insecure"),
         (["chat", "--max-num-seqs", "0"], "--max-num-seqs: input should be greater than or equal to 1, not 0"),
+        (["serve", "a/b", "--model", "c/d"], "MODEL and --model name two models, a/b and c/d"),
+        (["serve", "a/b", "--max-num-seqs", "0"], "--max-num-seqs: input should be greater than or equal to 1"),
         (["complete", "--timeout", "0"], "--timeout: 0 s leave no time for an answer"),
         (["demo", "--config", "/nonexistent.yaml"], "cannot read the configuration file /nonexistent.yaml"),
     ],

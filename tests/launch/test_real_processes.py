@@ -127,9 +127,7 @@ def test_serve_can_be_ended_while_it_starts(number: signal.Signals, runtime: Pat
 
 
 def test_a_model_that_does_not_exist_is_one_sentence(runtime: Path) -> None:
-    with tandem(
-        "serve", "--no-http", "--address", f"ipc://{runtime}/mine", "--model", "/nonexistent/m", environment={}
-    ) as serve:
+    with tandem("serve", "/nonexistent/m", "--no-http", "--address", f"ipc://{runtime}/mine", environment={}) as serve:
         assert serve.finish() == 1, serve.output
     assert serve.output.splitlines()[-1] == "tandem: worker: no such folder: /nonexistent/m"
     assert "Traceback" not in serve.output

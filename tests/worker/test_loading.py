@@ -138,8 +138,12 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
         load("/nowhere/at/all")
     with pytest.raises(LoadError, match=r"holds no config.json"):
         load(tmp_path)
-    with pytest.raises(LoadError, match="HF_HUB_OFFLINE"):
+    with pytest.raises(LoadError, match=r"OWNER/NAME.*HF_HUB_OFFLINE"):
         load("nobody/no-such-model")
+    (tmp_path / "Llama-3-8B").mkdir()
+    with pytest.raises(LoadError) as missing:
+        load(tmp_path / "Lama-3-8B")
+    assert str(missing.value) == f"no such folder: {tmp_path}/Lama-3-8B; did you mean {tmp_path}/Llama-3-8B?"
     tiny_config("llama").save_pretrained(tmp_path)
     with pytest.raises(LoadError, match=r"lacks model.safetensors; convert"):
         load(tmp_path)
