@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import zmq
@@ -36,13 +37,13 @@ class Observer:
                 self._greet()
                 self._socket.send(encode(AskStats()))
 
-    def wait_until(self, condition: Callable[[Stats], bool], rounds: int = 20_000) -> Stats:
+    def wait_until(self, condition: Callable[[Stats], bool], seconds: float = 120.0) -> Stats:
         """Asks again until it holds. Every answer takes a turn of the scheduler's loop, so this paces itself."""
-        for _ in range(rounds):
-            found = self.stats()
-            if condition(found):
-                return found
-        raise TimeoutError(f"never came true; last: {found}")
+        deadline = time.monotonic() + seconds
+        while not condition(found := self.stats()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"did not come true in {seconds:g} s; last: {found}")
+        return found
 
     def close(self) -> None:
         self._socket.close(0)

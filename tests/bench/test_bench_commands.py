@@ -98,9 +98,9 @@ def test_failed_requests_are_told_by_kind(address: str, tmp_path: Path, bench: A
 
 
 def test_ctrl_c_ends_the_clients_too(address: str) -> None:
-    load = "--num-prompts 10 --max-concurrency 1 --prompt-tokens 8 --output-tokens 240 --num-warmups 0".split()
+    load = "--num-prompts 40 --max-concurrency 1 --prompt-tokens 8 --output-tokens 240 --num-warmups 0".split()
     with tandem("bench", "serve", "--connect", address, *load, environment={}) as command:
-        command.wait_for("of 10 prompts answered")
+        command.wait_for("of 40 prompts answered")
         processes = command.descendants()
         assert processes
         command.send(signal.SIGINT)

@@ -122,7 +122,7 @@ def test_a_sample_that_fails_is_told_at_once_though_others_go_on() -> None:
         scheduler.tokens(submit.ticket + 2, [], 3, [scheduler.end(sample_of(submit, 2), 3, "error")])
 
     async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             with pytest.raises(RequestFailed):
                 await client.generate([1], n=3, temperature=1.0)
         first = scheduler.of(Submit)[0].ticket
@@ -285,8 +285,8 @@ def test_a_resumption_is_of_one_sample_and_has_what_is_left_of_its_time() -> Non
 
 def test_a_service_that_does_not_end_a_request_in_time_is_not_waited_for() -> None:
     async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
-        with pytest.raises(RequestTimeout, match=r"timeout of 0\.05 s") as caught:
-            await client.generate([1], timeout=0.05)
+        with pytest.raises(RequestTimeout, match=r"timeout of 0\.5 s") as caught:
+            await client.generate([1], timeout=0.5)
         assert caught.value.completion.token_ids == [5, 6, 7]
         assert caught.value.completion.finish_reason == "timeout"
         await scheduler.until(Cancel)

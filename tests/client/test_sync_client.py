@@ -68,14 +68,14 @@ def test_cancel_from_another_thread(scheduler: ScriptedScheduler) -> None:
         reading = pool.submit(stream.result)
         client.cancel(stream)
         with pytest.raises(RequestCancelled):
-            reading.result(20)
+            reading.result(60)
 
 
 def test_timeout(scheduler: ScriptedScheduler) -> None:
     scheduler.script = ScriptedScheduler.begin
     with Client(scheduler.address) as client:
         with pytest.raises(RequestTimeout):
-            client.generate([1], timeout=0.05)
+            client.generate([1], timeout=0.5)
         on_thread(scheduler, lambda: scheduler.until(Cancel))
 
 
@@ -87,7 +87,7 @@ def test_closing_ends_calls_of_other_threads(scheduler: ScriptedScheduler) -> No
         on_thread(scheduler, lambda: scheduler.until(Submit))
         client.close()
         with pytest.raises(RequestCancelled):
-            call.result(20)
+            call.result(60)
     client.close()
     assert not our_threads()
     with pytest.raises(ServiceUnavailable, match="closed"):

@@ -37,7 +37,7 @@ async def disturb(service: ChaosService) -> None:
     wanted = specs(11, STREAMS, VOCAB)
     expected = await undisturbed(service.direct, wanted, **service.access)
     async with AsyncClient(service.direct, insecure=True) as observer:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while len((await observer.stats()).workers) < 2:
                 pass
         load = Load(service.address, wanted, expected, 1, STREAMS)

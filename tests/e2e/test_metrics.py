@@ -28,7 +28,7 @@ def address() -> Iterator[str]:
         with Client(system.address) as client:
             prompts = [[10 + i, 11, 12] for i in range(6)]
             client.generate(prompts, temperature=0, max_tokens=8, ignore_eos=True)
-            with client.stream([1, 2, 3], temperature=0, max_tokens=500, ignore_eos=True) as stream:
+            with client.stream([1, 2, 3], temperature=0, max_tokens=4_000, ignore_eos=True) as stream:
                 next(stream)
                 stream.cancel()
             with pytest.raises(Exception, match="vocabulary"):
@@ -128,7 +128,7 @@ def test_a_request_is_one_log_line_when_it_ends() -> None:
     ):
         client.generate([[5, 6, 7], [8, 9]], temperature=0, max_tokens=3, ignore_eos=True)
         with pytest.raises(RequestTimeout):
-            client.generate([5, 6], temperature=0, max_tokens=4_000, ignore_eos=True, timeout=0.05)
+            client.generate([5, 6], temperature=0, max_tokens=4_000, ignore_eos=True, timeout=0.5)
     told = [json.loads(line) for _, line in lines]
     assert {one["process"] for one in told} == {"scheduler", "w"}
     ended = sorted((one for one in told if one["message"] == "request ended"), key=lambda one: one["request"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,11 @@ def address(model: str) -> Iterator[str]:
 def test_refusals_are_typed_and_every_accepted_request_completes(address: str) -> None:
     """Bursts of four times what the system holds, from two clients. The next comes as soon as a request of the last has
     ended, so that places come free while others are refused."""
-    observer = Observer(address)
+    with contextlib.closing(Observer(address)) as observer:
+        check_refusals(address, observer)
+
+
+def check_refusals(address: str, observer: Observer) -> None:
     before = observer.wait_until(settled)
     burst = 4 * (SLOTS + WAITING)
 
@@ -71,7 +76,6 @@ def test_refusals_are_typed_and_every_accepted_request_completes(address: str) -
     assert len(completed) >= SLOTS + WAITING
 
     after = observer.wait_until(settled)
-    observer.close()
     assert after.refused - before.refused == len(refusals)
     assert after.finished.get("length", 0) - before.finished.get("length", 0) == len(completed)
 

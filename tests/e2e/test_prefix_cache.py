@@ -4,6 +4,7 @@ by the answers."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -56,8 +57,6 @@ def test_each_turn_of_a_chat_computes_its_new_tokens_and_at_most_a_block(cached:
 def test_a_prefix_that_64_requests_share_is_computed_once(cached: str) -> None:
     prefix = [20 + i % 61 for i in range(512)]
     own = 5
-    observer = Observer(cached)
-    before = observer.wait_until(settled)
 
     async def run() -> None:
         async with AsyncClient(cached) as client:
@@ -65,9 +64,10 @@ def test_a_prefix_that_64_requests_share_is_computed_once(cached: str) -> None:
             done = await client.generate(prompts, temperature=0.0, max_tokens=2, ignore_eos=True)
             assert sorted(one.usage.cached_tokens for one in done)[:2] == [0, 512]
 
-    asyncio.run(run())
-    after = observer.wait_until(settled)
-    observer.close()
+    with contextlib.closing(Observer(cached)) as observer:
+        before = observer.wait_until(settled)
+        asyncio.run(run())
+        after = observer.wait_until(settled)
     looked_up = after.looked_up_tokens - before.looked_up_tokens
     assert looked_up == 64 * (512 + own)
     assert looked_up - (after.cached_tokens - before.cached_tokens) == 512 + 64 * own

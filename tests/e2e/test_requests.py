@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,9 +36,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def everything_is_free(address: str) -> None:
-    observer = Observer(address)
-    observer.wait_until(settled)
-    observer.close()
+    with contextlib.closing(Observer(address)) as observer:
+        observer.wait_until(settled)
 
 
 @pytest.mark.parametrize("length", [1, MAX_MODEL_LEN - 2, MAX_MODEL_LEN - 1])

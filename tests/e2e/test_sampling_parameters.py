@@ -135,7 +135,7 @@ def test_in_a_crowd_the_bits_are_the_same(address: str, undisturbed: dict[str, C
     same(asyncio.run(crowd(address)), undisturbed)
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
 def test_after_preemptions_the_bits_are_the_same(
     folder: Path, undisturbed: dict[str, Completion], lookahead: int
 ) -> None:

@@ -4,6 +4,7 @@ hostile grammars, which harm nobody else."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -195,9 +196,8 @@ def test_hostile_grammars_harm_nobody_else(address: str, case: Case) -> None:
     answers = dict(zip(HOSTILE, asyncio.run(run()), strict=True))
     assert {name for name, (_, story) in HOSTILE.items() if story and answers[name] != "refused"} == set()
     assert set(answers.values()) <= {"refused", "failed", "answered"}
-    observer = Observer(address)
-    observer.wait_until(settled)
-    observer.close()
+    with contextlib.closing(Observer(address)) as observer:
+        observer.wait_until(settled)
 
 
 def test_a_grammar_that_meets_a_limit_later_fails_its_own_request(address: str, case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -29,7 +30,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "model": str(folder),
         "device": "cpu",
         "threads": 1,
-        "max_model_len": 512,
+        "max_model_len": 1024,
         "max_num_seqs": SLOTS,
         "max_num_batched_tokens": BUDGET,
     }
@@ -39,10 +40,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def observer(address: str) -> Iterator[Observer]:
-    made = Observer(address)
-    made.wait_until(idle)
-    yield made
-    made.close()
+    with contextlib.closing(Observer(address)) as made:
+        made.wait_until(idle)
+        yield made
 
 
 def idle(stats: Stats) -> bool:
@@ -84,7 +84,7 @@ def test_requests_that_arrive_together_are_shared_evenly(address: str, observer:
 def test_a_prefix_stays_where_it_is_cached_until_that_worker_is_full(address: str, observer: Observer) -> None:
     async def begun(client: AsyncClient, which: int) -> CompletionStream:
         """A stream that has its first token, after a prompt that is nothing but the prefix and one token more."""
-        stream = client.stream([*prefix(which), 6], temperature=0.0, max_tokens=200, ignore_eos=True)
+        stream = client.stream([*prefix(which), 6], temperature=0.0, max_tokens=700, ignore_eos=True)
         await anext(stream)
         return stream
 

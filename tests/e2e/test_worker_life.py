@@ -31,7 +31,7 @@ from tandem.worker.main import _explain
 from support.tiny_models import save_tiny
 
 DEADLINE_S = 90.0
-PROMPTLY_S = 10.0
+PROMPTLY_S = 60.0
 """An end that waits for nothing; a busy machine takes its time even so."""
 
 

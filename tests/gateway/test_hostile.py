@@ -19,11 +19,11 @@ LIMIT = 50_000
 @pytest.fixture(scope="module")
 def strict(served: Served) -> Iterator[Served]:
     """A gateway that loses patience quickly."""
-    flags = ["--max-request-bytes", str(LIMIT), "--read-timeout-s", "1", "--write-timeout-s", "1"]
+    flags = ["--max-request-bytes", str(LIMIT), "--read-timeout-s", "3", "--write-timeout-s", "1"]
     with gateway(served.address, *flags, "--max-connections", "40", "--log-level", "info") as (found, command):
         yield found
         command.process.terminate()
-        assert command.finish(30) == 0, command.output
+        assert command.finish() == 0, command.output
 
 
 @pytest.fixture(autouse=True)

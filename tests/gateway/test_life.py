@@ -36,7 +36,7 @@ def test_open_streams_end_before_the_gateway_does(served: Served) -> None:
         rest = list(lines)
         assert rest[-2] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-4]
-        assert command.finish(30) == 0, command.output
+        assert command.finish() == 0, command.output
         with pytest.raises(httpx.ConnectError):
             found.get("/health")
 
@@ -50,7 +50,7 @@ def test_what_takes_too_long_is_ended_with_an_error(served: Served) -> None:
         rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert '"error":{' in rest[-2]
-        assert command.finish(30) == 0, command.output
+        assert command.finish() == 0, command.output
     served.require_healthy()
 
 
@@ -112,25 +112,42 @@ def test_options_that_cannot_work(flags: list[str], words: str) -> None:
     assert "Traceback" not in command.output
 
 
-def test_health_when_the_worker_is_frozen() -> None:
+def test_health_when_the_worker_or_the_scheduler_is_frozen() -> None:
     with (
         EmbeddedSystem({"device": "cpu", "threads": 1}) as system,
         gateway(system.address, "--health-stall-s", "0.5") as (found, _),
     ):
-        (worker,) = [one for one in psutil.Process().children(recursive=True) if _runs(one, "worker", system.address)]
         with streaming(found, {**LONG, "max_tokens": 4_000}) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
-            worker.suspend()
-            try:
-                while (sick := found.get("/health")).status_code == 200:
-                    pass
-                assert "no worker has finished a step" in sick.json()["error"]["message"]
-                assert sick.headers["retry-after"]
-            finally:
-                worker.resume()
-            while found.get("/health").status_code != 200:
-                pass
+            check_health_while_frozen(found, child_of(system, "worker"), "no worker has finished a step")
+        check_health_while_frozen(found, child_of(system, "scheduler"), "the scheduler does not answer")
+
+
+def child_of(system: EmbeddedSystem, part: str) -> psutil.Process:
+    children = [(one, one.cmdline()) for one in psutil.Process().children(recursive=True)]
+    (found,) = [
+        one
+        for one, words in children
+        if f"tandem.{part}.main" in words and any(system.address in word for word in words)
+    ]
+    return found
+
+
+def check_health_while_frozen(found: Served, process: psutil.Process, words: str) -> None:
+    """It is told while nothing moves, and over once that goes on."""
+    process.suspend()
+    try:
+        while (sick := found.get("/health")).status_code == 200:
+            pass
+        assert sick.status_code == 503
+        assert words in sick.json()["error"]["message"]
+        assert sick.headers["retry-after"]
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the launcher may have put another in its place by now
+            process.resume()
+    while found.get("/health").status_code != 200:
+        pass
 
 
 def test_open_streams_wait_for_the_service_as_long_as_was_said() -> None:
@@ -141,8 +158,7 @@ def test_open_streams_wait_for_the_service_as_long_as_was_said() -> None:
     ):
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
-        started = psutil.Process().children(recursive=True)
-        (scheduler,) = [one for one in started if _runs(one, "scheduler", system.address)]
+        scheduler = child_of(system, "scheduler")
         scheduler.suspend()
         try:
             assert "there was no service for 0.5 s" in "\n".join(lines)
@@ -162,14 +178,9 @@ def test_health_when_nobody_serves() -> None:
                 assert answer.json()["error"]["code"] == "service_unavailable"
             assert "tandem:scheduler_up 0.0" in alone.get("/metrics").text
             command.send(signal.SIGTERM)
-            assert command.finish(30) == 0, command.output
+            assert command.finish() == 0, command.output
     finally:
         shutil.rmtree(folder)
-
-
-def _runs(process: psutil.Process, what: str, address: str) -> bool:
-    words = process.cmdline()
-    return f"tandem.{what}.main" in words and any(address in word for word in words)
 
 
 def test_usage_of_a_stream_that_a_stop_string_ended(served: Served) -> None:

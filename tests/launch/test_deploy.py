@@ -100,4 +100,4 @@ def test_the_batch_script_passes_on_that_the_time_is_over(code: int, tmp_path: P
         assert served[served.index("--data-parallel-size") + 1] == "3"
         job.send_signal(signal.SIGTERM)
         assert job.stdout.readline() == "ending\n"
-        assert job.wait(timeout=30) == code
+        assert job.wait(timeout=60) == code

@@ -50,7 +50,7 @@ def serving(address: str, engine: list[str]) -> Iterator[Service]:
         serve.wait_for("Ctrl-C ends it.", DEADLINE_S)
         yield Service(address, serve, engine, asyncio.run(_undisturbed(address)))
         serve.send(signal.SIGINT)
-        assert serve.finish(20) == 0, serve.output
+        assert serve.finish() == 0, serve.output
 
 
 def _request(index: int) -> tuple[Tokens, dict[str, Any]]:

@@ -18,6 +18,7 @@ from tandem.launch.supervisor import ChildDied, StartTimeout, Supervisor
 from support.processes import wait_until_gone
 
 TESTS = Path(__file__).resolve().parents[1]
+DEADLINE_S = 60.0
 
 
 class Heard:
@@ -50,7 +51,7 @@ def supervisor(heard: Heard | None = None) -> Iterator[Supervisor]:
 def test_ready_carries_what_the_child_said_and_stop_ends_it() -> None:
     with supervisor() as one:
         one.start(child("a", "ready"))
-        pid = one.wait_ready("a", 20).details["pid"]
+        pid = one.wait_ready("a", DEADLINE_S).details["pid"]
         one.stop()
         assert one.death is None
         with pytest.raises(ProcessLookupError):
@@ -62,7 +63,7 @@ def test_statuses_and_output_reach_the_listener_in_order() -> None:
     heard = Heard()
     with supervisor(heard) as one:
         one.start(child("a", "say=hello", "progress=0.25", "nonsense", "ready"))
-        one.wait_ready("a", 20)
+        one.wait_ready("a", DEADLINE_S)
         assert [status for _, status in heard.statuses[:2]] == [Progress("load", 0.25), Progress("odd", None)]
         assert isinstance(heard.statuses[2][1], Ready)
         one.stop()
@@ -83,7 +84,7 @@ def test_a_child_that_ends_unasked_is_reported_with_its_last_words(behaviours: l
     with supervisor() as one:
         one.start(child("a", *behaviours))
         with pytest.raises(ChildDied) as died:
-            one.wait_ready("a", 20)
+            one.wait_ready("a", DEADLINE_S)
         assert str(died.value) == expected
 
 
@@ -91,7 +92,7 @@ def test_only_the_last_words_are_kept_but_all_are_passed_on() -> None:
     heard = Heard()
     with supervisor(heard) as one:
         one.start(child("a", "say_lines=20000", "exit=1"))
-        death = one.wait_for_death(20)
+        death = one.wait_for_death(DEADLINE_S)
         assert death is not None
         assert death.words == [f"line {number}" for number in range(19_970, 20_000)]
         assert [line for _, line in heard.lines] == [f"line {number}" for number in range(20_000)]
@@ -100,9 +101,9 @@ def test_only_the_last_words_are_kept_but_all_are_passed_on() -> None:
 def test_death_of_one_ends_the_others_and_the_first_death_is_kept() -> None:
     with supervisor() as one:
         one.start(child("a", "ready"))
-        survivor = one.wait_ready("a", 20).details["pid"]
+        survivor = one.wait_ready("a", DEADLINE_S).details["pid"]
         one.start(child("b", "ready", "exit=7"))
-        death = one.wait_for_death(20)
+        death = one.wait_for_death(DEADLINE_S)
         assert death is not None
         assert (death.name, death.how) == ("b", "ended unexpectedly with exit code 7")
         wait_until_gone(survivor)
@@ -115,7 +116,7 @@ def test_on_death_is_called_once() -> None:
     try:
         one.start(child("a", "ready", "exit=1"))
         one.start(child("b", "ready", "exit=1"))
-        one.wait_for_death(20)
+        one.wait_for_death(DEADLINE_S)
     finally:
         one.stop()
     assert len(deaths) == 1
@@ -124,7 +125,7 @@ def test_on_death_is_called_once() -> None:
 def test_a_stubborn_child_is_killed_after_the_grace() -> None:
     one = Supervisor(Heard())
     one.start(child("a", "stubborn", "ready"))
-    pid = one.wait_ready("a", 20).details["pid"]
+    pid = one.wait_ready("a", DEADLINE_S).details["pid"]
     one.stop(grace_s=0.2)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -137,7 +138,7 @@ def test_the_last_child_is_asked_when_the_others_are_gone() -> None:
         one.start(ChildSpec(keeper.name, keeper.module, keeper.arguments, keeper.environment, last=True))
         one.start(child("slow", "say_at_end=first", "slow_end=0.5", "ready"))
         for name in ("keeper", "slow"):
-            one.wait_ready(name, 20)
+            one.wait_ready(name, DEADLINE_S)
         one.stop()
     assert heard.lines == [("slow", "first"), ("keeper", "over")]
 
@@ -149,8 +150,8 @@ def test_the_last_child_ends_even_after_a_stubborn_one() -> None:
     one.start(ChildSpec(keeper.name, keeper.module, keeper.arguments, keeper.environment, last=True))
     one.start(child("a", "stubborn", "ready"))
     for name in ("keeper", "a"):
-        one.wait_ready(name, 20)
-    one.stop(grace_s=1.0)
+        one.wait_ready(name, DEADLINE_S)
+    one.stop(grace_s=2.0)
     assert heard.lines == [("keeper", "over")]
 
 
@@ -158,7 +159,7 @@ def test_a_grandchild_does_not_survive_its_parent() -> None:
     heard = Heard()
     with supervisor(heard) as one:
         one.start(child("a", "grandchild", "ready"))
-        one.wait_ready("a", 20)
+        one.wait_ready("a", DEADLINE_S)
         one.stop()
     (line,) = [line for _, line in heard.lines if line.startswith("grandchild")]
     wait_until_gone(int(line.split()[1]))
@@ -174,7 +175,7 @@ def test_start_timeout() -> None:
 def test_a_module_that_does_not_exist_is_a_death_with_words() -> None:
     with supervisor() as one:
         one.start(ChildSpec("a", "tandem.no_such_module", []))
-        death = one.wait_for_death(20)
+        death = one.wait_for_death(DEADLINE_S)
         assert death is not None
         assert "No module named tandem.no_such_module" in str(death)
 
@@ -185,7 +186,7 @@ def test_children_outlive_the_thread_that_asked_for_them() -> None:
         asking = threading.Thread(target=one.start, args=(child("a", "ready"),))
         asking.start()
         asking.join()
-        pid = one.wait_ready("a", 20).details["pid"]
+        pid = one.wait_ready("a", DEADLINE_S).details["pid"]
         assert one.wait_for_death(0.3) is None
         os.kill(pid, 0)
 
@@ -197,9 +198,13 @@ def test_an_interrupt_reaches_the_waiting_owner() -> None:
         with supervisor() as one:
             one.start(child("a"))
             timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
-            timer.start()
+
+            def wait() -> None:  # the signal may come as soon as the timer runs
+                timer.start()
+                one.wait_ready("a", DEADLINE_S)
+
             with pytest.raises(KeyboardInterrupt):
-                one.wait_ready("a", 20)
+                wait()
             timer.join()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -211,7 +216,7 @@ from tandem.launch.child import ChildSpec
 from tandem.launch.supervisor import PassThrough, Supervisor
 one = Supervisor(PassThrough())
 one.start(ChildSpec("a", "support.child", ["stubborn", "ready"], {"PYTHONPATH": sys.argv[1]}))
-print(one.wait_ready("a", 20).details["pid"], flush=True)
+print(one.wait_ready("a", 60).details["pid"], flush=True)
 signal.pause()
 """
 
@@ -230,5 +235,5 @@ def test_failed_is_a_status() -> None:
     heard = Heard()
     with supervisor(heard) as one:
         one.start(child("a", "error=because", "exit=1"))
-        one.wait_for_death(20)
+        one.wait_for_death(DEADLINE_S)
     assert ("a", Failed("because")) in heard.statuses

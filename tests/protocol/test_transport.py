@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import zmq
@@ -125,7 +126,7 @@ def test_a_taken_port_is_a_clear_error(context: zmq.Context[zmq.Socket[bytes]]) 
     first.close(0)
 
 
-def test_messages_of_every_size_arrive_whole_and_in_order(
+def test_messages_arrive_whole_though_their_buffer_is_used_again_at_once(
     folder: Path, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
     sizes = [0, 1, 65_535, 65_536, 65_537, 1_000_000, 3] * 5
@@ -137,8 +138,8 @@ def test_messages_of_every_size_arrive_whole_and_in_order(
         def on_request(frames: list[bytes]) -> None:
             for index, size in enumerate(sizes):
                 buffer = bytearray([index]) * size
-                assert router.send([frames[0], bytes(buffer)]) is Sent.QUEUED
-                buffer[:] = b"\xff" * size  # whatever is done with the buffer now must not show
+                assert router.send([frames[0], cast("bytes", buffer)]) is Sent.QUEUED
+                buffer[:] = b"\xff" * size  # while it is in flight
 
         def on_answer(frames: list[bytes]) -> None:
             got.append(frames[0])
@@ -148,7 +149,7 @@ def test_messages_of_every_size_arrive_whole_and_in_order(
         endpoint = f"ipc://{folder}/clients"
         router = LoopSocket(open_router(context, endpoint), on_request)
         dealer = LoopSocket(open_dealer(context, endpoint), on_answer)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await until(lambda: dealer.send([b"go"]) is Sent.QUEUED)
             await done.wait()
         dealer.close(0)
@@ -166,7 +167,7 @@ def test_a_peer_that_does_not_read_and_one_that_is_gone_are_told_apart(
         endpoint = f"ipc://{folder}/clients"
         router = LoopSocket(open_router(context, endpoint), lambda frames: hello.set_result(frames[0]))
         lazy = open_dealer(context, endpoint)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await until(lambda: bool(lazy.poll(0, zmq.POLLOUT)))
             lazy.send(b"hello")
             route = await hello

@@ -128,7 +128,7 @@ def _read(fd: int) -> bytes:
         raise
 
 
-def gone(processes: list[psutil.Process], deadline_s: float = 20.0) -> bool:
+def gone(processes: list[psutil.Process], deadline_s: float = DEADLINE_S) -> bool:
     """Whether all of them end in time."""
     return not psutil.wait_procs(processes, timeout=deadline_s)[1]
 

@@ -43,7 +43,7 @@ from tandem.scheduler.service import Service
 
 from support.simulated_worker import SimulatedWorker
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 VOCAB = 50
 FILES = {"tokenizer.json": bytes(range(256)) * 1_000, "tokenizer_config.json": b"{}"}
 MODEL = ModelDescription(

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 PIECE_BYTES = 65_536
+DEADLINE_S = 60.0
 _RESET = struct.pack("ii", 1, 0)
 """Linger for no time: closing sends RST."""
 
@@ -32,7 +33,7 @@ class Proxy:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        if not self._ready.wait(20):
+        if not self._ready.wait(DEADLINE_S):
             raise TimeoutError("the proxy does not start")
         return self
 
@@ -65,7 +66,7 @@ class Proxy:
             done.set_result(None)
 
         self._loop.call_soon_threadsafe(run)
-        done.result(20)
+        done.result(DEADLINE_S)
 
     # --- on the thread -----------------------------------------------------------------------------------------------
 

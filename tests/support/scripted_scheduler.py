@@ -40,6 +40,7 @@ from tandem.protocol.transport import Address, LoopSocket, open_router
 from support.tokenizer_zoo import byte_level
 
 M = TypeVar("M")
+DEADLINE_S = 60.0
 FILES = byte_level()
 TOKENIZER = Tokenizer.from_files(FILES)
 EOS = TOKENIZER.eos_token_ids[0]
@@ -121,7 +122,7 @@ class ScriptedScheduler:
 
     async def until(self, kind: type[M], count: int = 1) -> list[M]:
         """Waits for `count` messages of a kind."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             while len(found := self.of(kind)) < count:
                 self._heard.clear()
                 await self._heard.wait()
@@ -228,7 +229,7 @@ def scheduler_thread(make: Callable[[], ScriptedScheduler]) -> Iterator[Scripted
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
     try:
-        assert running.wait(20)
+        assert running.wait(DEADLINE_S)
         yield held["scheduler"]
     finally:
         held["loop"].call_soon_threadsafe(held["stop"].set)
@@ -242,4 +243,4 @@ def on_thread(loop_of: ScriptedScheduler, wait: Callable[[], Awaitable[M]]) -> M
         return await wait()
 
     loop = loop_of.socket._loop
-    return asyncio.run_coroutine_threadsafe(call(), loop).result(30)
+    return asyncio.run_coroutine_threadsafe(call(), loop).result(DEADLINE_S)

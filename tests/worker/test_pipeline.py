@@ -23,7 +23,7 @@ from tandem.worker.staging import Lane
 
 from support.paged import load_tiny
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 BLOCK_SIZE = 16
 
 

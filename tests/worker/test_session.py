@@ -45,7 +45,7 @@ from tandem.worker.stopping import Stop
 
 from support.paged import load_tiny
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 NEVER_S = 3600.0
 BLOCK_SIZE = 16
 FILES = {"tokenizer.json": bytes(range(256)) * 8192}
