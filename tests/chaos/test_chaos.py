@@ -116,7 +116,7 @@ async def storm(service: ChaosService, vocab: int) -> None:
     found = await settled(service)
     assert len(found.workers) == len(service.workers)
     assert found.poisoned == 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:  # they may still have to notice who has just gone; the proxies are in this process
             if own_descriptors() <= before[0] and service.scheduler.descriptors() <= before[1]:
                 break

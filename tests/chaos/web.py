@@ -11,6 +11,7 @@ import httpx
 from chaos.load import LATE_S, TIMEOUT_S, Load, Spec
 from chaos.service import Kept
 
+READY_S = 120.0
 AGAIN_S = 0.2
 """After this a gateway that does not listen (yet), or has no service (yet), is asked again."""
 
@@ -37,8 +38,8 @@ class WebLoad:
                 group.create_task(self._stream(i))
 
     async def ready(self) -> None:
-        """Waits until every gateway has a service."""
-        async with httpx.AsyncClient(timeout=30) as client:
+        """Waits until every gateway has a service. TimeoutError after READY_S."""
+        async with asyncio.timeout(READY_S), httpx.AsyncClient(timeout=30) as client:
             for url in self.urls:
                 while True:
                     if await _is_well(client, url):

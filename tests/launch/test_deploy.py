@@ -23,9 +23,15 @@ DEPLOY = ROOT / "deploy"
 TANDEM = "/opt/tandem/.venv/bin/tandem"
 
 
+class UnitParser(configparser.ConfigParser):
+    """Keeps names as they are written."""
+
+    def optionxform(self, optionstr: str) -> str:
+        return optionstr
+
+
 def unit() -> configparser.ConfigParser:
-    parser = configparser.ConfigParser(interpolation=None, strict=False)
-    parser.optionxform = str  # type: ignore[method-assign,assignment]  # names as they are written
+    parser = UnitParser(interpolation=None, strict=False)
     parser.read_string((DEPLOY / "tandem.service").read_text())
     return parser
 
