@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import json
 import os
 import signal
@@ -31,6 +32,8 @@ CALM_S = 1.0
 """All streams get tokens for so long before a kill."""
 SHOWN_S = (-1.0, 5.0)
 """What the picture shows, from the kill on."""
+IN_FLIGHT_S = 0.1
+"""What a process said before it was killed may come so long after."""
 
 
 @dataclass
@@ -89,13 +92,13 @@ class Streams:
             await asyncio.sleep(0.05)
 
     async def after(self, moment: float) -> list[float]:
-        """For each stream, how long after `moment` its next token came."""
-        while any(not times.tokens or times.tokens[-1] <= moment for times in self.times):
+        """For each stream, how long after `moment` its next token came that was not on its way already."""
+        while any(not times.tokens or times.tokens[-1] <= moment + IN_FLIGHT_S for times in self.times):
             error = self.failed()
             if error is not None:
                 raise error
             await asyncio.sleep(0.01)
-        return [next(at for at in times.tokens if at > moment) - moment for times in self.times]
+        return [pause_s(times.tokens, moment) for times in self.times]
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -146,6 +149,17 @@ def kill(worker: str | None) -> float:
     raise RuntimeError(f"there is no {worker or 'scheduler'} process to kill")
 
 
+def pause_s(times: Sequence[float], moment: float) -> float:
+    """How long after `moment` a stream went on, whose last token came more than IN_FLIGHT_S after it: the end of the
+    longest gap in which it can have stood still because of what happened then. Tokens that were on their way already
+    are no sign that it went on."""
+    first = bisect.bisect_right(times, moment)
+    last = bisect.bisect_right(times, moment + IN_FLIGHT_S)
+    starts = [moment, *times[first:last]]
+    gaps = [(end - start, end) for start, end in zip(starts, times[first : last + 1], strict=True)]
+    return max(gaps)[1] - moment
+
+
 def summary(kills: Sequence[Kill], what: str) -> dict[str, Any]:
     """Of all streams that a killed process served."""
     of_kind = [kill for kill in kills if kill.what == what]
@@ -164,12 +178,19 @@ def plot(path: str, kills: Sequence[Kill], times: Sequence[Times]) -> None:
     figure = import_module("matplotlib.figure").Figure(figsize=(10, 7), layout="constrained")
     for axes, what in zip(figure.subplots(2, 1), ("worker", "scheduler"), strict=True):
         last = [kill for kill in kills if kill.what == what][-1]
-        for line, stream in enumerate(times):
-            shown = [at - last.at for at in stream.tokens if SHOWN_S[0] <= at - last.at <= SHOWN_S[1]]
-            axes.plot(shown, [line] * len(shown), "|", color="#1f77b4", markersize=5)
-        axes.axvline(0.0, color="#d62728")
-        axes.set(title=f"SIGKILL of the {what} at 0", xlabel="seconds", ylabel="stream", xlim=SHOWN_S)
+        draw_streams(axes, [one.tokens for one in times], last.at, SHOWN_S, f"SIGKILL of the {what} at 0")
     figure.savefig(path)
+
+
+def draw_streams(
+    axes: Any, times: Sequence[Sequence[float]], zero: float, shown_s: tuple[float, float], title: str
+) -> None:
+    """Each stream's tokens on a line of its own; `times` are those of each stream, a red line stands at `zero`."""
+    for line, tokens in enumerate(times):
+        shown = [at - zero for at in tokens if shown_s[0] <= at - zero <= shown_s[1]]
+        axes.plot(shown, [line] * len(shown), "|", color="#1f77b4", markersize=5)
+    axes.axvline(0.0, color="#d62728")
+    axes.set(title=title, xlabel="seconds", ylabel="stream", xlim=shown_s)
 
 
 def _shown(pauses: Sequence[float]) -> str:
