@@ -79,7 +79,8 @@ for _empty in (NO_INTS, NO_LONGS, NO_FLOATS):
 
 Name: TypeAlias = Annotated[str, Field(strict=True, max_length=256)]
 Text: TypeAlias = Annotated[str, Field(strict=True, max_length=16_384)]
-Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+MAX_COUNT = 2**31 - 1
+Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 Number: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
 
@@ -531,10 +532,11 @@ class StepResult:
     step: Number
     token: Ints = field(default_factory=_no_ints)
     busy_us: Count = 0
-    """Device time from the step's first kernel to its last."""
+    """Device time from the step's first kernel to its last; MAX_COUNT for whatever is longer, as after the machine was
+    suspended."""
     gap_us: Count = 0
     """Device time between the end of the last step and the start of this one, and within it waiting for the masks of
-    grammars; without the former after an idle spell."""
+    grammars; without the former after an idle spell. Bounded as busy_us is."""
     kv_tokens: Number = 0
     """Of a step in which all rows decode: tokens whose keys and values they read. 0 for a step with chunks."""
     failed: Ints = field(default_factory=_no_ints)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..protocol.errors import ProtocolError
-from ..protocol.messages import StepPlan, StepResult
+from ..protocol.messages import MAX_COUNT, StepPlan, StepResult
 from ..protocol.tracing import NO_TRACER, Tracer
 from .executor import StepEvent, open_executor
 from .features import StepFeatures
@@ -257,8 +257,8 @@ class Pipeline:
             registration=plan.registration,
             step=plan.step,
             token=token,
-            busy_us=times.busy_us,
-            gap_us=times.held_us + (0 if plan.after_idle else times.gap_us),
+            busy_us=min(times.busy_us, MAX_COUNT),
+            gap_us=min(times.held_us + (0 if plan.after_idle else times.gap_us), MAX_COUNT),
             kv_tokens=flight.step.kv_tokens,
             **told,
         )

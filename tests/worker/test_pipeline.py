@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tandem.protocol.codec import decode, encode
 from tandem.protocol.errors import ProtocolError
-from tandem.protocol.messages import StepPlan, StepResult
+from tandem.protocol.messages import MAX_COUNT, StepPlan, StepResult
+from tandem.worker import executor as executor_module
 from tandem.worker.executor import ThreadExecutor
 from tandem.worker.model import PagedModel
 from tandem.worker.pipeline import Pipeline
@@ -121,6 +125,21 @@ def test_a_slot_and_its_blocks_go_to_another_row_while_steps_that_use_them_are_i
     got += [int(rig.result().token[0]) for _ in range(3)]
     assert got[:2] == rig.greedy(first, 2)
     assert got[2:] == rig.greedy(second, 2)
+
+
+def test_a_step_during_which_the_machine_was_suspended_has_a_result_that_can_be_sent(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock is an hour after the one before, which no field of microseconds can hold."""
+    clock = SimpleNamespace(perf_counter_ns=itertools.count(1, 3_600 * 10**9).__next__)
+    monkeypatch.setattr(executor_module, "time", clock)
+    rig.pipeline.launch(joining(0, 2, [5, 6, 7], [9]))
+    rig.pipeline.launch(steady(1))
+    rig.result()
+    result = rig.result()
+    assert (result.busy_us, result.gap_us) == (MAX_COUNT, MAX_COUNT)
+    sent = decode(encode(result), StepResult)
+    assert (sent.busy_us, sent.gap_us) == (MAX_COUNT, MAX_COUNT)
 
 
 def test_a_new_registration_starts_from_nothing(rig: Rig) -> None:
