@@ -4,9 +4,10 @@
 #
 #   bench/h200.sh [-r REPEATS] FIGURE …
 #
-#   A  32 × (256 + 1,024)      D  1 × (256 + 512)        start  from nothing to ready, twice
-#   B  32 × (256 + 8,192)      E  256 × (256 + 512)      idle   gaps between kernels, by torch.profiler, under A
-#   C  ragged, 512 at once     F  A in FP8               sync   A, C and E with lookahead 0
+#   A  32 × (256 + 1,024)      D  1 × (256 + 512)        start      from nothing to ready, twice
+#   B  32 × (256 + 8,192)      E  256 × (256 + 512)      sync       A, C and E with lookahead 0
+#   C  ragged, 512 at once     F  A in FP8               idle       gaps between kernels and which they are, by
+#   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C and E; idle-long: and B
 #   peer-A peer-B peer-C peer-E  transformers' continuous batching, its best configuration found (needs $PEER, the script)
 #
 # Results go into $RESULTS (default bench/results), one JSON file a figure. $PYTHON (default python3) must find tandem.
@@ -81,9 +82,42 @@ peer() { # peer FIGURE FLAGS…: the fast path with compilation, asynchronous
     --json "$prefix-peer-${name,,}.jsonl" "$@" 2>&1 | tail -n 3
 }
 
+# One worker under torch.profiler's eyes, five seconds of each load; the loads' own files tell the live figures.
+watch_idle() {
+  stop_service; running=
+  "${tandem[@]}" scheduler --address "ipc://$home/service" --no-enable-prefix-caching >"$home/scheduler.log" 2>&1 &
+  local scheduler=$! number=0 name worker watched
+  worker='{"name":"watched","scheduler":"ipc://'$home/service'","model":"bench/shapes/llama-3.1-8b","load_format":"dummy",
+    "dtype":"bfloat16","max_model_len":16384,"max_num_seqs":512,"max_num_batched_tokens":4096}'
+  "$PYTHON" -P -m tandem.bench.kernel_gaps "$home/profiled" 5 --config-json "$worker" >"$home/worker.log" 2>&1 &
+  watched=$!
+  until grep -q registered "$home/worker.log" || ! kill -0 $watched; do sleep 0.2; done
+  watch A 3 --num-prompts 32 --prompt-tokens 256 --output-tokens 1800
+  watch C 2 --num-prompts 512 --workload ragged
+  watch E 3.5 --num-prompts 256 --prompt-tokens 256 --output-tokens 768
+  [[ $1 == long ]] && watch B 30 --num-prompts 32 --prompt-tokens 256 --output-tokens 8192
+  kill -TERM $watched $scheduler
+  wait $watched $scheduler
+}
+
+watch() { # watch LOAD SECONDS FLAGS…: the profiler looks SECONDS after the load began
+  local name=$1 after=$2
+  shift 2
+  number=$((number + 1))
+  offline "idle-${name,,}-live" "$@" &
+  local load=$!
+  sleep "$after"
+  sleep 2.5 # the clients' start
+  kill -USR1 $watched
+  wait $load
+  until [[ -s $home/profiled-$number.json ]] || ! kill -0 $watched; do sleep 0.2; done
+  mv "$home/profiled-$number.json" "$prefix-idle-${name,,}-profiled.json"
+  head -n 6 "$prefix-idle-${name,,}-profiled.json"
+}
+
 running= # which service runs
-need() { # need FLAGS…
-  [[ $running == "$*" && -n $service ]] || start_service "$@"
+need() { # need FLAGS…; small: the other model
+  [[ $running == "$*" && -n $service ]] || start_service ${@#small}
   running="$*"
 }
 
@@ -92,25 +126,16 @@ for figure in "$@"; do
     A | B | C | D | E) need; load "$figure" ;;
     F) need --quantization fp8 --kv-cache-dtype fp8; load F ;;
     sync) need --lookahead 0; load A -lookahead-0; load C -lookahead-0; load E -lookahead-0 ;;
-    start) need; stop_service; running=; need; offline start-first-token --num-warmups 0 --num-prompts 1 --prompt-tokens 16 --output-tokens 1 ;;
-    idle)
-      stop_service; running=
-      "${tandem[@]}" scheduler --address "ipc://$home/service" >"$home/scheduler.log" 2>&1 &
-      scheduler=$!
-      worker='{"name":"watched","scheduler":"ipc://'$home/service'","model":"bench/shapes/llama-3.1-8b","load_format":"dummy",
-        "dtype":"bfloat16","max_model_len":16384,"max_num_seqs":512,"max_num_batched_tokens":4096}'
-      "$PYTHON" -P -m tandem.bench.kernel_gaps "$prefix-idle-profiled.json" 5 --config-json "$worker" >"$home/worker.log" 2>&1 &
-      watched=$!
-      offline idle-live --num-prompts 32 --prompt-tokens 256 --output-tokens 3000 --num-warmups 32 &
-      until grep -q registered "$home/worker.log" || ! kill -0 $watched; do sleep 0.2; done
-      sleep 8
-      kill -USR1 $watched
-      wait %3 2>/dev/null || wait $!
-      until [[ -s $prefix-idle-profiled.json ]] || ! kill -0 $watched; do sleep 0.5; done
-      cat "$prefix-idle-profiled.json"
-      kill -TERM $watched $scheduler
-      wait $watched $scheduler
+    small)
+      big=${model[1]}
+      model[1]=bench/shapes/llama-0.6b
+      need small
+      model[1]=$big
+      load E -llama-0.6b
       ;;
+    start) need; stop_service; running=; need; offline start-first-token --num-warmups 0 --num-prompts 1 --prompt-tokens 16 --output-tokens 1 ;;
+    idle) watch_idle short ;;
+    idle-long) watch_idle long ;;
     peer-A) stop_service; running=; peer A --batch 32 --prompt-len 256 --max-new-tokens 1024 --repeat 2 ;;
     peer-B) stop_service; running=; peer B --batch 32 --prompt-len 256 --max-new-tokens 8192 ;;
     peer-C) stop_service; running=; peer C --mixed --batch 512 ;;

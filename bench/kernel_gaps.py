@@ -1,8 +1,9 @@
 """A worker whose GPU is watched by torch.profiler on demand: `python -m tandem.bench.kernel_gaps OUT SECONDS …`, the
 rest as for `tandem.worker.main`. It serves as any worker does.
 
-SIGUSR1 starts the watch. After SECONDS, OUT (JSON) tells for which share of the time no kernel ran, in gaps of over
-10 µs: what the workers' own count of idle time between steps is to be compared with.
+SIGUSR1 starts a watch, and may do so again after it. After SECONDS, OUT-1.json (OUT-2.json, …) tells for which share of
+the time no kernel ran, in gaps of over 10 µs: what the workers' own count of idle time between steps is to be compared
+with; and which kernels the time went to.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,15 +21,19 @@ from ..worker.main import main as worker_main
 
 GAP_NS: Final = 10_000
 """Shorter gaps are how kernels follow each other."""
+LISTED: Final = 40
+"""Kernels of the table, by name: those that took longest in all."""
+NAME: Final = 100
+"""Characters of a kernel's name: templates' are endless."""
 
 
 def idle_share(kernels: Iterable[tuple[int, int]]) -> dict[str, float]:
     """Of kernels (start, end) in nanoseconds: the time from the first to the last in seconds, how many, the share of it
     in gaps of over GAP_NS in which none ran, how many of these, and the longest in microseconds."""
     first = end = None
-    count = gaps = idle = longest = 0
+    number = gaps = idle = longest = 0
     for start, stop in sorted(kernels):
-        count += 1
+        number += 1
         if first is None or end is None:
             first, end = start, stop
             continue
@@ -38,15 +44,36 @@ def idle_share(kernels: Iterable[tuple[int, int]]) -> dict[str, float]:
     span = (end - first) if first is not None and end is not None else 0
     return {
         "seconds": span / 1e9,
-        "kernels": count,
+        "kernels": number,
         "idle_share": idle / span if span else 0.0,
         "gaps": gaps,
         "longest_gap_us": longest / 1e3,
     }
 
 
-def _watch(started: threading.Event, out: Path, seconds: float) -> None:
-    started.wait()
+def by_name(kernels: Iterable[tuple[str, int, int]]) -> list[dict[str, float | str]]:
+    """Of kernels (name, start, end) in nanoseconds, for each name: how many, and their time in all and on average. The
+    longest in all first, LISTED of them. Kernels that overlap count twice."""
+    found: dict[str, list[int]] = {}
+    for name, start, end in kernels:
+        counted = found.setdefault(name[:NAME], [0, 0])
+        counted[0] += 1
+        counted[1] += end - start
+    longest = sorted(found.items(), key=lambda item: -item[1][1])[:LISTED]
+    return [
+        {"name": name, "count": times, "total_ms": total / 1e6, "mean_us": total / times / 1e3}
+        for name, (times, total) in longest
+    ]
+
+
+def _watch(wanted: threading.Semaphore, out: Path, seconds: float) -> None:
+    for number in count(1):
+        wanted.acquire()
+        report = _profiled(seconds)
+        out.with_name(f"{out.name}-{number}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _profiled(seconds: float) -> dict[str, Any]:
     from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -55,18 +82,18 @@ def _watch(started: threading.Event, out: Path, seconds: float) -> None:
         ended.wait(seconds)
     results: Any = watch.profiler
     kernels = [
-        (event.start_ns(), event.start_ns() + event.duration_ns())
+        (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
         for event in results.kineto_results.events()
         if event.device_type() == DeviceType.CUDA and not event.name().startswith("Mem")
     ]
-    out.write_text(json.dumps(idle_share(kernels), indent=1) + "\n")
+    return {**idle_share((start, end) for _, start, end in kernels), "by_name": by_name(kernels)}
 
 
 def main() -> int:
     out, seconds, *arguments = sys.argv[1:]
-    started = threading.Event()
-    signal.signal(signal.SIGUSR1, lambda *_: started.set())
-    threading.Thread(target=_watch, args=(started, Path(out), float(seconds)), daemon=True).start()
+    wanted = threading.Semaphore(0)
+    signal.signal(signal.SIGUSR1, lambda *_: wanted.release())
+    threading.Thread(target=_watch, args=(wanted, Path(out), float(seconds)), daemon=True).start()
     return worker_main(arguments)
 
 

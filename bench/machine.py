@@ -15,13 +15,13 @@ _PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "numpy", "p
 def describe_machine() -> dict[str, Any]:
     """GPU and driver (or processor), cores, Python, package versions and the checkout's commit."""
     return {
-        "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
+        "gpu": output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "commit": os.environ.get("TANDEM_COMMIT")
-        or _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        or output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
     }
 
 
@@ -32,7 +32,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     """A command's output; None where there is no such command or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -27,16 +27,11 @@ from ..launch.embedded import EmbeddedSystem
 from ..protocol.errors import Overloaded, TandemError
 from ..protocol.messages import Stats
 from .machine import describe_machine
-from .processes import command_line, descendants, resident_bytes
+from .memory import Memory
 from .workloads import arrivals
 
-SAMPLE_S = 0.5
-"""Between two readings of the processes' memory."""
 SETTLE_S = 120.0
 """How long what was accepted may take to end after the last request was sent."""
-MEBI = 1 << 20
-TETHER = "tandem.launch.tether"
-"""What runs each process's module, so that it ends with its parent."""
 
 
 @dataclass
@@ -51,48 +46,6 @@ class Outcomes:
     """For each completed request, from the call to its last token."""
     failures: Counter[str] = field(default_factory=Counter)
     """What else happened, which nothing should."""
-
-
-class Memory:
-    """Resident memory of this process (the client) and of all that it has started, read every SAMPLE_S."""
-
-    def __init__(self) -> None:
-        self.readings: dict[str, list[tuple[float, int]]] = {}
-        """By process: seconds since the beginning, bytes."""
-        self._names = {os.getpid(): "client"} | {pid: _name(pid) for pid in descendants(os.getpid())}
-        self._began = time.monotonic()
-
-    async def watch(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            for pid, name in self._names.items():
-                try:
-                    size = resident_bytes(pid)
-                except (FileNotFoundError, ProcessLookupError):
-                    continue
-                self.readings.setdefault(f"{name} ({pid})", []).append((time.monotonic() - self._began, size))
-            await asyncio.sleep(SAMPLE_S)
-
-    def report(self) -> dict[str, dict[str, float]]:
-        """For each process MiB at the beginning, halfway and at the end, and how many a minute the second half's
-        straight line rises."""
-        found = {}
-        for name, readings in self.readings.items():
-            times, sizes = np.array(readings).T
-            second = times >= times[-1] / 2
-            rise = np.polyfit(times[second], sizes[second] / MEBI, 1)[0] if second.sum() > 1 else 0.0
-            found[name] = {
-                "first_mib": round(sizes[0] / MEBI, 1),
-                "half_mib": round(sizes[second][0] / MEBI, 1),
-                "last_mib": round(sizes[-1] / MEBI, 1),
-                "second_half_mib_per_minute": round(60 * float(rise), 2),
-            }
-        return found
-
-
-def _name(pid: int) -> str:
-    modules = [word for word in command_line(pid) if word.startswith("tandem.") and word != TETHER]
-    return modules[0].removeprefix("tandem.").removesuffix(".main") if modules else "helper"
 
 
 class Load:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tandem.bench.kernel_gaps import idle_share
+from tandem.bench.kernel_gaps import by_name, idle_share
 
 
 def test_only_gaps_without_any_kernel_count_and_only_long_ones() -> None:
@@ -27,3 +27,10 @@ def test_only_gaps_without_any_kernel_count_and_only_long_ones() -> None:
 def test_nothing_and_a_single_kernel_are_no_idle_time() -> None:
     assert idle_share([])["idle_share"] == 0
     assert idle_share([(5, 9)])["idle_share"] == 0
+
+
+def test_kernels_of_one_name_are_one_line_and_the_longest_in_all_comes_first() -> None:
+    kernels = [("norm", 0, 3_000), ("product", 3_000, 9_000), ("norm", 10_000, 15_000), ("copy", 0, 1_000)]
+    found = by_name(kernels)
+    assert [line["name"] for line in found] == ["norm", "product", "copy"]
+    assert found[0] == {"name": "norm", "count": 2, "total_ms": 0.008, "mean_us": 4.0}
