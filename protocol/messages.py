@@ -28,7 +28,7 @@ from pydantic_core import PydanticCustomError
 from .sampling import SamplingParams
 from .structured import StructuredOutputsParams
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised with every change that an older peer would misread; both ends refuse another version by name."""
 
 
@@ -236,10 +236,13 @@ class Cancel:
 
 @message
 class Ping:
-    """Renews the client's lease. To a worker it says nothing: that it can be sent shows that there is a connection."""
+    """Renews the client's lease. To a worker it says nothing without a number: that it can be sent shows that there is
+    a connection."""
 
     answer: Annotated[bool, Field(strict=True)] = False
     """A Pong is wanted, because nothing has been heard for a while."""
+    number: Number = 0
+    """To a worker: what its Idle repeats, which then was sent after everything that came before this was handled."""
 
 
 @message
@@ -575,6 +578,8 @@ class Idle:
     epoch: Number
     registration: Number
     step: Number
+    heard: Number = 0
+    """The number of the last Ping of this registration that had one."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

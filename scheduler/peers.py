@@ -59,8 +59,10 @@ class WorkerPeer:
     """The registration under which the same process was taken for lost before."""
     registered: bool = False
     """Plans may go out; before, its tokenizer files are fetched or those of another worker."""
-    waits_for_step: int | None = None
-    """The step that it said it waits for when last it was idle, though that had been planned."""
+    doubted_step: int | None = None
+    """A step that was planned, and that it said it waits for: the plan may be on its way, or lost."""
+    asked: int = 0
+    """The number of the last Ping that asked it after a doubted step."""
     wire: Wire | None = None
     """The connection, where keys are used."""
     joined_at: float = 0.0

@@ -226,7 +226,7 @@ class WorkerPort:
             case StepResult():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
                     peer.progress_at = self._clock()
-                    peer.waits_for_step = None
+                    peer.doubted_step = None
                     if peer.planned:  # else it answers what was not asked, for which the core expels it
                         sent_at, after_idle = peer.planned.popleft()
                         peer.meter.result(message, time.monotonic(), sent_at, after_idle, len(peer.planned))
@@ -241,7 +241,7 @@ class WorkerPort:
             case Idle():
                 if (message.epoch, message.registration) == (self._epoch, peer.registration):
                     peer.progress_at = self._clock()
-                    self._note_idle(peer, message.step)
+                    self._note_idle(peer, message)
             case FileChunk():
                 if self._fetching is peer:
                     peer.progress_at = self._clock()
@@ -251,16 +251,20 @@ class WorkerPort:
                 log.info("worker %s leaves: %r", peer.hello.name, message.reason)
                 self._lose(peer.routing_id, died=message.failed)
 
-    def _note_idle(self, peer: WorkerPeer, step: int) -> None:
-        """A worker that says twice that it waits for a step which was planned has not got the plan, and never will."""
+    def _note_idle(self, peer: WorkerPeer, said: Idle) -> None:
+        """A worker that waits for a step which was planned has not got the plan. It may have said so before the plan
+        was sent, and on a busy machine that may be heard much later; so it is asked. What it answers, it says after all
+        that was sent before the question has reached it: a plan that has not by then is lost."""
         replica = self._core.replica(peer.registration)
-        if replica is None or replica.awaited_step != step:
-            peer.waits_for_step = None
-        elif peer.waits_for_step == step:
-            log.error("worker %s never got step %d and must register anew", peer.hello.name, step)
+        if replica is None or replica.awaited_step != said.step:
+            peer.doubted_step = None
+        elif peer.doubted_step == said.step and said.heard == peer.asked:
+            log.error("worker %s never got step %d and must register anew", peer.hello.name, said.step)
             self._lose(peer.routing_id, died=False)
         else:
-            peer.waits_for_step = step
+            if peer.doubted_step != said.step:
+                peer.doubted_step, peer.asked = said.step, peer.asked + 1
+            self._send(peer.routing_id, Ping(number=peer.asked))  # again with each Idle: it may be lost as well
 
     def _greet(self, route: bytes, hello: WorkerHello) -> None:
         """Takes in a worker. Raises ProtocolError, which refuses it, if it does not fit the service or cannot run one

@@ -228,7 +228,7 @@ class Link:
         except (ProtocolError, VersionMismatch) as error:
             self.inbox.put(Failure(error))  # and not raised: the scheduler is still to be told
             return
-        if isinstance(message, Ping):
+        if isinstance(message, Ping) and not message.number:
             return  # the scheduler only wants to know whether it can be sent
         if isinstance(message, StepPlan):
             self._track.end(RECEIVE, message.step, begun)

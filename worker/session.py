@@ -18,6 +18,7 @@ from ..protocol.messages import (
     GrammarChecked,
     Idle,
     Leave,
+    Ping,
     StepPlan,
     UnknownPeer,
     VersionRefused,
@@ -67,6 +68,8 @@ class Session:
         self._checker = checker
         self._registered: _Registration | None = None
         """None: a hello is outstanding."""
+        self._heard = 0
+        """The number of the last Ping since the registration."""
         self._patience_s = HELLO_AFTER_S
         """How long an outstanding hello is waited for."""
         self.drained = False
@@ -104,6 +107,9 @@ class Session:
                 self._checker.check(message.grammar, lambda error: self._answer(message, error))
             case WorkerWelcome():
                 self._register(_Registration(message.epoch, message.registration))
+            case Ping():
+                self._heard = message.number
+                self._say_idle()
             case FetchFile():
                 self._patience_s = HELLO_EVERY_S  # the hello has arrived
                 piece = self._files.get(message.name, b"")[message.offset : message.offset + CHUNK_BYTES]
@@ -136,7 +142,7 @@ class Session:
             return
         if self._registered is not None or self._pipeline.next_step:
             self._forget_rows()
-        self._registered = new
+        self._registered, self._heard = new, 0
         log.info("registered with scheduler epoch %d as %d", new.epoch, new.registration)
 
     def _execute(self, plan: StepPlan) -> None:
@@ -182,7 +188,12 @@ class Session:
         if self._registered is None:
             self._patience_s = min(2 * self._patience_s, HELLO_EVERY_S)
             self._greet()
-        elif self._pipeline.idle:
-            registered = self._registered
-            step = self._pipeline.next_step
-            self._link.send(Idle(epoch=registered.epoch, registration=registered.registration, step=step))
+        else:
+            self._say_idle()
+
+    def _say_idle(self) -> None:
+        registered, step = self._registered, self._pipeline.next_step
+        if registered is not None and self._pipeline.idle:
+            self._link.send(
+                Idle(epoch=registered.epoch, registration=registered.registration, step=step, heard=self._heard)
+            )

@@ -24,6 +24,7 @@ from tandem.protocol.messages import (
     FileChunk,
     Goodbye,
     Idle,
+    Ping,
     Refused,
     Stats,
     StepPlan,
@@ -245,14 +246,46 @@ def test_a_worker_that_never_got_its_plan_must_register_anew() -> None:
         await client.hello()
         await client.submit(1, [1, 2])
         await worker.expect(StepPlan)
-        for _ in range(2):  # as if the plan had been lost
-            await worker.send(Idle(epoch=welcome.epoch, registration=welcome.registration, step=0))
-        await worker.send(Idle(epoch=welcome.epoch, registration=welcome.registration, step=0))
+        idle = Idle(epoch=welcome.epoch, registration=welcome.registration, step=0)
+        await worker.send(idle)
+        question = await worker.expect(Ping)
+        await worker.send(replace(idle, heard=question.number))  # as if the plan had been lost
+        await worker.send(idle)
         await worker.expect(UnknownPeer)
         worker.manual = False
         await worker.hello()
         await client.wait(lambda: client.ended(1))
         assert client.tokens(1) == expected([1, 2], 5)
+
+    play(script)
+
+
+def test_what_a_worker_said_before_its_plan_came_does_not_cost_it_its_registration() -> None:
+    """On a busy machine the scheduler may hear only after it has planned that the worker had nothing to do before."""
+
+    async def script(made: Scene) -> None:
+        worker = made.worker(manual=True)
+        await worker.hello()
+        welcome = await worker.expect(WorkerWelcome)
+        client = made.client()
+        await client.hello()
+        await client.submit(1, [1, 2], 6)
+        await worker.wait(lambda: len(worker.simulated.plans) == 2)
+        idle = Idle(epoch=welcome.epoch, registration=welcome.registration, step=0)
+        for count in range(1, 5):
+            await worker.send(idle)
+            assert (await worker.expect(Ping, count)).number == 1
+        worker.compute()
+        await client.wait(lambda: client.tokens(1))
+        await worker.send(replace(idle, step=1, heard=1))  # the answer to a question about another step
+        assert (await worker.expect(Ping, 5)).number == 2
+        worker.manual = False
+        while worker.simulated.plans:
+            worker.compute()
+        ended = await client.wait(lambda: client.ended(1))
+        assert client.tokens(1) == expected([1, 2], 6)
+        assert ended.attempts == 1
+        assert not [one for one in worker.got if isinstance(one, UnknownPeer)]
 
     play(script)
 

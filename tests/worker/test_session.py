@@ -26,6 +26,7 @@ from tandem.protocol.messages import (
     Goodbye,
     Idle,
     ModelDescription,
+    Ping,
     StepPlan,
     StepResult,
     UnknownPeer,
@@ -316,6 +317,24 @@ def test_a_registered_worker_tells_its_idleness_at_its_own_pace(
     for _ in range(2):
         idle = scheduler.recv(Idle)
         assert (idle.epoch, idle.registration, idle.step) == (1, 1, 3)
+
+
+def test_a_question_is_answered_after_the_plans_before_it(patient: None, scheduler: Scheduler, worker: Worker) -> None:
+    """So an answer that awaits a step means that its plan, sent before the question, is lost."""
+
+    def answer(number: int) -> tuple[int, int, int]:
+        scheduler.say(Ping(), Ping(number=number))
+        while not (isinstance(said := scheduler.recv(object), Idle) and said.heard >= number):
+            assert not isinstance(said, WorkerHello)
+        return said.registration, said.step, said.heard
+
+    register(scheduler)
+    assert answer(1) == (1, 0, 1)
+    scheduler.say(first_plan(), next_plan(1))
+    assert answer(2) == (1, 2, 2)
+    scheduler.say(UnknownPeer(epoch=1))
+    register(scheduler, 1, 2)
+    assert answer(1) == (2, 0, 1)
 
 
 def test_a_scheduler_that_is_born_again_is_registered_with(
