@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,15 +15,18 @@ from typing import Annotated, Any
 import typer
 
 from ..launch.config import build, merged, read_file
-from ..launch.connect import NEUTRAL, service
+from ..launch.connect import NEUTRAL, Service, service
 from ..launch.options import Group, flags, option_names, with_flags
 from ..launch.progress import note
+from ..launch.serve import require_http_packages
 from ..launch.signals import ending_interrupts
 from ..launch.system import BUILTIN_NAME, place_workers
 from ..protocol.errors import ConfigurationError
 from ..scheduler.config import SchedulerConfig
 from ..worker.config import WorkerConfig
 from . import report
+from .client_process import BACKENDS, OPENAI, SDK
+from .http_target import HttpTarget, gateways, given
 from .load import Benchmark, Measuring, Pace
 from .metrics import read_limits
 from .trace import SystemTrace, Wanted, load
@@ -66,6 +70,25 @@ Goodput = Annotated[
     ),
 ]
 
+Backend = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="sdk|openai",
+        help="What requests go through: the client SDK (default) or HTTP, with server-sent events. Given twice, both "
+        "are measured in turns and compared.",
+    ),
+]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="HTTP of the service that --connect names, with the key in $OPENAI_API_KEY; else gateways are started for "
+        "the benchmark."
+    ),
+]
+ApiServerCount = Annotated[
+    int | None, typer.Option(help="How many gateways are started; they share a port (default 1).")
+]
+
 _DEFAULT_LOOKAHEAD = WorkerConfig.model_fields["lookahead"].default
 
 app = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
@@ -75,6 +98,9 @@ app = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": 
 @with_flags([*LOAD_FLAGS, *MEASURING_FLAGS, *OFFLINE_SYSTEM_FLAGS])
 def offline(
     connect: Connect = None,
+    backend: Backend = None,
+    base_url: BaseUrl = None,
+    api_server_count: ApiServerCount = None,
     lookahead: Annotated[
         list[int] | None, typer.Option(help="Steps queued ahead (default 1). Repeated, each is measured and compared.")
     ] = None,
@@ -90,17 +116,19 @@ def offline(
     report.check_writable(("--out", out))
     pictures = Wanted(trace, timeline)
     pictures.check(connect)
+    through = _through(backend, base_url, api_server_count, connect)
     depths: Any = system.options.pop("lookahead", _DEFAULT_LOOKAHEAD)
     varied = [{"lookahead": depth} for depth in (depths if isinstance(depths, list) else [depths])]
-    benchmark = _benchmark(options, [Pace()], [], keep_arrivals=False)
-    results = _measure(system, benchmark, varied if connect is None else [{}], pictures)
+    benchmark = _benchmark(options, [Pace()], [], through, keep_arrivals=False)
+    results = _measure(system, benchmark, varied if connect is None else [{}], pictures, through)
     console = report.console()
-    if connect is None:
-        report.show_points(console, "lookahead", results)
+    columns = [*(["lookahead"] if connect is None else []), *through.column]
+    if columns:
+        report.show_points(console, columns, results)
     for result in results:
         report.show_summary(console, result)
     report.show_trouble(console, results)
-    _finish("offline", out, benchmark, system, results)
+    _finish("offline", out, benchmark, system, through, results)
 
 
 @app.command()
@@ -108,6 +136,9 @@ def offline(
 def serve(
     goodput: Goodput = None,
     connect: Connect = None,
+    backend: Backend = None,
+    base_url: BaseUrl = None,
+    api_server_count: ApiServerCount = None,
     data_parallel_size: Replicas = None,
     config: ConfigFile = None,
     out: Out = None,
@@ -120,13 +151,17 @@ def serve(
     report.check_writable(("--out", out))
     pictures = Wanted(trace, timeline)
     pictures.check(connect)
-    benchmark = _benchmark(options, [build(Pace, _given(options))], goodput)
-    results = _measure(system, benchmark, [{}], pictures)
+    through = _through(backend, base_url, api_server_count, connect)
+    benchmark = _benchmark(options, [build(Pace, _given(options))], goodput, through)
+    results = _measure(system, benchmark, [{}], pictures, through)
     console = report.console()
-    report.show_latencies(console, results[0]["median"])
-    report.show_summary(console, results[0])
+    if through.column:
+        report.show_points(console, through.column, results)
+    for result in results:
+        report.show_latencies(console, result["median"])
+        report.show_summary(console, result)
     report.show_trouble(console, results)
-    _finish("serve", out, benchmark, system, results)
+    _finish("serve", out, benchmark, system, through, results)
 
 
 @app.command()
@@ -143,6 +178,9 @@ def sweep(
         str | None, typer.Option(help="Picture to write: TTFT and ITL percentiles against the load (matplotlib).")
     ] = None,
     connect: Connect = None,
+    backend: Backend = None,
+    base_url: BaseUrl = None,
+    api_server_count: ApiServerCount = None,
     data_parallel_size: Replicas = None,
     config: ConfigFile = None,
     out: Out = None,
@@ -163,14 +201,17 @@ def sweep(
         {"request_rate": rate, "max_concurrency": cap} for rate in rates or (None,) for cap in caps or (None,)
     ]
     paces = [build(Pace, _given({**options, **point})) for point in points]
-    benchmark = _benchmark(options, paces, goodput)
-    results = _measure(system, benchmark, [{}], Wanted(None, None))
+    through = _through(backend, base_url, api_server_count, connect)
+    if plot is not None and through.column:
+        raise ConfigurationError("--plot: draws one --backend")
+    benchmark = _benchmark(options, paces, goodput, through)
+    results = _measure(system, benchmark, [{}], Wanted(None, None), through)
     console = report.console()
-    report.show_points(console, varied, results)
+    report.show_points(console, [varied, *through.column], results)
     report.show_trouble(console, results)
     if plot is not None:
         report.plot(plot, varied, results)
-    _finish("sweep", out, benchmark, system, results)
+    _finish("sweep", out, benchmark, system, through, results)
 
 
 @dataclass(frozen=True)
@@ -193,6 +234,54 @@ class _System:
         return {"worker": worker, "scheduler": scheduler, "data_parallel_size": self.replicas}
 
 
+@dataclass(frozen=True)
+class _Through:
+    """What requests go through."""
+
+    backends: list[str]
+    base_url: str | None
+    api_server_count: int
+
+    @property
+    def column(self) -> list[str]:
+        """Of tables, if there is something to tell apart."""
+        return ["backend"] if len(self.backends) > 1 else []
+
+    @contextmanager
+    def open(self, service: Service) -> Iterator[HttpTarget | None]:
+        """HTTP for the time of the block, if it is asked for."""
+        if OPENAI not in self.backends:
+            yield None
+        elif self.base_url is not None:
+            yield given(self.base_url)
+        else:
+            with gateways(service, self.api_server_count) as found:
+                yield found
+
+    def described(self) -> dict[str, Any]:
+        http = {"base_url": self.base_url} if self.base_url else {"api_server_count": self.api_server_count}
+        return {"backends": self.backends, **(http if OPENAI in self.backends else {})}
+
+
+def _through(backends: list[str] | None, base_url: str | None, count: int | None, connect: str | None) -> _Through:
+    chosen = backends or [SDK]
+    for name in chosen:
+        if name not in BACKENDS:
+            raise ConfigurationError(f"--backend: must be {' or '.join(BACKENDS)}, not {name!r}")
+    if len(set(chosen)) < len(chosen):
+        raise ConfigurationError(f"--backend: {chosen[0]} is given twice")
+    if OPENAI in chosen:
+        require_http_packages()
+        if base_url is not None and connect is None:
+            raise ConfigurationError("--base-url: needs --connect, the address of the service behind it")
+        if base_url is not None and count is not None:
+            raise ConfigurationError("--api-server-count: --base-url names gateways that run already")
+    elif base_url is not None or count is not None:
+        flag = "--base-url" if base_url is not None else "--api-server-count"
+        raise ConfigurationError(f"{flag}: only with --backend openai")
+    return _Through(chosen, base_url, 1 if count is None else count)
+
+
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -212,15 +301,20 @@ def _system(connect: str | None, replicas: int | None, config: Path | None, opti
 
 
 def _benchmark(
-    options: Mapping[str, Any], paces: Sequence[Pace], goodput: Sequence[str] | None, *, keep_arrivals: bool = True
+    options: Mapping[str, Any],
+    paces: Sequence[Pace],
+    goodput: Sequence[str] | None,
+    through: _Through,
+    *,
+    keep_arrivals: bool = True,
 ) -> Benchmark:
     given = _given(options)
     limits = read_limits(goodput or [])
-    return Benchmark(build(Load, given), paces, build(Measuring, given), limits, keep_arrivals)
+    return Benchmark(build(Load, given), paces, build(Measuring, given), limits, keep_arrivals, through.backends)
 
 
 def _measure(
-    system: _System, benchmark: Benchmark, varied: Sequence[dict[str, Any]], pictures: Wanted
+    system: _System, benchmark: Benchmark, varied: Sequence[dict[str, Any]], pictures: Wanted, through: _Through
 ) -> list[report.Result]:
     """One system for each of `varied` (options on top of the others), measured at every pace; then the pictures of
     them."""
@@ -239,7 +333,8 @@ def _measure(
                     system.connect, options, embed=True, scheduler_options=options, data_parallel_size=system.replicas
                 ) as target:
                     ready_s = time.monotonic() - began
-                    served, found = benchmark.measure(target)
+                    with through.open(target) as http:
+                        served, found = benchmark.measure(target, http)
                 start = {} if system.connect is not None else {"ready_s": ready_s}
                 results += [{**more, **start, "served": served, **one} for one in found]
                 if pictures:
@@ -253,7 +348,12 @@ def _measure(
 
 
 def _finish(
-    command: str, out: str | None, benchmark: Benchmark, system: _System, results: Sequence[report.Result]
+    command: str,
+    out: str | None,
+    benchmark: Benchmark,
+    system: _System,
+    through: _Through,
+    results: Sequence[report.Result],
 ) -> None:
     """Writes the report, and ends with exit code 1 if no request was completed."""
     if out is not None:
@@ -262,6 +362,7 @@ def _finish(
             "measuring": benchmark.measuring.model_dump(),
             "goodput_ms": benchmark.limits,
             "system": system.described(results[0]),
+            "through": through.described(),
         }
         report.write_json(out, command, options, results)
     if not any(run["figures"]["completed"] for result in results for run in result["runs"]):

@@ -1,11 +1,12 @@
-"""One process that sends its part of a load and takes every token: `python -m tandem.bench.client_process`.
+"""One process that sends its part of a load and takes every token, through the SDK or HTTP: `python -m
+tandem.bench.client_process`.
 
 A Python client streams some tens of thousands of deliveries a second, which can be less than what it measures, so
 load.py starts as many of these as it is told. JSON lines come on stdin and go to stdout:
 
-    {"address", "keys", "insecure", "part", "parts", "load"}  →  {"event": "ready", …what is served}
-    {"run", "concurrency", "due"}, or {"warm_up"}     →  {"event": "prepared"}
-    {"start": monotonic seconds}                      →  {"event": "progress", "ended"} …, {"event": "done", …}
+    {"address", "keys", "insecure", "base_url", "part", "parts", "load"}  →  {"event": "ready", …what is served}
+    {"backend", "run", "concurrency", "due"}, or {"backend", "warm_up"}   →  {"event": "prepared"}
+    {"start": monotonic seconds}                        →  {"event": "progress", "ended"} …, {"event": "done", …}
 
 Every part makes its own prompts from the seed; `due` are its requests' times in seconds after the start. All processes
 of a machine share the monotonic clock, so their times can be put together.
@@ -17,51 +18,75 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import uvloop
 
 from ..client import AsyncClient, Tokenizer
 from ..protocol.errors import ConfigurationError, TandemError
 from ..protocol.sampling import SamplingParams
-from .metrics import Outcome
+from .metrics import HttpFailed, Outcome
 from .workloads import Ids, Load, Wanted, plan, prompt_of
+
+if TYPE_CHECKING:
+    from .http_client import HttpClient
+
 
 WARM_UP_TOKENS = 16
 TEXT_PROMPT_TOKENS = 64
 """Random tokens that stand for a text of a trace while warming up."""
 PROGRESS_EVERY_S = 0.5
+SDK = "sdk"
+OPENAI = "openai"
+BACKENDS = (SDK, OPENAI)
+"""What a load may go through."""
+
+Chat = list[dict[str, str]]
+Sender = Callable[[Outcome, float], Awaitable[None]]
+"""Sends a request, takes its answer and enters what became of it, with times from a monotonic time on. Raises
+TandemError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request that is ready to be sent."""
+    """A request."""
 
-    prompt: str | Ids
+    prompt: str | Ids | Chat
     sampling: SamplingParams
 
 
 class ClientProcess:
-    """This process's part of the load, on one connection."""
+    """This process's part of the load."""
 
-    def __init__(self, client: AsyncClient, tokenizer: Tokenizer | None, load: Load, part: int, parts: int) -> None:
+    def __init__(
+        self,
+        client: AsyncClient,
+        http: HttpClient | None,
+        tokenizer: Tokenizer | None,
+        load: Load,
+        part: int,
+        parts: int,
+    ) -> None:
         """Raises ConfigurationError if the load is text and the model has no tokenizer, or the trace is not good."""
-        if load.text and tokenizer is None:
-            raise ConfigurationError("--text: the model comes without a tokenizer; send token ids")
+        if (load.text or load.chat) and tokenizer is None:
+            flag = "--chat" if load.chat else "--text"
+            raise ConfigurationError(f"{flag}: the model comes without a tokenizer; send token ids")
         self._client = client
+        self._http = http
         self._tokenizer = tokenizer
         self._load = load
         self._wanted = plan(load)
         self._mine = range(part, len(self._wanted), parts)
 
-    def prepare(self, run: int) -> list[Job]:
+    def prepare(self, backend: str, run: int) -> list[Sender]:
         """The requests of a run, made before it starts so that making them costs it nothing."""
-        return [self._job(index, self._wanted[index], run) for index in self._mine]
+        return [self._sender(backend, self._job(index, self._wanted[index], run)) for index in self._mine]
 
-    def prepare_warm_up(self, count: int) -> list[Job]:
+    def prepare_warm_up(self, backend: str, count: int) -> list[Sender]:
         """A few short requests whose prompts are as long as the load's, and are no prompts of any run."""
         found = []
         for index in self._mine[:count]:
@@ -69,37 +94,54 @@ class ClientProcess:
             given = wanted.prompt
             length = TEXT_PROMPT_TOKENS if isinstance(given, str) else given if isinstance(given, int) else len(given)
             tokens = min(WARM_UP_TOKENS, wanted.output_tokens)
-            found.append(self._job(index, Wanted(length, tokens, wanted.group), run=0))
+            found.append(self._sender(backend, self._job(index, Wanted(length, tokens, wanted.group), run=0)))
         return found
 
     def _job(self, index: int, wanted: Wanted, run: int) -> Job:
-        prompt = prompt_of(self._load, index, wanted, self._client.model.vocab_size, run)
-        if self._load.text and self._tokenizer is not None and not isinstance(prompt, str):
+        load = self._load
+        prompt: str | Ids | Chat = prompt_of(load, index, wanted, self._client.model.vocab_size, run)
+        if (load.text or load.chat) and self._tokenizer is not None and isinstance(prompt, np.ndarray):
             prompt = self._tokenizer.decode(prompt.tolist())
+        if load.chat:
+            prompt = [{"role": "user", "content": str(prompt)}]
         sampling = SamplingParams(
-            temperature=self._load.temperature,
-            ignore_eos=self._load.ignore_eos,
+            temperature=load.temperature,
+            ignore_eos=load.ignore_eos,
             max_tokens=wanted.output_tokens,
-            seed=self._load.seed + index,
+            seed=load.seed + index,
         )
         return Job(prompt, sampling)
 
+    def _sender(self, backend: str, job: Job) -> Sender:
+        if backend == SDK:
+            return lambda outcome, start: self._through_sdk(job, outcome, start)
+        http = self._http
+        assert http is not None
+        path, body = _as_http(job, self._client.model.name)
+        request = http.request(path, body)
+        return lambda outcome, start: http.stream(request, outcome, start)
+
+    def begin(self) -> None:
+        """Before each run."""
+        if self._http is not None:
+            self._http.close_idle()
+
     async def run(
-        self, jobs: Sequence[Job], due: Sequence[float], concurrency: int | None, start: float
+        self, jobs: Sequence[Sender], due: Sequence[float], concurrency: int | None, start: float
     ) -> list[Outcome]:
         """Sends each job when it is due, with at most `concurrency` in flight; returns what became of them."""
         gate = nullcontext() if concurrency is None else asyncio.Semaphore(concurrency)
         outcomes = [Outcome() for _ in due]
         ended = 0
 
-        async def one(job: Job, outcome: Outcome, when: float) -> None:
+        async def one(job: Sender, outcome: Outcome, when: float) -> None:
             nonlocal ended
             # uvloop rounds to milliseconds, and so may wake up too early.
             while (left := start + when - time.monotonic()) > 0:  # noqa: ASYNC110  (time is all that is waited for)
                 await asyncio.sleep(left)
             outcome.late = time.monotonic() - start - when
             async with gate:
-                await self._stream(job, outcome, start)
+                await self._send(job, outcome, start)
             ended += 1
 
         async def tell() -> None:
@@ -119,22 +161,45 @@ class ClientProcess:
             teller.cancel()
         return outcomes
 
-    async def _stream(self, job: Job, outcome: Outcome, start: float) -> None:
-        clock = time.monotonic
-        outcome.sent = clock() - start
+    async def _send(self, job: Sender, outcome: Outcome, start: float) -> None:
+        outcome.sent = time.monotonic() - start
         try:
-            stream = self._client.stream(job.prompt, job.sampling)
-            async for chunk in stream:
-                if chunk.token_ids:
-                    outcome.times.append(clock() - start)
-                    outcome.counts.append(len(chunk.token_ids))
-            usage = (await stream.result()).usage
+            await job(outcome, start)
             if not outcome.times:
                 outcome.failure, outcome.message = "NoTokens", "the request ended without a token"
-            outcome.prompt_tokens, outcome.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+        except HttpFailed as error:
+            outcome.failure, outcome.message = error.kind, str(error)
         except TandemError as error:
             outcome.failure, outcome.message = type(error).__name__, str(error)
-        outcome.ended = clock() - start
+        outcome.ended = time.monotonic() - start
+
+    async def _through_sdk(self, job: Job, outcome: Outcome, start: float) -> None:
+        clock = time.monotonic
+        stream = self._client.stream(job.prompt, job.sampling)
+        async for chunk in stream:
+            if chunk.token_ids:
+                outcome.times.append(clock() - start)
+                outcome.counts.append(len(chunk.token_ids))
+        usage = (await stream.result()).usage
+        outcome.prompt_tokens, outcome.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+
+
+def _as_http(job: Job, model: str) -> tuple[str, dict[str, Any]]:
+    """Path and body that ask for the same."""
+    sampling = job.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "temperature": sampling.temperature,
+        "ignore_eos": sampling.ignore_eos,
+        "max_tokens": sampling.max_tokens,
+        "seed": sampling.seed,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if isinstance(job.prompt, list):
+        return "/v1/chat/completions", {**body, "messages": job.prompt}
+    prompt = job.prompt if isinstance(job.prompt, str) else job.prompt.tolist()
+    return "/v1/completions", {**body, "prompt": prompt}
 
 
 def say(event: str, **details: Any) -> None:
@@ -150,19 +215,27 @@ async def _hear() -> dict[str, Any]:
     return found
 
 
+def _http_client(base_url: str, api_key: str) -> HttpClient:
+    from .http_client import HttpClient, Server  # needs httptools, which only a load over HTTP does
+
+    return HttpClient(Server.at(base_url, api_key))
+
+
 async def _serve(first: dict[str, Any]) -> None:
     name = f"tandem bench {first['part']}"
     async with AsyncClient(first["address"], keys=first["keys"], insecure=first["insecure"], name=name) as client:
         load = Load.model_validate(first["load"])
-        process = ClientProcess(client, await client.tokenizer(), load, first["part"], first["parts"])
+        http = None if first["base_url"] is None else _http_client(first["base_url"], first["api_key"])
+        process = ClientProcess(client, http, await client.tokenizer(), load, first["part"], first["parts"])
         model = client.model
         say("ready", model=model.name, dtype=model.dtype, architecture=model.architecture, weights=model.weights)
         while order := await _hear():
-            warm_up = order.get("warm_up")
+            warm_up, backend = order.get("warm_up"), order["backend"]
             if warm_up is None:
-                jobs = await asyncio.to_thread(process.prepare, order["run"])
+                jobs = await asyncio.to_thread(process.prepare, backend, order["run"])
             else:
-                jobs = await asyncio.to_thread(process.prepare_warm_up, warm_up)
+                jobs = await asyncio.to_thread(process.prepare_warm_up, backend, warm_up)
+            process.begin()
             due = order.get("due", [0.0] * len(jobs))
             say("prepared")
             start = (await _hear()).get("start")

@@ -22,6 +22,8 @@ from ..launch.progress import note, prompt_bar
 from ..launch.tether import command
 from ..protocol.errors import ConfigurationError, TandemError
 from ..protocol.messages import Stats
+from .client_process import SDK
+from .http_target import HttpTarget
 from .metrics import Figures, Outcome, failures, figures, medians
 from .observer import Observer
 from .workloads import Load, Wanted, arrivals, plan
@@ -72,7 +74,7 @@ class BenchFailed(TandemError):
 class Clients:
     """The client processes of one service. Used in a with block; ends them, and kills what has not ended."""
 
-    def __init__(self, target: Service, load: Load, parts: int) -> None:
+    def __init__(self, target: Service, http: HttpTarget | None, load: Load, parts: int) -> None:
         """Starts them. Call it in a thread that outlives them (see launch.tether)."""
         self._said: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
         self._processes: list[subprocess.Popen[str]] = []
@@ -89,6 +91,8 @@ class Clients:
                 "address": target.address,
                 "keys": target.keys,
                 "insecure": target.insecure,
+                "base_url": None if http is None else http.base_url,
+                "api_key": "" if http is None else http.api_key,
                 "part": part,
                 "parts": parts,
                 "load": load.model_dump(),
@@ -184,6 +188,8 @@ class Benchmark:
     """Goodput's, in ms by latency."""
     keep_arrivals: bool = True
     """Whether a trace's own times of arrival count."""
+    backends: Sequence[str] = (SDK,)
+    """What the load goes through, in turns."""
 
     def __post_init__(self) -> None:
         """Raises ConfigurationError for what does not fit together."""
@@ -204,44 +210,60 @@ class Benchmark:
     def _wanted(self) -> list[Wanted]:
         return plan(self.load)
 
-    def measure(self, target: Service) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What is served, and for each pace the runs and their medians. Raises BenchFailed, ServiceUnavailable."""
+    def measure(self, target: Service, http: HttpTarget | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What is served, and for each pace and backend the runs and their medians; `http` is where backends other than
+        the SDK go. Raises BenchFailed, ServiceUnavailable."""
         with ExitStack() as stack:
-            clients = stack.enter_context(Clients(target, self.load, self.measuring.client_processes))
+            clients = stack.enter_context(Clients(target, http, self.load, self.measuring.client_processes))
             observer = Observer(target.address)
             stack.callback(observer.close)
             served = clients.connect()
             del served["event"]
-            if self.measuring.num_warmups:
-                self._warm_up(clients)
+            for backend in self.backends if self.measuring.num_warmups else ():
+                self._warm_up(clients, backend)
             found = []
-            number = 1
+            number = 0
             for pace in self.paces:
-                runs = []
+                by_backend: dict[str, list[dict[str, Any]]] = {backend: [] for backend in self.backends}
                 for _ in range(self.measuring.repeats):
-                    runs.append(self._run(clients, observer, pace, number))
-                    if (total := len(self.paces) * self.measuring.repeats) > 1:
-                        note(f"run {number} of {total}: {_in_short(runs[-1]['figures'])}")
-                    number += 1
-                found.append({**_as_json(pace), "median": medians([run["figures"] for run in runs]), "runs": runs})
+                    for backend, runs in by_backend.items():  # in turns, so that what changes meanwhile changes for all
+                        number += 1
+                        runs.append(self._run(clients, observer, http, backend, pace, number))
+                        self._say(runs[-1], number)
+                points = [_point(pace, backend, runs) for backend, runs in by_backend.items()]
+                first = points[0]["median"]["output_throughput"]
+                for point in points[1:]:
+                    throughput = point["median"]["output_throughput"]
+                    point["of_first_backend"] = throughput / first if throughput and first else None
+                found += points
             return served, found
 
-    def _warm_up(self, clients: Clients) -> None:
+    def _say(self, run: dict[str, Any], number: int) -> None:
+        total = len(self.paces) * self.measuring.repeats * len(self.backends)
+        if total > 1:
+            backend = f", {run['backend']}" if len(self.backends) > 1 else ""
+            note(f"run {number} of {total}{backend}: {_in_short(run['figures'])}")
+
+    def _warm_up(self, clients: Clients, backend: str) -> None:
         counts = shares(self.measuring.num_warmups, clients.parts)
-        clients.ask([{"warm_up": count} for count in counts], "prepared")
+        clients.ask([{"backend": backend, "warm_up": count} for count in counts], "prepared")
         clients.ask([{"start": time.monotonic()}] * clients.parts, "done")
 
-    def _run(self, clients: Clients, observer: Observer, pace: Pace, number: int) -> dict[str, Any]:
+    def _run(
+        self, clients: Clients, observer: Observer, http: HttpTarget | None, backend: str, pace: Pace, number: int
+    ) -> dict[str, Any]:
         due = self._due(pace)
         most: Sequence[int | None] = [None] * clients.parts
         if pace.max_concurrency is not None:
             most = shares(pace.max_concurrency, clients.parts)
         orders = [
-            {"run": number, "concurrency": most[part], "due": due[part :: clients.parts]}
+            {"backend": backend, "run": number, "concurrency": most[part], "due": due[part :: clients.parts]}
             for part in range(clients.parts)
         ]
         clients.ask(orders, "prepared")
         before = observer.stats()
+        asked = http if http is not None and backend != SDK else HttpTarget("")
+        used = asked.cpu_seconds()
         with prompt_bar(len(due)) as bar:
             told = 0
 
@@ -255,9 +277,18 @@ class Benchmark:
             progress(len(due) - told)
         after = observer.stats()
         outcomes = [Outcome(**one) for part in done for one in part["outcomes"]]
+        found = figures(outcomes, self.limits)
+        used = [now - then for now, then in zip(asked.cpu_seconds(), used, strict=True)]
+        tokens = found["output_tokens"]
         return {
-            "figures": {**figures(outcomes, self.limits), **device_figures(before, after)},
+            "backend": backend,
+            "figures": {
+                **found,
+                **device_figures(before, after),
+                "gateway_cpu_us_per_token": 1e6 * sum(used) / tokens if used and tokens else None,
+            },
             "failures": failures(outcomes),
+            "gateway_cpu_share": [one / (found["duration_s"] or math.inf) for one in used],
             "client_cpu_share": [part["cpu_share"] for part in done],
         }
 
@@ -290,6 +321,10 @@ def device_figures(before: Stats, after: Stats) -> Figures:
         "preemptions": after.preemptions - before.preemptions,
         "prefix_cache_hit_rate": (after.cached_tokens - before.cached_tokens) / looked_up if looked_up else None,
     }
+
+
+def _point(pace: Pace, backend: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {**_as_json(pace), "backend": backend, "median": medians([run["figures"] for run in runs]), "runs": runs}
 
 
 def _in_short(found: Figures) -> str:

@@ -16,12 +16,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..protocol.errors import ConfigurationError
+from ..protocol.errors import ConfigurationError, TandemError
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 PERCENTILES = (50, 90, 99)
 LIMITED = ("ttft", "tpot", "e2el")
 """Latencies that a request has one of, which goodput may bound."""
+
+
+class HttpFailed(TandemError):
+    """No answer over HTTP, or not the one that was asked for. `kind` is what failures are counted by."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass
@@ -34,7 +42,9 @@ class Outcome:
     times: list[float] = field(default_factory=list)
     """When tokens were delivered."""
     counts: list[int] = field(default_factory=list)
-    """How many each time."""
+    """How many each time, where deliveries tell."""
+    output_tokens: int | None = None
+    """How many in all, where the end tells."""
     ended: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -44,7 +54,7 @@ class Outcome:
 
     @property
     def tokens(self) -> int:
-        return sum(self.counts)
+        return sum(self.counts) if self.output_tokens is None else self.output_tokens
 
     @property
     def ttft(self) -> float:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..protocol.errors import ConfigurationError
+from .client_process import SDK
 from .machine import describe_machine
 from .metrics import LATENCIES, PERCENTILES, Figures
 
@@ -54,10 +55,10 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def show_points(out: Console, varied: str, results: Sequence[Result]) -> None:
-    """A line for each point: medians of its runs."""
+def show_points(out: Console, varied: Sequence[str], results: Sequence[Result]) -> None:
+    """A line for each point: what it varied, and medians of its runs."""
     goodput = "request_goodput" in results[0]["median"]
-    table = Table(varied, "ok", "failed", "requests/s", "output tok/s", "total tok/s", header_style="")
+    table = Table(*varied, "ok", "failed", "requests/s", "output tok/s", "total tok/s", header_style="")
     for heading in [*(["good/s"] if goodput else []), "of first", *_POINT_LATENCIES, "step ms", "idle"]:
         table.add_column(heading)
     for column in table.columns:
@@ -65,7 +66,7 @@ def show_points(out: Console, varied: str, results: Sequence[Result]) -> None:
     for result in results:
         median: Figures = result["median"]
         cells = [
-            _shown(result[varied]),
+            *(_shown(result[name]) for name in varied),
             _shown(median["completed"], 0),
             _shown(median["failed"], 0),
             _shown(median["request_throughput"]),
@@ -100,11 +101,13 @@ def show_latencies(out: Console, median: Figures) -> None:
 def show_summary(out: Console, result: Result) -> None:
     """What a table of latencies leaves out: counts, throughputs, device, clients."""
     median: Figures = result["median"]
+    ratio = f" ({_percent(result['of_first_backend'])} of the SDK's)" if "of_first_backend" in result else ""
+    through = "" if result["backend"] == SDK else " over HTTP"
     good = f", {_shown(median['request_goodput'])} good" if "request_goodput" in median else ""
     out.print(
-        f"{_shown(median['completed'], 0)} requests completed, {_shown(median['failed'], 0)} failed, in "
+        f"{_shown(median['completed'], 0)} requests completed{through}, {_shown(median['failed'], 0)} failed, in "
         f"{_shown(median['duration_s'])} s: {_shown(median['request_throughput'])} requests/s{good}, "
-        f"{_shown(median['output_throughput'], 0)} output tokens/s, "
+        f"{_shown(median['output_throughput'], 0)} output tokens/s{ratio}, "
         f"{_shown(median['total_token_throughput'], 0)} tokens/s in all; "
         f"{_shown(median['tokens_per_delivery'])} tokens a delivery"
     )
@@ -113,6 +116,13 @@ def show_summary(out: Console, result: Result) -> None:
         f"{_percent(median['idle_share'])}; prefix cache hits {_percent(median['prefix_cache_hit_rate'])}, "
         f"{_shown(median['preemptions'], 0)} preemptions"
     )
+    if median["gateway_cpu_us_per_token"] is not None:
+        shares = [share for run in result["runs"] for share in run["gateway_cpu_share"]]
+        count = len(result["runs"][0]["gateway_cpu_share"])
+        out.print(
+            f"HTTP: {count} {'gateway' if count == 1 else 'gateways'}, the busiest used {max(shares):.0%} of a core; "
+            f"{_shown(median['gateway_cpu_us_per_token'], 1)} µs of processor time a token"
+        )
 
 
 def show_trouble(out: Console, results: Sequence[Result]) -> None:

@@ -57,6 +57,9 @@ class Load(BaseModel):
         str | None, Field(description="trace: a JSONL file, one request a line (docs/benchmarks.md has its fields).")
     ] = None
     text: Annotated[bool, Field(description="Send text, which the client tokenizes, instead of token ids.")] = False
+    chat: Annotated[
+        bool, Field(description="Send each prompt as text, as the user's message of a chat with the model's template.")
+    ] = False
     temperature: Annotated[float, Field(ge=0.0, le=100.0, description="0 is greedy.")] = 0.0
     ignore_eos: Annotated[
         bool, Field(description="Generate all output tokens even after the model's end-of-sequence token.")

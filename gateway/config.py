@@ -15,6 +15,9 @@ KEY_VARIABLE = "TANDEM_API_KEY"
 """Environment variable with the API keys, separated by commas: other users of the machine see no environment, but they
 see command lines."""
 
+SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable by which prometheus_client knows the directory of several processes' metrics."""
+
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
 
 
@@ -52,6 +55,10 @@ class GatewayConfig(BaseModel):
     insecure: Annotated[bool, Field(description="Allow TCP without keys.")] = False
     host: Annotated[str, Field(description="Where HTTP listens: a name or an address of this machine.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535, description="Port of HTTP; 0 picks a free one.")] = 8000
+    reuse_port: Annotated[
+        bool,
+        Field(description="Share the port with this user's other gateways that do; each takes a part of the load."),
+    ] = False
     ssl_certfile: Annotated[str | None, Field(description="Certificate chain (PEM): HTTPS instead of HTTP.")] = None
     ssl_keyfile: Annotated[str | None, Field(description="The certificate's private key (PEM).")] = None
     max_connections: Annotated[
@@ -118,6 +125,12 @@ class GatewayConfig(BaseModel):
         str, Field(description="debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
     ] = "info"
     log_format: Annotated[LogFormat, Field(description="Log lines as text, or as a JSON object each.")] = "text"
+
+    @model_validator(mode="after")
+    def _port_can_be_shared(self) -> Self:
+        if self.reuse_port and self.port == 0:
+            raise ValueError("--reuse-port: needs a --port; 0 picks one that nobody knows to share")
+        return self
 
     @model_validator(mode="after")
     def _origins_make_sense(self) -> Self:

@@ -7,7 +7,9 @@ import asyncio
 import gc
 import ipaddress
 import logging
+import os
 import signal
+import socket
 import sys
 
 import uvloop
@@ -21,8 +23,9 @@ from .backend import Backend
 from .config import GatewayConfig, keys_in_environment
 from .cors import with_cors
 from .guard import Guard, Keys
+from .listening import BACKLOG, listen, url_of
 from .metrics import GatewayMetrics
-from .server import listen, make_server, url_of
+from .server import Server, make_server
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +70,8 @@ async def _serve(config: GatewayConfig, status: StatusPipe) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     url = url_of(config, listener)
-    log.info("HTTP at %s", url)
     watching = asyncio.create_task(backend.run())
-    serving = asyncio.create_task(server.serve([listener]))
+    serving = asyncio.create_task(_serve_http(config, backend, stopping, server, listener))
     ready = asyncio.create_task(_say_ready(backend, status, url))
     ending = asyncio.create_task(stopping.wait())
     gc.collect()
@@ -79,6 +81,7 @@ async def _serve(config: GatewayConfig, status: StatusPipe) -> int:
         # What is open may end; then the client goes, and whatever is still open ends with an error that says so.
         backend.draining = True
         server.should_exit = True
+        stopping.set()
         await asyncio.wait({serving}, timeout=config.shutdown_timeout)
         await backend.close()
         await serving
@@ -92,9 +95,27 @@ async def _serve(config: GatewayConfig, status: StatusPipe) -> int:
     return 0
 
 
+async def _serve_http(
+    config: GatewayConfig, backend: Backend, stopping: asyncio.Event, server: Server, listener: socket.socket
+) -> None:
+    """At a port of its own from now on, so that whoever asks is told what is missing. At one that it shares not before
+    it has a model: until then, the others answer."""
+    if config.reuse_port:
+        events = [asyncio.create_task(event.wait()) for event in (backend.connected, stopping)]
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        for event in events:
+            event.cancel()
+        if stopping.is_set():
+            listener.close()
+            return
+        listener.listen(BACKLOG)
+    log.info("HTTP at %s", url_of(config, listener))
+    await server.serve([listener])
+
+
 async def _say_ready(backend: Backend, status: StatusPipe, url: str) -> None:
     await backend.connected.wait()
-    status.ready(url=url)
+    status.ready(url=url, pid=os.getpid())
 
 
 def _is_public(host: str) -> bool:

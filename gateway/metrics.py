@@ -6,19 +6,26 @@ Names are vLLM's behind the prefix `tandem:`, where vLLM has the figure.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from ..client.stats import Histogram as Observations
 from ..client.stats import Stats, WorkerStats
+from .config import SHARED_METRICS
 
 PREFIX = "tandem:"
 REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0)
+_LIVE_GAUGE = re.compile(r"gauge_live[a-z]*_([0-9]+)\.db")
 
 _SERVICE_GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
     ("num_requests_running", "Requests that have a place on a worker.", lambda s: s.running),
@@ -165,10 +172,12 @@ def _histogram(name: str, labels: Sequence[str], found: Iterable[tuple[list[str]
 
 
 class GatewayMetrics:
-    """What one gateway process counts of its own, and the page that Prometheus reads from it."""
+    """What a gateway process counts, and the page that Prometheus reads from it. Gateways on one port, any of which may
+    be asked, count in files of a directory that they share ($PROMETHEUS_MULTIPROC_DIR), and tell of all together."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._shared = os.environ.get(SHARED_METRICS)
         self._requests = Counter(
             "http_requests",
             "HTTP requests that were answered.",
@@ -182,7 +191,12 @@ class GatewayMetrics:
             buckets=REQUEST_SECONDS,
             registry=self._registry,
         )
-        self._open = Gauge("http_requests_in_progress", "HTTP requests without an end.", registry=self._registry)
+        self._open = Gauge(
+            "http_requests_in_progress",
+            "HTTP requests without an end.",
+            registry=self._registry,
+            multiprocess_mode="livesum",
+        )
 
     def begun(self) -> None:
         """A request has arrived; `ended` must follow."""
@@ -196,7 +210,19 @@ class GatewayMetrics:
 
     def page(self, stats: Stats | None, model_name: str) -> bytes:
         """Everything in Prometheus' text format, of CONTENT_TYPE: this gateway's figures and those of the service."""
-        return generate_latest(self._registry) + page(stats, model_name)
+        own = self._registry if self._shared is None else _registry_of_all(self._shared)
+        return generate_latest(own) + page(stats, model_name)
+
+
+def _registry_of_all(directory: str) -> CollectorRegistry:
+    for name in os.listdir(directory):
+        live = _LIVE_GAUGE.fullmatch(name)
+        if live is not None and not Path("/proc", live[1]).exists():
+            with suppress(FileNotFoundError):  # another gateway may have been asked just now as well
+                mark_process_dead(live[1], directory)  # it was killed, and what it had open has ended
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, directory)
+    return registry
 
 
 def page(stats: Stats | None, model_name: str) -> bytes:

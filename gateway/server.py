@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import resource
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ..protocol.errors import ConfigurationError
 from .config import GatewayConfig
 from .errors import ApiError, unavailable
+from .listening import BACKLOG
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers together."""
@@ -44,7 +43,7 @@ def make_server(config: GatewayConfig, app: ASGIApp) -> Server:
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        backlog=2_048,
+        backlog=BACKLOG,
         timeout_keep_alive=config.timeout_keep_alive,
         timeout_graceful_shutdown=int(config.shutdown_timeout) + 5,
         ssl_certfile=config.ssl_certfile,
@@ -56,43 +55,6 @@ def make_server(config: GatewayConfig, app: ASGIApp) -> Server:
         raise ConfigurationError(f"--ssl-certfile, --ssl-keyfile: cannot be used: {error}") from error
     _allow_files(config.max_connections + SPARE_FILES)
     return Server(settings)
-
-
-def listen(config: GatewayConfig) -> socket.socket:
-    """A bound socket. Raises ConfigurationError telling what to do if it cannot be had."""
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ConfigurationError(f"--host {config.host}: {error.strerror}") from error
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind(address)
-        listener.listen(2_048)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigurationError(
-                f"HTTP: port {config.port} of {config.host} is taken by another process; --port names another "
-                "(0 picks a free one)"
-            ) from error
-        raise ConfigurationError(
-            f"HTTP: cannot listen at {config.host} port {config.port}: {error.strerror}"
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def url_of(config: GatewayConfig, listener: socket.socket) -> str:
-    """Where clients reach it from this machine."""
-    host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if config.ssl_certfile else 'http'}://{host}:{port}"
 
 
 def _allow_files(count: int) -> None:

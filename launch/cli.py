@@ -38,7 +38,7 @@ app = typer.Typer(
 
 SCHEDULER = Group(SchedulerConfig, "Scheduler")
 WORKER = Group(WorkerConfig, "Worker: model and device", without=("scheduler",))
-GATEWAY = Group(GatewayConfig, "HTTP", without=("scheduler",))
+GATEWAY = Group(GatewayConfig, "HTTP", without=("scheduler", "reuse_port"))
 SERVE_FLAGS = flags(SCHEDULER, WORKER, GATEWAY, Group(SupervisionConfig, "Processes that end or hang"))
 GATEWAY_FLAGS = flags(Group(GatewayConfig, "Gateway"))
 SCHEDULER_FLAGS = flags(SCHEDULER)
@@ -132,13 +132,22 @@ def serve(
         bool | None,
         typer.Option("--http/--no-http", help="OpenAI-compatible HTTP (default: if its packages are installed)."),
     ] = None,
+    api_server_count: Annotated[
+        int | None,
+        typer.Option(rich_help_panel="HTTP", help="How many gateway processes share the port of HTTP (default 1)."),
+    ] = None,
     api_key: ApiKey = None,
     **options: Any,
 ) -> None:
     """Start a scheduler, its workers and an HTTP gateway, and serve until Ctrl-C."""
     from .serve import serve as run
 
-    own = {"data_parallel_size": data_parallel_size, "http": http, "api_key": api_key or None}
+    own = {
+        "data_parallel_size": data_parallel_size,
+        "http": http,
+        "api_server_count": api_server_count,
+        "api_key": api_key or None,
+    }
     if model_tag is not None:
         if options.get("model") not in (None, model_tag):
             raise ConfigurationError(f"MODEL and --model name two models, {model_tag} and {options['model']}; give one")
@@ -146,7 +155,10 @@ def serve(
     file = read_file(config, [*option_names(SERVE_FLAGS), *own]) if config else {}
     chosen = merged({**options, **own}, file)
     http, keys = _switch("http", chosen.pop("http", None)), _keys(chosen.pop("api_key", None))
-    run(chosen, _count(chosen.pop("data_parallel_size", 1)), http=http, api_keys=keys)
+    count = chosen.pop("api_server_count", None)
+    gateways = None if count is None else _count("api_server_count", count)
+    replicas = _count("data_parallel_size", chosen.pop("data_parallel_size", 1))
+    run(chosen, replicas, http=http, api_server_count=gateways, api_keys=keys)
 
 
 @app.command()
@@ -354,9 +366,9 @@ def _keys(given: object) -> list[str]:
     return keys
 
 
-def _count(value: object) -> int:
+def _count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigurationError(f"--data-parallel-size: must be a whole number, not {value!r}")
+        raise ConfigurationError(f"--{name.replace('_', '-')}: must be a whole number, not {value!r}")
     return value
 
 

@@ -21,20 +21,29 @@ from .status import Ready, StatusLines
 from .system import System, place_workers
 
 
-def serve(options: Options, data_parallel_size: int, *, http: bool | None, api_keys: Sequence[str]) -> None:
-    """Runs a scheduler, its workers and a gateway until Ctrl-C, SIGTERM or SIGHUP, and then returns with nothing left
-    behind. `http` None: HTTP if its packages are installed.
+def serve(
+    options: Options,
+    data_parallel_size: int,
+    *,
+    http: bool | None,
+    api_server_count: int | None,
+    api_keys: Sequence[str],
+) -> None:
+    """Runs a scheduler, its workers and its gateways (one by default) until Ctrl-C, SIGTERM or SIGHUP, and then returns
+    with nothing left behind. `http` None: HTTP if its packages are installed.
 
     Raises ConfigurationError for options that cannot work, and ChildDied if a process ends unasked.
     """
     options = {"address": default_address().url, **options}
+    has_http = _has_http(options, http, api_server_count, api_keys)
     # The scheduler's options and the workers' share a configuration file and flags; each takes its own.
     display = StartDisplay(as_written=options.get("log_format") == "json")
     system = System(
         options,
         options,
         data_parallel_size=data_parallel_size,
-        gateway=options if _has_http(options, http, api_keys) else None,
+        gateway=options if has_http else None,
+        api_server_count=1 if api_server_count is None else api_server_count,
         api_keys=api_keys,
         listener=display,
     )
@@ -56,9 +65,10 @@ def serve(options: Options, data_parallel_size: int, *, http: bool | None, api_k
                 system.stop()
 
 
-def _has_http(options: Options, http: bool | None, api_keys: Sequence[str]) -> bool:
+def _has_http(options: Options, http: bool | None, count: int | None, api_keys: Sequence[str]) -> bool:
     """Whether there is to be a gateway. Raises ConfigurationError if it was asked for and cannot be."""
     asked = [name for name in GatewayConfig.model_fields if name in options and name not in SHARED]
+    asked += [] if count is None else ["api_server_count"]
     if http is False:
         if asked:
             raise ConfigurationError(f"--no-http leaves --{asked[0].replace('_', '-')} nothing to be about")
@@ -81,15 +91,20 @@ def missing_http_packages() -> list[str]:
     return [name for name in ("fastapi", "uvicorn", "httptools", "prometheus_client") if find_spec(name) is None]
 
 
+def require_http_packages() -> None:
+    """Raises ConfigurationError if one is missing."""
+    missing = missing_http_packages()
+    if missing:
+        raise ConfigurationError(_no_http(missing))
+
+
 def _no_http(missing: Sequence[str]) -> str:
     return f"HTTP needs packages that are not installed ({', '.join(missing)}): pip install 'tandem-serve[http]'."
 
 
 def run_gateway(options: Options, api_keys: Sequence[str]) -> int:
     """Runs a gateway in this process until SIGTERM or SIGINT; returns its exit code."""
-    missing = missing_http_packages()
-    if missing:
-        raise ConfigurationError(_no_http(missing))
+    require_http_packages()
     config = build(GatewayConfig, {"scheduler": default_address().url, **options})
     peer_keys(Address(config.scheduler), "clients", config.keys, config.insecure)  # what is wrong comes first
     if api_keys:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..gateway.config import KEY_VARIABLE, GatewayConfig
 from ..protocol.errors import ConfigurationError
 from ..protocol.keys import keys_path, server_keys
 from ..protocol.transport import Address, ServiceDirectory
@@ -17,6 +16,7 @@ from .builtin import MODEL_DIR
 from .child import ChildSpec
 from .config import Options, build
 from .directory import PrivateDirectory
+from .gateways import GATEWAY_NAME, GATEWAY_READY_S, Gateways
 from .restarts import RestartPolicy, SupervisionConfig
 from .status import Ready
 from .supervisor import GRACE_S, ChildDied, Listener, Supervisor
@@ -24,9 +24,6 @@ from .supervisor import GRACE_S, ChildDied, Listener, Supervisor
 BUILTIN_NAME = "tandem-builtin"
 SCHEDULER = "scheduler"
 SCHEDULER_READY_S = 60.0
-GATEWAY = "gateway"
-GATEWAY_READY_S = 60.0
-"""After the workers are ready."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,14 @@ class System:
         *,
         data_parallel_size: int = 1,
         gateway: Options | None = None,
+        api_server_count: int = 1,
         api_keys: Sequence[str] = (),
         listener: Listener,
         on_death: Callable[[ChildDied], None] | None = None,
     ) -> None:
         """Checks the options, and starts nothing. `scheduler` must hold an address, and may hold the options of
-        SupervisionConfig; without `gateway` there is no HTTP. Raises ConfigurationError."""
+        SupervisionConfig; without `gateway` there is no HTTP, with it are
+        `api_server_count` processes for it. Raises ConfigurationError."""
         self._workers_directory: PrivateDirectory | None = None
         self._supervisor: Supervisor | None = None
         self._listener = listener
@@ -67,10 +66,9 @@ class System:
         self.scheduler = build(SchedulerConfig, scheduler)
         self.supervision = build(SupervisionConfig, scheduler)
         _require_keys(self.scheduler)
-        self._gateway: GatewayConfig | None = None
-        self._api_keys = api_keys
+        self._gateways: Gateways | None = None
         if gateway is not None:
-            self._gateway = _gateway_config(gateway, Address(self.address).reachable)
+            self._gateways = Gateways(gateway, Address(self.address).reachable.url, api_server_count, api_keys)
         first = place_workers(worker, data_parallel_size, self.address)[0].config
         self.model_name = first.served_model_name or first.model
         """What the workers serve, as clients call it."""
@@ -84,8 +82,10 @@ class System:
     @property
     def http_url(self) -> str | None:
         """Where HTTP is served; None before `start`, or without a gateway."""
-        ready = None if self._supervisor is None else self._supervisor.ready.get(GATEWAY)
-        return None if ready is None else str(ready.details.get("url"))
+        if self._supervisor is None or self._gateways is None:
+            return None
+        ready = filter(None, map(self._supervisor.ready.get, self._gateways.names))
+        return next((str(one.details.get("url")) for one in ready), None)
 
     @property
     def death(self) -> ChildDied | None:
@@ -117,8 +117,9 @@ class System:
                 silence_s=self.supervision.scheduler_lease,
             )
         )
-        if self._gateway is not None:  # before the workers: a port that is taken must show before a model is loaded
-            supervisor.start(replace(_gateway_spec(self._gateway, self._api_keys), restart=restart))
+        if self._gateways is not None:  # before the workers: a port that is taken must show before a model is loaded
+            for spec in self._gateways.open(restart):
+                supervisor.start(spec)
         # Workers connect only once they have loaded a model, long after the scheduler listens.
         where = self.scheduler.worker_address or self.scheduler.address
         where = Address(where).reachable.url
@@ -139,8 +140,8 @@ class System:
             )
         supervisor.wait_ready(SCHEDULER, SCHEDULER_READY_S)
         ready = [supervisor.wait_ready(place.config.name) for place in places]
-        if self._gateway is not None:
-            supervisor.wait_ready(GATEWAY, GATEWAY_READY_S)
+        for name in () if self._gateways is None else self._gateways.names:
+            supervisor.wait_ready(name, GATEWAY_READY_S)
         return ready
 
     def wait_for_death(self, timeout_s: float | None = None) -> ChildDied | None:
@@ -154,6 +155,8 @@ class System:
         if self._supervisor is not None:
             self._supervisor.stop(grace_s)
             _clear(self.scheduler.address)
+        if self._gateways is not None:
+            self._gateways.close()
         if self._workers_directory is not None:
             self._workers_directory.close()
 
@@ -172,9 +175,9 @@ def place_workers(options: Options, count: int, address: str) -> list[WorkerPlac
         if given.get("served_model_name") is None:
             given["served_model_name"] = BUILTIN_NAME
     names = [name] if count == 1 else [f"{name}-{index}" for index in range(count)]
-    for taken in (SCHEDULER, GATEWAY):
-        if taken in names:
-            raise ConfigurationError(f"--name: {taken!r} names the {taken} already")
+    for taken in names:
+        if taken == SCHEDULER or GATEWAY_NAME.fullmatch(taken):
+            raise ConfigurationError(f"--name: {taken!r} names the {taken.partition('-')[0]} already")
     configs = [build(WorkerConfig, {**given, "name": one, "scheduler": address}) for one in names]
     gpus = [] if count == 1 or configs[0].device == "cpu" else visible_gpus()
     if not gpus:
@@ -210,21 +213,7 @@ def _require_keys(config: SchedulerConfig) -> None:
             server_keys(keys_path(config.keys))
 
 
-def _gateway_config(options: Options, address: Address) -> GatewayConfig:
-    """For a gateway beside the scheduler at `address`."""
-    own = {"keys": None} if address.is_ipc else {}  # keys are for the workers' port then
-    return build(GatewayConfig, {**options, **own, "scheduler": address.url})
-
-
-def _gateway_spec(config: GatewayConfig, api_keys: Sequence[str]) -> ChildSpec:
-    """Ends first, so that what it streams may end. Keys go by the environment: anybody sees command lines."""
-    environment = {KEY_VARIABLE: ",".join(api_keys)} if api_keys else {}
-    arguments = _arguments(config)
-    grace_s = config.shutdown_timeout + GRACE_S
-    return ChildSpec(GATEWAY, "tandem.gateway.main", arguments, environment, first=True, grace_s=grace_s)
-
-
-def _arguments(config: SchedulerConfig | WorkerConfig | GatewayConfig) -> list[str]:
+def _arguments(config: SchedulerConfig | WorkerConfig) -> list[str]:
     return ["--config-json", config.model_dump_json()]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,58 @@ def test_failed_requests_are_told_by_kind(address: str, tmp_path: Path, bench: A
     assert "no request was completed" in err
 
 
+def test_http_beside_the_sdk(address: str, tmp_path: Path, bench: Any) -> None:
+    out = tmp_path / "http.json"
+    code, shown, err = bench(
+        *("offline", "--connect", address, "--num-prompts", "8", *TINY, "--repeats", "2", "--client-processes", "2"),
+        *("--backend", "sdk", "--backend", "openai", "--api-server-count", "2", "--out", str(out)),
+    )
+    assert code == 0, err
+    assert "8 requests completed over HTTP, 0 failed" in shown
+    assert "of the SDK's" in shown
+    assert "HTTP: 2 gateways" in shown
+    report = report_of(out)
+    assert report["through"] == {"backends": ["sdk", "openai"], "api_server_count": 2}
+    sdk, http = report["results"]
+    assert (sdk["backend"], http["backend"]) == ("sdk", "openai")
+    assert "of_first_backend" not in sdk
+    assert http["of_first_backend"] == http["median"]["output_throughput"] / sdk["median"]["output_throughput"]
+    for result in (sdk, http):
+        assert len(result["runs"]) == 2
+        for run in result["runs"]:
+            figures = run["figures"]
+            assert (figures["completed"], figures["failed"], figures["cached_tokens"]) == (8, 0, 0)
+            assert (figures["prompt_tokens"], figures["output_tokens"]) == (64, 48)
+            assert 0 < figures["p50_ttft_ms"] <= figures["p99_e2el_ms"]
+    assert len(http["runs"][0]["gateway_cpu_share"]) == 2
+    assert sdk["median"]["gateway_cpu_us_per_token"] is None
+
+
+def test_chats_over_http_take_the_same_tokens(address: str, tmp_path: Path, bench: Any) -> None:
+    out = tmp_path / "chat.json"
+    code, _, err = bench(
+        *("serve", "--connect", address, "--num-prompts", "4", *TINY, "--chat", "--max-concurrency", "2"),
+        *("--backend", "openai", "--backend", "sdk", "--out", str(out)),
+    )
+    assert code == 0, err
+    http, sdk = report_of(out)["results"]
+    assert http["median"]["completed"] == sdk["median"]["completed"] == 4
+    assert http["median"]["output_tokens"] == sdk["median"]["output_tokens"] == 24
+    assert http["median"]["prompt_tokens"] > 4 * 8  # the template's come on top
+
+
+def test_http_that_is_not_there_fails_every_request(address: str, bench: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    code, shown, err = bench(
+        *("offline", "--connect", address, "--num-prompts", "3", *TINY, "--backend", "openai"),
+        *("--base-url", f"http://127.0.0.1:{port}"),
+    )
+    assert code == 1
+    assert f"3 failed with NotConnected, the first: 127.0.0.1 port {port}" in shown
+    assert "no request was completed" in err
+
+
 def test_ctrl_c_ends_the_clients_too(address: str) -> None:
     load = "--num-prompts 40 --max-concurrency 1 --prompt-tokens 8 --output-tokens 240 --num-warmups 0".split()
     with tandem("bench", "serve", "--connect", address, *load, environment={}) as command:
@@ -141,6 +194,11 @@ def test_help_of_every_benchmark(command: str, bench: Any) -> None:
             "sweep over one of them",
         ),
         (["offline", "--config", "/nonexistent.yaml"], "cannot read the configuration file"),
+        (["serve", "--backend", "vllm"], "--backend: must be sdk or openai, not 'vllm'"),
+        (["serve", "--backend", "sdk", "--backend", "sdk"], "--backend: sdk is given twice"),
+        (["serve", "--base-url", "http://x"], "--base-url: only with --backend openai"),
+        (["serve", "--api-server-count", "2"], "--api-server-count: only with --backend openai"),
+        (["serve", "--backend", "openai", "--base-url", "http://x"], "--base-url: needs --connect"),
         (["serve", "--data-parallel-size", "0"], "--data-parallel-size: must be at least 1, not 0"),
     ],
 )
