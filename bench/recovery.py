@@ -24,6 +24,7 @@ from typing import Any
 
 from ..client.aio import AsyncClient
 from ..launch.embedded import EmbeddedSystem
+from ..launch.status import Ready, Status
 from ..protocol.messages import Stats
 from .machine import describe_machine
 from .processes import command_line, descendants
@@ -51,6 +52,32 @@ class Kill:
     at: float
     pauses_s: list[float]
     """Of each stream that the process served: from the signal to its next token."""
+    stages_s: dict[str, float]
+    """What was told meanwhile, and how long after the signal."""
+
+
+class Heard:
+    """What the processes said of themselves, and when; warnings go to stderr."""
+
+    def __init__(self) -> None:
+        self._told: list[tuple[float, str]] = []
+
+    def status(self, name: str, status: Status) -> None:
+        if isinstance(status, Ready):
+            self._told.append((time.monotonic(), f"{name} listens"))
+
+    def output(self, name: str, line: str) -> None:
+        if name == "scheduler" and " joined: " in line:
+            self._told.append((time.monotonic(), "all workers joined"))
+        elif name == "scheduler" and "the process of worker" in line:
+            self._told.append((time.monotonic(), "death noticed"))
+        if " INFO " not in line:
+            print(f"[{name}] {line}", file=sys.stderr)
+
+    def since(self, moment: float, what: str) -> dict[str, float]:
+        """Of one kill of a `what`: when each thing was told last, in seconds from `moment` on."""
+        wanted = ("scheduler listens", "all workers joined") if what == "scheduler" else ("death noticed",)
+        return {said: at - moment for at, said in self._told if at > moment and said in wanted}
 
 
 class Streams:
@@ -106,7 +133,7 @@ class Streams:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def measure(address: str, options: argparse.Namespace) -> tuple[list[Kill], list[Times]]:
+async def measure(address: str, heard: Heard, options: argparse.Namespace) -> tuple[list[Kill], list[Times]]:
     async with AsyncClient(address, reconnect_timeout=120) as client:
         streams = Streams(client, options.streams, options.prompt_tokens, options.max_tokens)
         try:
@@ -119,8 +146,8 @@ async def measure(address: str, options: argparse.Namespace) -> tuple[list[Kill]
                     at = kill(found.workers[0].name if what == "worker" else None)
                     # The others go on with their next step, so those that stand still the longest are its own.
                     pauses = sorted(await streams.after(at))[-served:]
-                    kills.append(Kill(what, at, pauses))
-                    print(f"SIGKILL {what}: {_shown(pauses)}", file=sys.stderr)
+                    kills.append(Kill(what, at, pauses, heard.since(at, what)))
+                    print(f"SIGKILL {what}: {_shown(kills[-1])}", file=sys.stderr)
             return kills, streams.times
         finally:
             await streams.close()
@@ -170,6 +197,10 @@ def summary(kills: Sequence[Kill], what: str) -> dict[str, Any]:
         "median_ms": 1_000 * statistics.median(pauses),
         "median_of_the_longest_ms": 1_000 * statistics.median(longest),
         "longest_ms": 1_000 * max(longest),
+        "stages_median_ms": {
+            said: 1_000 * statistics.median(kill.stages_s[said] for kill in of_kind if said in kill.stages_s)
+            for said in of_kind[-1].stages_s
+        },
     }
 
 
@@ -193,8 +224,10 @@ def draw_streams(
     axes.set(title=title, xlabel="seconds", ylabel="stream", xlim=shown_s)
 
 
-def _shown(pauses: Sequence[float]) -> str:
-    return f"median {1_000 * statistics.median(pauses):.0f} ms, longest {1_000 * max(pauses):.0f} ms"
+def _shown(kill: Kill) -> str:
+    stages = "".join(f"{said} after {1_000 * at:.0f} ms, " for said, at in kill.stages_s.items())
+    pauses = kill.pauses_s
+    return f"{stages}next tokens: median {1_000 * statistics.median(pauses):.0f} ms, last {1_000 * max(pauses):.0f} ms"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,13 +245,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     worker: dict[str, Any] = {"device": options.device, "max_num_seqs": max(64, options.streams)}
     if options.model is not None:
         worker["model"] = options.model
-    with EmbeddedSystem(worker, data_parallel_size=options.workers) as system:
-        kills, times = asyncio.run(measure(system.address, options))
+    heard = Heard()
+    with EmbeddedSystem(worker, {"log_level": "info"}, data_parallel_size=options.workers, listener=heard) as system:
+        kills, times = asyncio.run(measure(system.address, heard, options))
     report = {
         "machine": describe_machine(),
         "options": vars(options),
         **{what: summary(kills, what) for what in ("worker", "scheduler")},
-        "kills": [{"what": kill.what, "pauses_ms": [round(1_000 * p, 1) for p in kill.pauses_s]} for kill in kills],
+        "kills": [
+            {
+                "what": kill.what,
+                "pauses_ms": [round(1_000 * pause, 1) for pause in kill.pauses_s],
+                "stages_ms": {said: round(1_000 * at, 1) for said, at in kill.stages_s.items()},
+            }
+            for kill in kills
+        ],
     }
     print(json.dumps({name: report[name] for name in ("worker", "scheduler")}, indent=2))
     if options.out is not None:

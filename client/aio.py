@@ -90,7 +90,8 @@ class AsyncClient:
         self._max_concurrency = max_concurrency
         self._opened = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._loading: tuple[tuple[FileInfo, ...], asyncio.Task[Tokenizer | None]] | None = None
+        self._loading: tuple[list[str], asyncio.Task[Tokenizer | None]] | None = None
+        """By the digests of the files; a scheduler that is started again announces the same ones."""
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -145,8 +146,9 @@ class AsyncClient:
         """The model's tokenizer, fetched on first use; None if the model comes without one."""
         self._require_loop()
         files = self._connection.files
-        if self._loading is None or self._loading[0] != files or _failed(self._loading[1]):
-            self._loading = files, asyncio.create_task(self._load_tokenizer(files))
+        wanted = [text for info in files for text in (info.name, info.sha256)]
+        if self._loading is None or self._loading[0] != wanted or _failed(self._loading[1]):
+            self._loading = wanted, asyncio.create_task(self._load_tokenizer(files))
         loading = self._loading[1]
         # A caller that is cancelled must not take the tokenizer away from the others.
         await asyncio.wait({loading})

@@ -57,6 +57,8 @@ from .stream import MAX_UNREAD_TOKENS, History, TokenStream
 HELLO_RETRY_S = 0.5
 """A greeting that nobody answered is repeated after this time."""
 CONNECT_RETRY_S = 0.02
+LOOK_S = 0.1
+"""With requests open, how often is looked whether the scheduler can be reached: if not, they wait for it."""
 LONGEST_SILENCE_S = 1.0
 """Something is sent at least so often: it renews the lease, and shows whether the scheduler can be reached."""
 SCHEDULER_SILENT_S = 5.0
@@ -389,7 +391,7 @@ class Connection:
                 self._unsent_cancels.popleft()
             silence = min(self._welcome.lease_s / 3, LONGEST_SILENCE_S)
             if self._keep_in_touch(now, silence):
-                delay = silence / 2
+                delay = min(silence / 2, LOOK_S) if len(self._requests) else silence / 2
         self._check_patience(now)
         self._tick_in(delay)
 
@@ -397,8 +399,10 @@ class Connection:
         """Pings if nothing has been sent or heard for a while; False if nobody can be reached."""
         if now - self._heard_at >= silence:
             reached = self._ask(Ping(answer=True), now)
+        elif now - self._sent_at < silence / 2 and self._socket is not None and self._socket.has_room:
+            reached = True
         else:
-            reached = now - self._sent_at < silence / 2 or self._send(encode(Ping()))
+            reached = self._send(encode(Ping()))
         if not reached and self._lost is None:
             self._lost = now, f"the scheduler at {self.address.url} could not be reached"
         return reached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..protocol.errors import ConfigurationError
@@ -24,6 +24,8 @@ from .supervisor import GRACE_S, ChildDied, Listener, Supervisor
 BUILTIN_NAME = "tandem-builtin"
 SCHEDULER = "scheduler"
 SCHEDULER_READY_S = 60.0
+SCHEDULER_FIRST_DELAY_S = 0.01
+"""Every stream waits for a scheduler that is started again; nothing of the one before is to be waited for."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class System:
                 "tandem.scheduler.main",
                 _arguments(self.scheduler),
                 last=True,
-                restart=restart,
+                restart=replace(restart, first_delay_s=SCHEDULER_FIRST_DELAY_S),
                 ready_within_s=SCHEDULER_READY_S,
                 silence_s=self.supervision.scheduler_lease,
             )

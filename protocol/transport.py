@@ -246,8 +246,8 @@ def open_dealer(
     if prepare is not None:
         prepare(socket)
     socket.set(zmq.IMMEDIATE, 1)
-    socket.set(zmq.RECONNECT_IVL, 50)
-    socket.set(zmq.RECONNECT_IVL_MAX, 200)  # milliseconds; streams wait while their scheduler is started again
+    socket.set(zmq.RECONNECT_IVL, 20)
+    socket.set(zmq.RECONNECT_IVL_MAX, 80)  # milliseconds; streams wait while their scheduler is started again
     socket.connect(endpoint)
     return socket
 
@@ -328,6 +328,14 @@ class LoopSocket:
         finally:
             self._read_soon()
         return Sent.QUEUED
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a message could be queued now: of a DEALER, that somebody is connected whose queue is not full."""
+        if self._closed:
+            return False
+        self._read_soon()
+        return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLOUT)
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
         """Idempotent. Queued messages may go out for up to `linger_ms` more."""

@@ -32,8 +32,11 @@ from .stopping import Stop
 
 log = logging.getLogger(__name__)
 
+FIRST_IDLE_AFTER_S: Final = 0.1
+"""A worker that has nothing in flight any more says so after this time: if its scheduler was started again meanwhile,
+and so does not know it, it learns that as soon as that one can be reached …"""
 IDLE_AFTER_S: Final = 1.0
-"""A worker with nothing in flight says so this often."""
+"""… and then it says so this often."""
 HELLO_AFTER_S: Final = 0.5
 """A hello that nobody answers is repeated after this time, then after twice as long, and so on …"""
 HELLO_EVERY_S: Final = 5.0
@@ -72,6 +75,8 @@ class Session:
         """The number of the last Ping since the registration."""
         self._patience_s = HELLO_AFTER_S
         """How long an outstanding hello is waited for."""
+        self._said_idle = False
+        """Since the last plan."""
         self.drained = False
         """The session ended because the scheduler has moved this worker's requests elsewhere and needs it no more."""
 
@@ -89,7 +94,7 @@ class Session:
         self._greet()
         while True:
             try:
-                message = self._link.inbox.get(timeout=self._patience_s if self._registered is None else IDLE_AFTER_S)
+                message = self._link.inbox.get(timeout=self._silence_s())
             except queue.Empty:
                 self._nothing_came()
                 continue
@@ -98,6 +103,12 @@ class Session:
                 self._finish()
                 return
             self._handle(message)
+
+    def _silence_s(self) -> float:
+        """How long nothing may come before this end says something."""
+        if self._registered is None:
+            return self._patience_s
+        return IDLE_AFTER_S if self._said_idle else FIRST_IDLE_AFTER_S
 
     def _handle(self, message: object) -> None:
         match message:
@@ -133,6 +144,8 @@ class Session:
             case Reachable():
                 if self._registered is None:
                     self._greet()
+                else:
+                    self._say_idle()  # perhaps to a scheduler that does not know this worker, and says so
             case Failure():
                 raise message.error
 
@@ -149,6 +162,7 @@ class Session:
         registered = self._registered
         if registered is None or (plan.epoch, plan.registration) != (registered.epoch, registered.registration):
             return  # of a registration that is over
+        self._said_idle = False
         try:
             self._pipeline.launch(plan)
         except ProtocolError as error:
@@ -192,8 +206,10 @@ class Session:
             self._say_idle()
 
     def _say_idle(self) -> None:
+        """If nothing is in flight; else a result is the next to be said."""
         registered, step = self._registered, self._pipeline.next_step
         if registered is not None and self._pipeline.idle:
             self._link.send(
                 Idle(epoch=registered.epoch, registration=registered.registration, step=step, heard=self._heard)
             )
+            self._said_idle = True

@@ -423,6 +423,27 @@ def test_files_that_were_on_their_way_are_asked_for_again() -> None:
     asyncio.run(main())
 
 
+def test_a_scheduler_that_comes_back_with_the_same_files_is_not_asked_for_them() -> None:
+    """Thousands of clients would all ask at once, in the middle of the recovery."""
+
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        tokenizer, fetched = await client.tokenizer(), len(scheduler.of(FetchFile))
+        assert (await client.generate([1])).token_ids == TOKENS
+        assert len(scheduler.of(ClientHello)) == 2
+        assert await client.tokenizer() is tokenizer
+        assert len(scheduler.of(FetchFile)) == fetched > 0
+        scheduler.file_infos = scheduler.file_infos[:-1]
+        restart(scheduler)
+        await scheduler.until(ClientHello, 3)
+        assert (await client.generate([1], temperature=0.0)).token_ids == TOKENS
+        assert await client.tokenizer() is not tokenizer
+
+    def once(scheduler: ScriptedScheduler, submit: Submit) -> None:
+        (rest if len(scheduler.of(ClientHello)) > 2 else first_three_then(restart))(scheduler, submit)
+
+    play(scenario, once)
+
+
 def test_a_description_that_is_equal_is_the_same_model() -> None:
     again = ModelDescription(**{f.name: getattr(MODEL, f.name) for f in fields(ModelDescription)})
     assert again is not MODEL

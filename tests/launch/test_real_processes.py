@@ -241,7 +241,7 @@ def test_processes_that_die_or_hang_are_started_again(runtime: Path, engine: lis
         answered()
         serving()["scheduler"].send_signal(signal.SIGSTOP)
         serve.wait_for("scheduler gave no sign of life for ")
-        serve.wait_for("and was killed; starting it again in 0.1 s")
+        serve.wait_for("and was killed; starting it again in 0.01 s")
         answered()
         processes += serve.descendants()
         assert len(mains(set(processes))) == 2

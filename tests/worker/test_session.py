@@ -38,7 +38,7 @@ from tandem.protocol.transport import Address, open_router
 from tandem.worker import session as session_module
 from tandem.worker.grammars.book import GrammarBook
 from tandem.worker.grammars.checker import GrammarChecker
-from tandem.worker.link import Failure, Link
+from tandem.worker.link import Failure, Link, Reachable
 from tandem.worker.model import PagedModel
 from tandem.worker.pipeline import Pipeline
 from tandem.worker.session import Session
@@ -335,6 +335,32 @@ def test_a_question_is_answered_after_the_plans_before_it(patient: None, schedul
     scheduler.say(UnknownPeer(epoch=1))
     register(scheduler, 1, 2)
     assert answer(1) == (2, 0, 1)
+
+
+def test_idleness_is_told_soon_after_each_spell_of_work(
+    patient: None, monkeypatch: pytest.MonkeyPatch, scheduler: Scheduler, worker: Worker
+) -> None:
+    """And not only at the pace of one that stays idle, which is an hour here."""
+    monkeypatch.setattr(session_module, "IDLE_AFTER_S", NEVER_S)
+    register(scheduler)
+    compute(scheduler)
+    assert scheduler.recv(Idle).step == 3
+    scheduler.say(next_plan(3))
+    assert scheduler.recv(StepResult).step == 3
+    assert scheduler.recv(Idle).step == 4
+
+
+def test_a_scheduler_that_can_be_reached_again_is_told_of_idleness_at_once(
+    patient: None, monkeypatch: pytest.MonkeyPatch, scheduler: Scheduler, worker: Worker
+) -> None:
+    """It may be another one, which answers that it does not know the worker."""
+    for name in ("FIRST_IDLE_AFTER_S", "IDLE_AFTER_S"):
+        monkeypatch.setattr(session_module, name, NEVER_S)
+    register(scheduler)
+    compute(scheduler)
+    assert worker.pipeline.drain(DEADLINE_S)
+    worker.link.inbox.put(Reachable())
+    assert scheduler.recv(Idle).step == 3
 
 
 def test_a_scheduler_that_is_born_again_is_registered_with(
