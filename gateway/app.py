@@ -99,7 +99,7 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
 
     async def responses(request: Request) -> Response:
         """The model's answer to messages, as OpenAI's newer API has it; nothing is stored."""
-        return await respond(request, backend, await read(request, ResponsesRequest, limit))
+        return await respond(request, backend, await read(request, ResponsesRequest, limit), config)
 
     async def tokenize_(request: Request) -> Response:
         """The token ids of a text or a chat."""

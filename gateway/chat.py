@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,7 +21,6 @@ from .chat_schema import (
     ChatRequest,
     ChatResponse,
     NamedToolChoice,
-    Tool,
 )
 from .config import GatewayConfig
 from .errors import ApiError, refused
@@ -32,83 +29,21 @@ from .generation import Piece, begun, completions, pieces
 from .logprobs import chat_logprobs
 from .messages import to_template
 from .sse import DONE, EventStream, answered, event
-from .strict_tools import strict_grammar
-from .tools import OPEN, PARSERS, Call, ForcedCallParser, HermesParser, Parser, PlainText, forced_schema, format_of
+from .tool_use import AnswerReader, NamedCall, Wanted, tool_use
 from .wire import as_dict, json_response, new_id, now, usage_of
 
 
-@dataclass(frozen=True, slots=True)
-class ToolUse:
-    """What a request's tools mean for it."""
-
-    tools: list[dict[str, Any]] | None
-    """Shown to the model."""
-    parser: type[Parser]
-    structure: dict[str, Any]
-    """What form the answer has: the SDK's `structured_outputs` as a keyword argument, or nothing."""
-
-
-def tool_use(asked: ChatRequest, template: str, tokenizer: Tokenizer, config: GatewayConfig) -> ToolUse:
-    """Raises ApiError if the model has no format of calls that is known here, or a choice makes no sense."""
+def _wanted(asked: ChatRequest) -> Wanted:
     choice = asked.tool_choice
-    if not asked.tools:
-        if choice not in (None, "none", "auto"):
-            raise refused("tool_choice", "needs tools to choose from")
-        return ToolUse(None, PlainText, asked.structure())
-    if choice == "none":
-        return ToolUse(None, PlainText, asked.structure())
-    name = format_of(template, config.tool_call_parser)
-    if name is None:
-        raise refused(
-            "tools",
-            "how this model writes tool calls is not known here (known are the Hermes and Llama JSON formats); "
-            "--tool-call-parser names one if it is",
-        )
-    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
-    if choice is None or choice == "auto":
-        structure = _strict_structure(asked, tools, name, tokenizer) if any(map(_is_strict, asked.tools)) else {}
-        return ToolUse(tools, PARSERS[name], structure or asked.structure())
-    chosen = tools
-    if isinstance(choice, NamedToolChoice):
-        chosen = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
-        if not chosen:
-            raise refused("tool_choice.function.name", f"{choice.function.name!r} is none of the tools")
-    if asked.structure():
-        raise refused("response_format", "not with a tool_choice that makes the answer a call")
-    return ToolUse(tools, ForcedCallParser, {"structured_outputs": {"json": forced_schema(chosen)}})
-
-
-def _is_strict(tool: Tool) -> bool:
-    return bool(tool.function.strict)
-
-
-def _strict_structure(
-    asked: ChatRequest, tools: list[dict[str, Any]], format_: str, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Calls that follow their schemas, and beside them what form the request asks for. Raises ApiError for a form
-    that is no JSON."""
-    several = asked.parallel_tool_calls is not False
-    form = asked.structure().get("structured_outputs")
-    answer = None
-    if form is not None:
-        answer = {"type": "object"} if form.get("json_object") else form.get("json")
-        if isinstance(answer, str):
-            answer = _parsed(answer)
-        if not isinstance(answer, dict):
-            raise refused(
-                asked.structure_field() or "response_format",
-                "beside strict tools an answer can only be JSON of a schema",
-            )
-    return {
-        "structured_outputs": {"grammar": strict_grammar(tools, format_, tokenizer, several=several, answer=answer)}
-    }
-
-
-def _parsed(schema: str) -> Any:
-    try:
-        return json.loads(schema)
-    except (ValueError, RecursionError):
-        return None
+    return Wanted(
+        tools=[tool.model_dump(exclude_none=True) for tool in asked.tools or ()],
+        choice=choice if isinstance(choice, str) else None,
+        function=choice.function.name if isinstance(choice, NamedToolChoice) else None,
+        several=asked.parallel_tool_calls is not False,
+        structure=asked.structure(),
+        structure_field=asked.structure_field() or "response_format",
+        function_field="tool_choice.function.name",
+    )
 
 
 class Chatting:
@@ -121,8 +56,8 @@ class Chatting:
         if asked.chat_template is not None and not config.trust_request_chat_template:
             raise refused("chat_template", "not taken from requests; --trust-request-chat-template allows it")
         template = tokenizer.chat_template(bool(asked.tools), asked.chat_template).source
-        self._use = tool_use(asked, template, tokenizer, config)
-        self._sees_special = self._use.parser is HermesParser and tokenizer.token_id(OPEN) in tokenizer.special_ids
+        self._use = tool_use(_wanted(asked), template, tokenizer, config)
+        self._sees_special = self._use.sees_special(tokenizer)
         if asked.stream_options is not None and not asked.stream:
             raise refused("stream_options", "only with stream: true")
         options = ChatOptions(
@@ -169,14 +104,13 @@ class Chatting:
         return json_response(answer)
 
     def _choice(self, choice: Choice) -> ChatChoice:
-        reader = _Reader(self._use.parser(), self._asked.parallel_tool_calls is not False)
+        reader = AnswerReader(self._use)
         reader.push(choice.text)
         reader.finish()
+        calls = [_as_answer(call) for call in reader.calls]
         return ChatChoice(
             index=choice.index,
-            message=AnswerMessage(
-                content=reader.text if reader.text or not reader.calls else None, tool_calls=reader.calls or None
-            ),
+            message=AnswerMessage(content=reader.text if reader.text or not calls else None, tool_calls=calls or None),
             logprobs=chat_logprobs(choice.logprobs),
             finish_reason=reader.reason(choice.finish_reason),
             stop_reason=choice.stop_reason,
@@ -201,12 +135,11 @@ class Chatting:
         }
         if with_usage:
             head["usage"] = None
-        readers: dict[int, _Reader] = {}
+        readers: dict[int, AnswerReader] = {}
         async for _, chunk in found:
             reader = readers.get(chunk.index)
             if reader is None:
-                reader = _Reader(self._use.parser(), self._asked.parallel_tool_calls is not False)
-                readers[chunk.index] = reader
+                reader = readers[chunk.index] = AnswerReader(self._use)
                 yield event({**head, "choices": [_delta(chunk.index, {"role": "assistant", "content": ""})]})
             for choice in self._news(reader, chunk):
                 yield event({**head, "choices": [choice]})
@@ -214,13 +147,14 @@ class Chatting:
             yield event({**head, "usage": as_dict(usage_of(await self._stream.result()))})
         yield DONE
 
-    def _news(self, reader: _Reader, chunk: Chunk) -> list[dict[str, Any]]:
+    def _news(self, reader: AnswerReader, chunk: Chunk) -> list[dict[str, Any]]:
         """The choices of the events that tell of a chunk."""
-        deltas = reader.push(chunk.text)
+        found = [*reader.push(chunk.text)]
         reason = None
         if chunk.finish_reason is not None:
-            deltas += reader.finish()
+            found += reader.finish()
             reason = reader.reason(chunk.finish_reason)
+        deltas = [_gain(reader, news) for news in found]
         logprobs = chat_logprobs(chunk.logprobs)
         if logprobs is not None or self._asked.return_token_ids or (reason is not None and not deltas):
             deltas = deltas or [{}]
@@ -236,40 +170,15 @@ class Chatting:
         return news
 
 
-class _Reader:
-    """Reads one answer for text and calls."""
+def _gain(reader: AnswerReader, news: str | NamedCall) -> dict[str, Any]:
+    """The delta that tells of it."""
+    if isinstance(news, str):
+        return {"content": news}
+    return {"tool_calls": [{"index": reader.calls.index(news), **as_dict(_as_answer(news))}]}
 
-    def __init__(self, parser: Parser, several: bool) -> None:
-        self._parser = parser
-        self._several = several
-        self._pieces: list[str] = []
-        self.calls: list[AnswerToolCall] = []
 
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
-    def push(self, text: str) -> list[dict[str, Any]]:
-        """What a message gains."""
-        return [delta for found in self._parser.push(text) if (delta := self._take(found))]
-
-    def finish(self) -> list[dict[str, Any]]:
-        return [delta for found in self._parser.finish() if (delta := self._take(found))]
-
-    def reason(self, reason: str) -> Literal["stop", "length", "tool_calls"]:
-        if reason == "stop" and self.calls:
-            return "tool_calls"
-        return cast(Literal["stop", "length"], reason)
-
-    def _take(self, found: str | Call) -> dict[str, Any] | None:
-        if isinstance(found, str):
-            self._pieces.append(found)
-            return {"content": found}
-        if self.calls and not self._several:
-            return None  # parallel_tool_calls: false
-        call = AnswerToolCall(id=new_id("call_"), function=AnswerFunction(name=found.name, arguments=found.arguments))
-        self.calls.append(call)
-        return {"tool_calls": [{"index": len(self.calls) - 1, **as_dict(call)}]}
+def _as_answer(call: NamedCall) -> AnswerToolCall:
+    return AnswerToolCall(id=call.id, function=AnswerFunction(name=call.name, arguments=call.arguments))
 
 
 def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -1,119 +1,180 @@
-"""`/v1/responses`: messages in, a message out, whole or as OpenAI's named events."""
+"""`/v1/responses`: messages and results of calls in, a message and calls out, whole or as OpenAI's named events."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..client.completion import CompletionStream
+from ..client.prompts import ChatOptions
 from ..client.results import Completion
 from ..client.tokenizer import Tokenizer
 from .backend import Backend
-from .chat_schema import Message
-from .errors import ApiError
+from .chat_schema import CalledFunction, Message, ToolCall
+from .config import GatewayConfig
+from .errors import ApiError, refused
 from .fields import told_as
 from .generation import Piece, begun, completions, pieces
 from .messages import to_template
+from .response_items import Items
 from .responses_schema import (
+    FunctionCallItem,
+    FunctionCallOutput,
+    FunctionChoice,
     IncompleteDetails,
     InputTokensDetails,
-    OutputMessage,
-    OutputText,
+    ResponseError,
     ResponsesRequest,
     ResponsesResponse,
+    ResponseTool,
     ResponseUsage,
 )
 from .sse import EventStream, answered, event
+from .tool_use import AnswerReader, Wanted, tool_use
 from .wire import as_dict, json_response, new_id, now
+
+Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
 class Responding:
     """One request."""
 
-    def __init__(self, backend: Backend, asked: ResponsesRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, backend: Backend, asked: ResponsesRequest, tokenizer: Tokenizer, config: GatewayConfig) -> None:
         self._asked = asked
-        self._id, self._message_id, self._created = new_id("resp_"), new_id("msg_"), now()
+        self._id, self._created = new_id("resp_"), now()
         self._model = backend.model(asked.model).name
-        self._text = ""
+        self._items = Items()
         self._sequence = 0
-        messages = to_template(_messages(asked), tokenizer.chat_template().source)
-        self._stream: CompletionStream = backend.client.stream(messages, None, **asked.sampling())
+        if asked.stream_options is not None and not asked.stream:
+            raise refused("stream_options", "only with stream: true")
+        template = tokenizer.chat_template(bool(asked.tools)).source
+        use = tool_use(_wanted(asked), template, tokenizer, config)
+        self._reader = AnswerReader(use)
+        sampling = {**asked.sampling(), **use.structure}
+        if use.sees_special(tokenizer):  # or nobody could tell a call
+            sampling["skip_special_tokens"] = False
+        self._stream: CompletionStream = backend.client.stream(
+            to_template(_messages(asked), template), None, chat=ChatOptions(tools=use.tools), **sampling
+        )
 
     async def answer(self, request: Request) -> Response:
         (completion,) = await answered(request, completions([self._stream]))
-        self._text = completion.text
-        return json_response(self._response(completion))
+        for news in (*self._reader.push(completion.text), *self._reader.finish()):
+            for _ in self._items.take(news):
+                pass
+        for _ in self._items.end(cut=_is_cut(completion)):
+            pass
+        return json_response(self._ended(completion))
 
     async def stream(self, request: Request) -> Response:
         found = await answered(request, begun(pieces([self._stream])))
         return EventStream(self._events(found), self._failed)
 
     async def _events(self, found: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
-        begun_response = as_dict(self._response(None))
-        yield self._event("response.created", response=begun_response)
-        yield self._event("response.in_progress", response=begun_response)
-        item = {"output_index": 0, "item": as_dict(self._message("in_progress", []))}
-        yield self._event("response.output_item.added", **item)
-        place: dict[str, Any] = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-        yield self._event("response.content_part.added", **place, part=as_dict(OutputText(text="")))
-        texts: list[str] = []
+        begun_response = as_dict(self._response("in_progress"))
+        yield self._event("response.created", {"response": begun_response})
+        yield self._event("response.in_progress", {"response": begun_response})
         async for _, chunk in found:
-            if chunk.text:
-                texts.append(chunk.text)
-                yield self._event("response.output_text.delta", **place, delta=chunk.text, logprobs=[])
-        self._text = "".join(texts)
-        response = self._response(await self._stream.result())
-        yield self._event("response.output_text.done", **place, text=self._text, logprobs=[])
-        yield self._event("response.content_part.done", **place, part=as_dict(OutputText(text=self._text)))
-        yield self._event("response.output_item.done", output_index=0, item=as_dict(response.output[0]))
-        yield self._event(f"response.{response.status}", response=as_dict(response))
+            for told in self._told(chunk.text):
+                yield told
+        completion = await self._stream.result()
+        for news in self._reader.finish():
+            for kind, content in self._items.take(news):
+                yield self._event(kind, content)
+        for kind, content in self._items.end(cut=_is_cut(completion)):
+            yield self._event(kind, content)
+        response = self._ended(completion)
+        yield self._event(f"response.{response.status}", {"response": as_dict(response)})
 
-    def _event(self, kind: str, **content: Any) -> bytes:
+    def _told(self, text: str) -> Iterator[bytes]:
+        for news in self._reader.push(text):
+            for kind, content in self._items.take(news):
+                yield self._event(kind, content)
+
+    def _event(self, kind: str, content: dict[str, Any]) -> bytes:
         self._sequence += 1
         return event({"type": kind, "sequence_number": self._sequence - 1, **content}, kind)
 
     def _failed(self, error: dict[str, Any]) -> bytes:
-        failed = {**as_dict(self._response(None)), "status": "failed"}
-        failed["error"] = {"code": error["code"] or error["type"], "message": error["message"]}
-        return self._event("response.failed", response=failed)
+        code: Literal["rate_limit_exceeded", "invalid_prompt", "server_error"] = "server_error"
+        if error["type"] in ("rate_limit_error", "invalid_request_error"):
+            code = "rate_limit_exceeded" if error["type"] == "rate_limit_error" else "invalid_prompt"
+        failed = self._response("failed")
+        failed.error = ResponseError(code=code, message=error["message"])
+        return self._event("response.failed", {"response": as_dict(failed)})
 
-    def _message(self, status: Literal["in_progress", "completed", "incomplete"], texts: list[str]) -> OutputMessage:
-        return OutputMessage(id=self._message_id, status=status, content=[OutputText(text=text) for text in texts])
+    def _ended(self, completion: Completion) -> ResponsesResponse:
+        cut = _is_cut(completion)
+        response = self._response("incomplete" if cut else "completed")
+        response.incomplete_details = IncompleteDetails(reason="max_output_tokens") if cut else None
+        response.output = self._items.found
+        response.usage = _usage(completion)
+        return response
 
-    def _response(self, completion: Completion | None) -> ResponsesResponse:
-        """As it stands; with the completion, as it ended."""
+    def _response(self, status: Status) -> ResponsesResponse:
+        """As it stands, with no output."""
         asked = self._asked
-        cut = completion is not None and completion.finish_reason == "length"
-        status: Literal["in_progress", "completed", "incomplete"] = "incomplete" if cut else "completed"
         form = None if asked.text is None else asked.text.format
+        choice = asked.tool_choice
         return ResponsesResponse(
             id=self._id,
             created_at=self._created,
-            status="in_progress" if completion is None else status,
-            incomplete_details=IncompleteDetails(reason="max_output_tokens") if cut else None,
+            status=status,
             instructions=asked.instructions,
             max_output_tokens=asked.max_output_tokens,
             metadata=asked.metadata or {},
             model=self._model,
-            output=[] if completion is None else [self._message(status, [self._text])],
+            output=[],
             parallel_tool_calls=asked.parallel_tool_calls is not False,
             temperature=asked.temperature,
             text={"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
-            tool_choice=asked.tool_choice or "auto",
+            tool_choice=choice.model_dump() if isinstance(choice, FunctionChoice) else choice or "auto",
+            tools=[tool.model_dump() for tool in asked.tools or ()],
             top_p=asked.top_p,
-            usage=None if completion is None else _usage(completion),
             user=asked.user,
         )
 
 
+def _wanted(asked: ResponsesRequest) -> Wanted:
+    choice = asked.tool_choice
+    return Wanted(
+        tools=[_as_chat_has_it(tool) for tool in asked.tools or ()],
+        choice=choice if isinstance(choice, str) else None,
+        function=choice.name if isinstance(choice, FunctionChoice) else None,
+        several=asked.parallel_tool_calls is not False,
+        structure=asked.structure(),
+        structure_field="text.format",
+        function_field="tool_choice.name",
+    )
+
+
+def _as_chat_has_it(tool: ResponseTool) -> dict[str, Any]:
+    return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+
+
 def _messages(asked: ResponsesRequest) -> list[Message]:
-    given = [] if asked.instructions is None else [Message(role="system", content=asked.instructions)]
+    """A chat: calls become part of the assistant's message before them, as chat templates expect it."""
+    chat = [] if asked.instructions is None else [Message(role="system", content=asked.instructions)]
     if isinstance(asked.input, str):
-        return [*given, Message(role="user", content=asked.input)]
-    return [*given, *(Message(role=one.role, content=one.content) for one in asked.input)]
+        return [*chat, Message(role="user", content=asked.input)]
+    for item in asked.input:
+        if isinstance(item, FunctionCallItem):
+            if not chat or chat[-1].role != "assistant":
+                chat.append(Message(role="assistant"))
+            function = CalledFunction(name=item.name, arguments=item.arguments)
+            chat[-1].tool_calls = [*(chat[-1].tool_calls or ()), ToolCall(id=item.call_id, function=function)]
+        elif isinstance(item, FunctionCallOutput):
+            chat.append(Message(role="tool", tool_call_id=item.call_id, content=item.output))
+        else:
+            chat.append(Message(role=item.role, content=item.content))
+    return chat
+
+
+def _is_cut(completion: Completion) -> bool:
+    return completion.finish_reason == "length"
 
 
 def _usage(completion: Completion) -> ResponseUsage:
@@ -126,12 +187,12 @@ def _usage(completion: Completion) -> ResponseUsage:
     )
 
 
-async def respond(request: Request, backend: Backend, asked: ResponsesRequest) -> Response:
+async def respond(request: Request, backend: Backend, asked: ResponsesRequest, config: GatewayConfig) -> Response:
     """Answers one request."""
     backend.model(asked.model)
     tokenizer = await backend.client.tokenizer()
     if tokenizer is None:
         raise ApiError(400, "input: the model comes without a tokenizer; use /v1/completions with token ids")
-    with told_as("text.format"):
-        responding = Responding(backend, asked, tokenizer)
+    with told_as("text.format" if asked.structure() else "tools" if asked.tools else None):
+        responding = Responding(backend, asked, tokenizer, config)
         return await (responding.stream(request) if asked.stream else responding.answer(request))

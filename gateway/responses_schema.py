@@ -1,17 +1,20 @@
-"""`/v1/responses`: what is asked and what is answered. Text in, text out; nothing is stored."""
+"""`/v1/responses`: what is asked and what is answered. Text in, text and calls of functions out; nothing is stored."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from .chat_schema import TextPart
+from .chat_schema import MAX_TOOLS, TextPart, ToolName
 from .errors import refused
 from .fields import Float, ShortText, Strict
 from .wire import Answer
 
 MAX_ITEMS = 16_384
+
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
 class InputMessage(Strict):
@@ -21,8 +24,51 @@ class InputMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     id: ShortText | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    status: ItemStatus | None = None
     phase: str | None = None
+
+
+class FunctionCallItem(Strict):
+    """A call that an answer held, passed back as it came."""
+
+    type: Literal["function_call"]
+    call_id: ShortText
+    name: ToolName
+    arguments: str
+    id: ShortText | None = None
+    status: ItemStatus | None = None
+
+
+class FunctionCallOutput(Strict):
+    """What a call came to."""
+
+    type: Literal["function_call_output"]
+    call_id: ShortText
+    output: str | list[TextPart]
+    id: ShortText | None = None
+    status: ItemStatus | None = None
+
+
+def _item_kind(item: Any) -> str | None:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
+    return _ITEMS.get(kind) if isinstance(kind, str) else None
+
+
+_ITEMS = {
+    "message": "InputMessage",
+    "function_call": "FunctionCallItem",
+    "function_call_output": "FunctionCallOutput",
+}
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("InputMessage")]
+    | Annotated[FunctionCallItem, Tag("FunctionCallItem")]
+    | Annotated[FunctionCallOutput, Tag("FunctionCallOutput")],
+    Discriminator(
+        _item_kind,
+        custom_error_type="item_type",
+        custom_error_message=f"the type of an item should be one of {', '.join(_ITEMS)}",
+    ),
+]
 
 
 class TextFormat(Strict):
@@ -38,11 +84,30 @@ class TextOptions(Strict):
     verbosity: Literal["medium"] | None = None
 
 
+class ResponseTool(Strict):
+    """A function that the model may call. Other tools are the server's own in OpenAI's API; this one has none."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionChoice(Strict):
+    type: Literal["function"]
+    name: ToolName
+
+
+class ResponseStreamOptions(Strict):
+    include_obfuscation: Literal[False] | None = None
+
+
 class ResponsesRequest(Strict):
-    """OpenAI's request for a response, as far as it is about text."""
+    """OpenAI's request for a response, as far as it is about text and functions."""
 
     model: ShortText | None = None
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_ITEMS)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: Float | None = None
@@ -51,9 +116,10 @@ class ResponsesRequest(Strict):
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
     text: TextOptions | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
     store: Literal[False] | None = None
@@ -63,8 +129,9 @@ class ResponsesRequest(Strict):
     reasoning: None = None
     prompt: None = None
     include: Annotated[list[Any], Field(max_length=0)] | None = None
-    top_logprobs: Literal[0] | None = None
-    max_tool_calls: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    """Of the server's own tools, of which there are none."""
     metadata: dict[str, str] | None = None
     user: ShortText | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -77,14 +144,18 @@ class ResponsesRequest(Strict):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.max_output_tokens is not None:
             given["max_tokens"] = self.max_output_tokens
-        form = None if self.text is None else self.text.format
-        if form is not None and form.type == "json_object":
-            given["structured_outputs"] = {"json_object": True}
-        if form is not None and form.type == "json_schema":
-            if form.schema_ is None:
-                raise refused("text.format.schema", "this field is needed with type json_schema")
-            given["structured_outputs"] = {"json": form.schema_}
         return given
+
+    def structure(self) -> dict[str, Any]:
+        """The SDK's `structured_outputs` as a keyword argument, if any form is asked for."""
+        form = None if self.text is None else self.text.format
+        if form is None or form.type == "text":
+            return {}
+        if form.type == "json_object":
+            return {"structured_outputs": {"json_object": True}}
+        if form.schema_ is None:
+            raise refused("text.format.schema", "this field is needed with type json_schema")
+        return {"structured_outputs": {"json": form.schema_}}
 
 
 class OutputText(Answer):
@@ -98,12 +169,23 @@ class OutputMessage(Answer):
     id: str
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: ItemStatus
     content: list[OutputText]
+
+
+class OutputFunctionCall(Answer):
+    id: str
+    type: Literal["function_call"] = "function_call"
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
 
 
 class InputTokensDetails(Answer):
     cached_tokens: int = 0
+    cache_write_tokens: Literal[0] = 0
+    """OpenAI bills these; what is computed here enters the cache without being told of."""
 
 
 class OutputTokensDetails(Answer):
@@ -123,7 +205,7 @@ class IncompleteDetails(Answer):
 
 
 class ResponseError(Answer):
-    code: str
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
     message: str
 
 
@@ -138,14 +220,14 @@ class ResponsesResponse(Answer):
     max_output_tokens: int | None = None
     metadata: dict[str, str] = {}
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputFunctionCall]
     parallel_tool_calls: bool = True
     previous_response_id: None = None
     store: Literal[False] = False
     temperature: float | None = None
     text: dict[str, Any] = {"format": {"type": "text"}}
-    tool_choice: str = "auto"
-    tools: list[Any] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    tools: list[dict[str, Any]] = []
     top_p: float | None = None
     truncation: str = "disabled"
     usage: ResponseUsage | None = None

@@ -155,6 +155,7 @@ def test_tokens_and_back(served: Served) -> None:
 
 
 Refusal = tuple[str, dict[str, Any], str, str]
+FUNCTION = {"type": "function", "name": "f"}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -233,7 +234,25 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
         ("/v1/completions", {"prompt": "x", "priority": 1_001}, "priority", "1000"),
         ("/v1/responses", {"input": "x", "previous_response_id": "y"}, "previous_response_id", ""),
         ("/v1/responses", {"input": "x", "store": True}, "store", ""),
-        ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "tools", "not supported"),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "tools.0.type", 'got "web_search"'),
+        ("/v1/responses", {"input": "x", "tool_choice": "required"}, "tool_choice", "needs tools"),
+        (
+            "/v1/responses",
+            {"input": "x", "tools": [FUNCTION], "tool_choice": {"type": "function", "name": "g"}},
+            "tool_choice.name",
+            "'g' is none",
+        ),
+        (
+            "/v1/responses",
+            {"input": "x", "tools": [FUNCTION], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
+            "text.format",
+            "call",
+        ),
+        ("/v1/responses", {"input": [{"type": "reasoning"}]}, "input.0", "function_call_output"),
+        ("/v1/responses", {"input": [{"type": ["x"]}]}, "input.0", "function_call_output"),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "output": "x"}]}, "input.0.call_id", "needed"),
+        ("/v1/responses", {"input": "x", "stream_options": {}}, "stream_options", "stream: true"),
+        ("/v1/responses", {"input": "x", "top_logprobs": False}, "top_logprobs", "integer"),
         ("/tokenize", {}, "prompt", "either"),
         ("/detokenize", {"tokens": [10**6]}, "tokens", "1535"),
     ],
