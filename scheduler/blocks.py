@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 BYTES_PER_TOKEN = 4
@@ -41,19 +40,19 @@ Key: TypeAlias = tuple[int | str, int, bytes]
 class Run:
     """Cached blocks, each behind the one before it."""
 
-    __slots__ = ("blocks", "end", "key", "name", "tokens")
+    __slots__ = ("blocks", "closed", "key", "name", "tokens")
 
-    def __init__(self, name: int | str, key: Key, tokens: bytes, blocks: list[int]) -> None:
+    def __init__(self, name: int | str, key: Key, tokens: bytes, blocks: list[int], closed: bool = False) -> None:
         self.name = name
         """A number that no other run of the pool ever has; for the beginning of sequences, the salt."""
         self.key = key
         """In the index, while the first block is there."""
         self.tokens = tokens
-        """Of the blocks up to `end`, int32, as bytes; perhaps of more."""
+        """Of the blocks, int32, as bytes; perhaps of more."""
         self.blocks = blocks
-        """With GONE for those that were given away: places are never used again."""
-        self.end = len(blocks)
-        """Behind the last that is not GONE."""
+        """With GONE for those that were given away before the last."""
+        self.closed = closed
+        """It gets no longer, since its end was given away once: places are never used again."""
 
 
 Place: TypeAlias = tuple[Run, int]
@@ -63,7 +62,7 @@ Place: TypeAlias = tuple[Run, int]
 @lru_cache(maxsize=1_024)
 def root(salt: str) -> Place:
     """The place that sequences begin at. Requests of different salts share nothing."""
-    return Run(salt, (salt, -1, b""), b"", []), -1
+    return Run(salt, (salt, -1, b""), b"", [], closed=True), -1
 
 
 class Match(NamedTuple):
@@ -98,6 +97,7 @@ class BlockPool:
         self._num_entries = 0
         """Blocks in `_idle`, with those that do not count."""
         self._stamp = 0
+        """The last one given; they go down."""
         self._run: list[Run | None] = [None] * total
         """By block: where it can be found; None if it is PRIVATE."""
         self._pending: set[int] = set()
@@ -146,35 +146,38 @@ class BlockPool:
         users = self._users
         return sum(users[block] <= 0 for block in blocks)
 
-    def give(self, blocks: Sequence[int]) -> None:
-        """One user less for each; in the order of the sequence that they hold, whose tail is then given away first.
+    def give(self, *sequences: Sequence[int]) -> None:
+        """One user less for each block; in the order of the sequences that they hold, whose tails are then given away
+        first, those of the first sequence before all.
 
-        Raises ValueError if nobody uses one of them, and changes nothing then.
+        Raises ValueError if nobody uses one of them, and changes nothing of this sequence and those behind it then.
         """
         users, runs = self._users, self._run
-        unused = [block for block in blocks if users[block] <= 0]
-        if unused:
-            raise ValueError(f"blocks given back that nobody uses: {unused}")
-        if self._pending and not self._pending.isdisjoint(blocks):
-            self._give_up([block for block in blocks if block in self._pending])
-        self._stamp += 1
-        stamp = -self._stamp
-        idle = []
-        for block in blocks:
-            if users[block] > 1:
-                users[block] -= 1
-            elif runs[block] is None:
-                users[block] = 0
-                self._free.append(block)
-            else:
-                users[block] = stamp
-                idle.append(block)
-        if idle:
-            self._idle.append((stamp, idle))
-            self._num_idle += len(idle)
-            self._num_entries += len(idle)
-            if self._num_entries > 2 * self._num_idle + MOST_STALE:
-                self._drop_stale()
+        for blocks in sequences:
+            for block in blocks:
+                if users[block] <= 0:
+                    unused = [block for block in blocks if users[block] <= 0]
+                    raise ValueError(f"blocks given back that nobody uses: {unused}")
+            if self._pending and not self._pending.isdisjoint(blocks):
+                self._give_up([block for block in blocks if block in self._pending])
+            stamp = self._stamp - 1
+            idle = []
+            for block in blocks:
+                if users[block] > 1:
+                    users[block] -= 1
+                elif runs[block] is None:
+                    users[block] = 0
+                    self._free.append(block)
+                else:
+                    users[block] = stamp
+                    idle.append(block)
+            if idle:
+                self._stamp = stamp
+                self._idle.append((stamp, idle))
+                self._num_idle += len(idle)
+                self._num_entries += len(idle)
+        if self._num_entries > 2 * self._num_idle + MOST_STALE:
+            self._drop_stale()
 
     def _give_up(self, blocks: list[int]) -> None:
         """These will never be computed. They have one user, who leaves."""
@@ -197,18 +200,22 @@ class BlockPool:
         self.evictions += count
         self._num_idle -= count
         users = self._users
+        stale = self._num_entries > self._num_idle + count
         while count:
             stamp, blocks = self._idle[0]
-            popped = blocks[-count:]
-            del blocks[-count:]
-            if not blocks:
+            if len(blocks) > count:
+                popped = blocks[-count:]
+                del blocks[-count:]
+            else:
+                popped = blocks
                 self._idle.popleft()
             self._num_entries -= len(popped)
-            evicted = [block for block in popped if users[block] == stamp]
-            if evicted:
-                self._forget(evicted)
-                self._free += evicted
-                count -= len(evicted)
+            if stale:
+                popped = [block for block in popped if users[block] == stamp]
+            if popped:
+                self._forget(popped)
+                self._free += popped
+                count -= len(popped)
 
     # --- contents --------------------------------------------------------------------------------------------------
 
@@ -232,7 +239,8 @@ class BlockPool:
         """Where the block stands that holds `piece` behind a place; None if none does."""
         run, at = place
         next_at = at + 1
-        if next_at < run.end and run.blocks[next_at] != GONE and run.tokens.startswith(piece, next_at * self._piece):
+        blocks = run.blocks
+        if next_at < len(blocks) and blocks[next_at] != GONE and run.tokens.startswith(piece, next_at * self._piece):
             return run, next_at
         branch = self._index.get((run.name, at, piece))
         return None if branch is None else (branch, 0)
@@ -246,31 +254,32 @@ class BlockPool:
         size = self._piece
         self.generation += 1
         for i in range(len(blocks)):
-            following = self._behind(place, tokens[i * size : (i + 1) * size])
-            if following is None:
-                return self._file(tokens[i * size :], place, blocks[i:], ready)
-            place = following
+            run, at = place
+            if run.closed or at + 1 < len(run.blocks):  # else nothing has ever followed
+                following = self._behind(place, tokens[i * size : (i + 1) * size])
+                if following is not None:
+                    place = following
+                    continue
+            return self._file(tokens[i * size :], place, blocks[i:], ready)
         return place
 
     def _file(self, tokens: bytes, place: Place, blocks: list[int], ready: bool) -> Place:
         """Enters blocks the first of which nothing equals, so that nothing equals those behind it either."""
         run, at = place
-        length = at + 1
-        if length and length == len(run.blocks) and length * self._piece == len(run.tokens):
+        if at + 1 == len(run.blocks) and not run.closed:
             run.tokens += tokens
             run.blocks += blocks
         else:
             self._next_name += 1
             key = run.name, at, tokens[: self._piece]
             run = self._index[key] = Run(self._next_name, key, tokens, blocks)
-        run.end = len(run.blocks)
         runs = self._run
         for block in blocks:
             runs[block] = run
         if not ready:
             self._pending.update(blocks)
         self.cached += len(blocks)
-        return run, run.end - 1
+        return run, len(run.blocks) - 1
 
     def computed(self, blocks: Sequence[int]) -> None:
         """A plan was made that completes these blocks: those that are PENDING become READY."""
@@ -280,25 +289,26 @@ class BlockPool:
 
     def _forget(self, blocks: list[int]) -> None:
         """These can be found no more. As a rule they are the end of a run, in its order."""
-        for run, group in groupby(blocks, self._run.__getitem__):
-            gone = list(group)
-            if run is None:
-                raise RuntimeError(f"blocks {gone} are not cached")
-            if run.blocks[run.end - len(gone) : run.end] == gone:
-                self._cut(run, run.end - len(gone))
-            else:
-                for block in reversed(gone):
-                    self._cut_out(run, run.blocks.index(block))
         runs = self._run
+        run = runs[blocks[0]]
+        if run is not None and run.blocks[-len(blocks) :] == blocks:
+            self._cut(run, len(run.blocks) - len(blocks))
+        else:
+            for block in reversed(blocks):
+                self._cut_out(block)
         for block in blocks:
             runs[block] = None
         self.cached -= len(blocks)
         self.generation += 1
 
-    def _cut_out(self, run: Run, at: int) -> None:
-        if at + 1 == run.end:
-            self._cut(run, at)
+    def _cut_out(self, block: int) -> None:
+        run = self._run[block]
+        if run is None:
+            raise RuntimeError(f"block {block} is not cached")
+        if run.blocks[-1] == block:
+            self._cut(run, len(run.blocks) - 1)
             return
+        at = run.blocks.index(block)
         run.blocks[at] = GONE
         if not at:
             del self._index[run.key]
@@ -306,13 +316,12 @@ class BlockPool:
     def _cut(self, run: Run, end: int) -> None:
         """The blocks of a run from `end` on are gone."""
         blocks = run.blocks
-        had_first = blocks[0] != GONE
-        blocks[end : run.end] = [GONE] * (run.end - end)
         while end and blocks[end - 1] == GONE:
             end -= 1
-        run.end = end
-        if had_first and not end:
+        if not end and blocks[0] != GONE:
             del self._index[run.key]
+        del blocks[end:]
+        run.closed = True
         if 2 * end * self._piece < len(run.tokens):
             run.tokens = run.tokens[: end * self._piece]
 
@@ -343,7 +352,12 @@ class BlockPool:
             (any(self._run[block] is not run for block, run in filed), "a block stands in another run"),
             (sorted(id(run) for run in self._index.values()) != heads, "other runs can be found than begin"),
             (any(run.key != key for key, run in self._index.items()), "a key leads elsewhere"),
-            (any(len(run.tokens) < run.end * self._piece for run in runs), "a block has lost its tokens"),
+            (any(run.blocks[-1] == GONE for run in runs), "a run ends with what is gone"),
+            (
+                any(len(run.tokens) != len(run.blocks) * self._piece for run in runs if not run.closed),
+                "a run that may get longer has tokens of more blocks than it has",
+            ),
+            (any(len(run.tokens) < len(run.blocks) * self._piece for run in runs), "a block has lost its tokens"),
         ]
         for broken, story in problems:
             if broken:

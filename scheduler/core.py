@@ -48,7 +48,7 @@ from .metrics import Counters
 from .policy import Policy
 from .quarantine import Quarantine, is_cleared, must_be_alone, suspect
 from .queue import WaitingQueue
-from .replica import Commit, Offer, Replica
+from .replica import Commit, Replica
 from .requests import Request
 from .rows import ENDING
 from .throughput import EndingRate
@@ -268,8 +268,9 @@ class Core:
         taken = event.ticket if event.ticket in open_here else None
         if event.n > 1:
             taken = next((event.ticket + i for i in range(event.n) if event.ticket + i in open_here), None)
-        held_here = [held.event for held in self._grammars.held_of(event.client)]
-        for other in held_here:
+        held_here = 0
+        for other in (held.event for held in self._grammars.held_of(event.client)):
+            held_here += other.n
             if other.ticket < event.ticket + event.n and event.ticket < other.ticket + other.n:
                 taken = max(event.ticket, other.ticket)
         if taken is not None:
@@ -279,7 +280,7 @@ class Core:
         else:
             fault = find_fault(event, model, self._policy.max_n)
         if fault is None:
-            return self._over_limits(event, len(open_here) + sum(other.n for other in held_here), now)
+            return self._over_limits(event, len(open_here) + held_here, now)
         return self._invalid(event, fault)
 
     @staticmethod
@@ -344,7 +345,7 @@ class Core:
         if not (self._queue.remove(request) or self._quarantine.waiting.remove(request)):
             replica, slot = self._locate(request)
             known = int(replica.rows.known[slot])
-            replica.release(slot)
+            replica.release([slot])
         self._end(request, reason, known, now, out, error)
 
     def _is_open(self, request: Request) -> bool:
@@ -485,12 +486,7 @@ class Core:
             request = replica.rows.request[slot]
             if request is not None:
                 self.counters.first_token(request, now)
-        ended = tuple(
-            self._finish(replica, slot, reason, now)
-            for reason, slots in (("stop", commit.stopped), ("length", commit.exhausted))
-            for slot in slots.tolist()
-        )
-        ended += tuple(self._finish(replica, slot, "error", now, error) for slot, error in commit.failed)
+        ended = self._finish(replica, commit, now) if commit.finishes else ()
         replica.settle()
         if len(commit.token) or ended or commit.prompts:
             out.append(self._delivery(commit, ended))
@@ -501,13 +497,18 @@ class Core:
             commit.client, commit.ticket, commit.offset, commit.token, ended, commit.logprobs, commit.prompts
         )
 
-    def _finish(self, replica: Replica, slot: int, reason: str, now: float, error: str = "") -> tuple[int, Ended]:
-        request = replica.rows.request[slot]
-        if request is None:
-            raise RuntimeError(f"slot {slot} finished without an owner")
-        known = replica.rows.known.item(slot)
-        replica.release(slot)
-        return request.client, self._forget(request, reason, known, now, error)
+    def _finish(self, replica: Replica, commit: Commit, now: float) -> tuple[tuple[int, Ended], ...]:
+        """Ends the requests whose last token a commit has brought, or that cannot go on."""
+        ends = [(slot, "stop", "") for slot in commit.stopped.tolist()]
+        ends += [(slot, "length", "") for slot in commit.exhausted.tolist()]
+        ends += [(slot, "error", error) for slot, error in commit.failed]
+        slots = [slot for slot, _, _ in ends]
+        requests, known = replica.rows.owners(slots), replica.rows.known[slots].tolist()
+        replica.release(slots)
+        return tuple(
+            (request.client, self._forget(request, reason, tokens, now, error))
+            for request, tokens, (_, reason, error) in zip(requests, known, ends, strict=True)
+        )
 
     # --- planning --------------------------------------------------------------------------------------------------
 
@@ -544,7 +545,7 @@ class Core:
                 continue  # its end is in flight
             request.known = rows.tokens(slot)
             request.probes.clear()
-            if not must_be_alone(request) and not any(other.offer(request) for other in elsewhere):
+            if not must_be_alone(request) and all(other.offer(request) is None for other in elsewhere):
                 break
             self.counters.moved += 1
             self._return(replica.evict(slot))
@@ -586,15 +587,16 @@ class Core:
     def _place(self, request: Request, now: float, out: list[Instruction]) -> bool:
         """Gives a request the best place that there is room for; False if there is none, or if the best one is worth
         waiting for, because another row there computes the prompt's next block."""
-        best: tuple[Offer, Replica] | None = None
-        for replica in self._replicas.values():
-            offer = replica.offer(request)
-            if offer is not None and (best is None or offer.cost < best[0].cost):
-                best = offer, replica
-        if best is None or best[0].match.pending:
+        offers = [(r, match) for r in self._replicas.values() if (match := r.offer(request)) is not None]
+        if not offers:
+            return False
+        replica, match = (
+            offers[0] if len(offers) == 1 else min(offers, key=lambda offer: offer[0].cost(request, offer[1]))
+        )
+        if match.pending:
             return False
         self._queue.remove(request)
-        self._settle_in(request, best[1], best[0].match, now, out)
+        self._settle_in(request, replica, match, now, out)
         return True
 
     def _isolate(self, request: Request, replica: Replica, now: float, out: list[Instruction]) -> None:

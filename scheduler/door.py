@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 
@@ -12,6 +13,16 @@ from ..protocol.messages import MAX_SAMPLES, ModelDescription
 from ..protocol.sampling import MAX_PROMPT_LOGPROBS_ENTRIES, SamplingParams, text_fields
 from ..protocol.structured import problem
 from .events import IntColumn, Submitted
+
+LAST_TICKET = 2**63 - 1
+"""Tickets lie below."""
+
+_particular = attrgetter(
+    "structured_outputs", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words_token_ids", "min_tokens",
+    "prompt_logprobs",
+)  # fmt: skip
+"""What `_bad_sampling` looks at beside the seed and the parameters about text."""
+_NOTHING_PARTICULAR = _particular(SamplingParams())
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +39,11 @@ def find_fault(request: Submitted, model: ModelDescription, max_n: int) -> Inval
     """The first thing wrong with a submission, or None. Types and ranges of its fields were checked when it was
     decoded."""
     return (
-        _bad_count(request, max_n)
+        (_bad_count(request, max_n) if request.n > 1 or request.sample or request.ticket >= LAST_TICKET else None)
         or _bad_prompt(request.prompt, model)
-        or _bad_tokens("generated", request.generated, model)
+        or (_bad_tokens("generated", request.generated, model) if len(request.generated) else None)
         or _bad_sampling(request.sampling, len(request.prompt), model)
-        or _bad_resumption(request, model)
+        or (_bad_resumption(request, model) if len(request.generated) else None)
     )
 
 
@@ -46,8 +57,8 @@ def _bad_count(request: Submitted, max_n: int) -> Invalid | None:
         return Invalid(
             f"sample {last} is over the limit of {MAX_SAMPLES - 1}", "sample", str(MAX_SAMPLES - 1), str(last)
         )
-    if request.ticket + request.n > 2**63 - 1:
-        return Invalid("the tickets of the samples go past 2^63 - 1", "ticket", str(2**63 - 1), str(request.ticket))
+    if request.ticket + request.n > LAST_TICKET:
+        return Invalid("the tickets of the samples go past 2^63 - 1", "ticket", str(LAST_TICKET), str(request.ticket))
     return None
 
 
@@ -91,6 +102,8 @@ def _bad_sampling(sampling: SamplingParams, prompt_length: int, model: ModelDesc
             "0 to 2^63 - 1",
             "none",
         )
+    if _particular(sampling) == _NOTHING_PARTICULAR:
+        return None
     return (
         _bad_structure(sampling, model)
         or _outside_vocabulary(sampling, model.vocab_size)

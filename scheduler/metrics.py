@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ..protocol import messages
 from .requests import Request
@@ -20,6 +21,9 @@ LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 5
 """Bounds for what a user waits for."""
 TOKENS = tuple(float(2**power) for power in range(21))
 BYTES = tuple(float(2**power) for power in range(6, 26))
+MOST_ENDINGS = 256
+"""Requests that have ended are entered in the histograms when they are so many."""
+NAN = float("nan")
 DEPTHS = tuple(float(depth) for depth in range(9))
 
 
@@ -39,6 +43,14 @@ class Histogram:
         """`times` observations of the same value."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
+
+    def observe_all(self, values: npt.NDArray[np.float64]) -> None:
+        """One observation of each value; NaN is none."""
+        values = values[~np.isnan(values)]
+        places = np.searchsorted(self.bounds, values)  # as bisect_left
+        for place, times in enumerate(np.bincount(places).tolist()):
+            self.counts[place] += times
+        self.total += float(values.sum())
 
     def message(self) -> messages.Histogram:
         counts = np.array(self.counts, np.int64)
@@ -86,6 +98,12 @@ class Counters:
         self.iteration_tokens = Histogram("iteration_tokens_total", TOKENS)
         self.plan_time = Histogram("plan_time_seconds", SHORT_S)
         self.plan_bytes = Histogram("plan_bytes", BYTES)
+        self._by_ending = (
+            self.latency, self.request_prompt_tokens, self.request_generation_tokens, self.queue_time,
+            self.inference_time, self.prefill_time, self.decode_time, self.time_per_output_token,
+        )  # fmt: skip
+        self._endings: list[tuple[float, ...]] = []
+        """What each request that has ended brings to these histograms, NaN where nothing: entered for many at once."""
 
     def first_token(self, request: Request, now: float) -> None:
         """A request got the first token of an attempt; its own first one or, after a preemption or the loss of a
@@ -105,26 +123,42 @@ class Counters:
     def ended(self, request: Request, reason: str, known: int, now: float) -> None:
         """A request ended, knowing so many tokens."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
-        self.latency.observe(now - request.submitted_at)
-        self.request_prompt_tokens.observe(request.prompt_length)
-        self.request_generation_tokens.observe(known - request.prompt_length)
+        generated = known - request.prompt_length
+        queued = inference = prefill = decode = per_token = NAN
         started, first = request.started_at, request.first_token_at
-        if started is None:
-            return
-        self.queue_time.observe(started - request.submitted_at)
-        self.inference_time.observe(now - started)
-        if first is None:
-            return
-        self.prefill_time.observe(first - started)
-        self.decode_time.observe(now - first)
-        sampled = known - request.prompt_length - request.resumed
-        if sampled > 1:
-            self.time_per_output_token.observe((now - first) / (sampled - 1))
+        if started is not None:
+            queued, inference = started - request.submitted_at, now - started
+            if first is not None:
+                prefill, decode = first - started, now - first
+                if generated - request.resumed > 1:
+                    per_token = decode / (generated - request.resumed - 1)
+        self._endings.append(
+            (
+                now - request.submitted_at,
+                request.prompt_length,
+                generated,
+                queued,
+                inference,
+                prefill,
+                decode,
+                per_token,
+            )
+        )
+        if len(self._endings) >= MOST_ENDINGS:
+            self.enter_endings()
+
+    def enter_endings(self) -> None:
+        """To be called before a histogram of requests that have ended is read."""
+        if self._endings:
+            for histogram, values in zip(self._by_ending, np.array(self._endings, np.float64).T, strict=True):
+                histogram.observe_all(values)
+            self._endings.clear()
 
     def refuse(self, code: str) -> None:
         self.refusals[code] = self.refusals.get(code, 0) + 1
 
     def histograms(self) -> tuple[messages.Histogram, ...]:
+        self.enter_endings()
         return tuple(value.message() for value in vars(self).values() if isinstance(value, Histogram))
 
 

@@ -16,6 +16,7 @@ known by then: those of prompts with their chunk, generated ones when their row 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,6 @@ class Flight:
 
 
 @record
-class Offer:
-    """What it would mean to run a request here."""
-
-    match: Match
-    cost: float
-    """Tokens to compute before its first one, those of others included, and a penalty for load; lower is better."""
-
-
-@record
 class Commit:
     """What a result added: one entry for each token that still has an owner."""
 
@@ -85,6 +77,11 @@ class Commit:
     logprobs: Logprobs | None
     """Of these tokens; None if nobody asked."""
     prompts: tuple[PromptLogprobs, ...]
+
+    @property
+    def finishes(self) -> bool:
+        """Rows are at their end."""
+        return bool(len(self.stopped) or len(self.exhausted) or self.failed)
 
 
 class Replica:
@@ -153,12 +150,10 @@ class Replica:
         """
         if self.draining or self.reserved or self.alone is not None:
             return False
-        oldest = next(iter(self._prefilling.values()), 0)
-        return (
-            self.rows.has_free_slot
-            and self._joining_bytes < MAX_JOINING_BYTES
-            and self._backlog - oldest < self.limits.max_num_batched_tokens
-        )
+        if not self.rows.has_free_slot or self._joining_bytes >= MAX_JOINING_BYTES:
+            return False
+        most = self.limits.max_num_batched_tokens
+        return self._backlog < most or self._backlog - next(iter(self._prefilling.values()), 0) < most
 
     @property
     def expected_step_s(self) -> float | None:
@@ -178,7 +173,7 @@ class Replica:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)
 
-    def offer(self, request: Request) -> Offer | None:
+    def offer(self, request: Request) -> Match | None:
         """What the request would find here, or None without room for all its known tokens beside the others, with the
         watermark left free; alone, it always fits."""
         if not self.accepts:
@@ -187,16 +182,22 @@ class Replica:
         if former is not None and not former[1].pending and not self._fits(request, former[1]):
             return None  # as a rule nothing has been cached since that would help, and looking costs more than waiting
         match = self.match(request)
-        if not self._fits(request, match):
-            return None
+        return match if self._fits(request, match) else None
+
+    def cost(self, request: Request, match: Match) -> float:
+        """What it would mean to run a request here that finds `match`: tokens to compute before its first one, those of
+        others included, and a penalty for load; lower is better."""
         to_compute = len(request.known) - len(match.blocks) * self.limits.block_size
-        return Offer(match, to_compute + self._backlog + self.load * self.limits.max_num_batched_tokens)
+        return to_compute + self._backlog + self.load * self.limits.max_num_batched_tokens
 
     def _fits(self, request: Request, match: Match) -> bool:
-        reserve = self._watermark if self.rows.owned else 0
-        needed = self.blocks_for(len(request.known)) - len(match.blocks)
-        needed += self.pool.idle_among(match.blocks) if match.blocks else 0
-        return self.pool.available - needed >= reserve
+        found, pool = match.blocks, self.pool
+        needed = self.blocks_for(len(request.known)) - len(found)
+        if found:
+            needed += pool.idle_among(found)
+        if self.rows.owned:
+            needed += self._watermark
+        return pool.available >= needed
 
     def match(self, request: Request) -> Match:
         """What the prefix cache holds of it: never all, since its last token must be computed to get the next one."""
@@ -228,9 +229,11 @@ class Replica:
             raise
         self._prefilling[slot] = length - shared * block_size
         grammar = request.sampling.structured_outputs
-        rare = rare_bytes(request, self.limits.vocab_size)
-        self._joining[slot] = 4 * length + (0 if grammar is None else grammar.size) + rare
-        self._joining_bytes += self._joining[slot]
+        brings = 4 * length + (0 if grammar is None else grammar.size)
+        if request.rare:
+            brings += rare_bytes(request, self.limits.vocab_size)
+        self._joining[slot] = brings
+        self._joining_bytes += brings
         self._backlog += length - shared * block_size
         if self._caching:
             full = length // block_size
@@ -241,30 +244,36 @@ class Replica:
             if request.cached_tokens is None:
                 request.cached_tokens = min(shared * block_size, request.prompt_length)
 
-    def release(self, slot: int) -> None:
-        """Frees a slot and its blocks, whatever its phase and with any step in flight. Results on their way lose their
-        owner."""
+    def release(self, slots: Sequence[int]) -> None:
+        """Frees slots and their blocks, whatever their phases and with any step in flight. Results on their way lose
+        their owners."""
+        if not slots:
+            return
         rows = self.rows
-        if slot in self._prefilling:
-            self._backlog -= self._prefilling.pop(slot)
-        if slot in self._joining:
-            self._joining_bytes -= self._joining.pop(slot)  # the worker never heard of it
-        elif rows.phase.item(slot) != ENDING:
-            self._leaving.append(slot)  # an ENDING slot was put there when its last token was planned
-        blocks = rows.blocks(slot)
+        for slot, phase in zip(slots, rows.phase[slots].tolist(), strict=True):
+            if phase == ENDING:
+                continue  # it was named as leaving when its last token was planned
+            if slot in self._prefilling:
+                self._backlog -= self._prefilling.pop(slot)
+            if slot in self._joining:
+                self._joining_bytes -= self._joining.pop(slot)  # the worker never heard of it
+            else:
+                self._leaving.append(slot)
+        blocks = [of_row.tolist() for of_row in rows.blocks(slots)]
         if self._caching:
-            self._file_generated(slot, blocks)
-        rows.close(slot)
-        self.pool.give(blocks)
+            self._file_generated(slots, blocks)
+        rows.close(slots)
+        self.pool.give(*blocks)
 
-    def _file_generated(self, slot: int, blocks: list[int]) -> None:
-        """Enters the blocks that have become full of committed tokens since the row got its slot."""
+    def _file_generated(self, slots: Sequence[int], blocks: list[list[int]]) -> None:
+        """Enters the blocks that have become full of committed tokens since the rows got their slots."""
         rows, block_size = self.rows, self.limits.block_size
-        filed = rows.filed[slot]
-        full = min(rows.known.item(slot), rows.planned.item(slot)) // block_size
-        if full > filed:
-            tokens = rows.history[slot, filed * block_size : full * block_size].tobytes()
-            self.pool.enter(tokens, rows.place[slot], blocks[filed:full], ready=True)
+        full = np.minimum(rows.known[slots], rows.planned[slots]) // block_size
+        for slot, end, of_row in zip(slots, full.tolist(), blocks, strict=True):
+            filed = rows.filed[slot]
+            if end > filed:
+                tokens = rows.history[slot, filed * block_size : end * block_size].tobytes()
+                self.pool.enter(tokens, rows.place[slot], of_row[filed:end], ready=True)
 
     def slot_of(self, request: Request) -> int | None:
         """Where a request runs here, or None."""
@@ -280,7 +289,7 @@ class Replica:
         if self.rows.known[slot] > self.rows.entered[slot]:
             request.last_token_at = self.committed_at
         request.attempt += 1
-        self.release(slot)
+        self.release([slot])
         return request
 
     def evict_all(self) -> list[Request]:
@@ -512,8 +521,10 @@ class Replica:
                 del self._prefilling[slot]
         completed = slots[after == rows.known[slots]]
         last = rows.limit[completed] <= rows.known[completed] + 1
-        rows.phase[completed] = np.where(last, np.uint8(ENDING), np.uint8(DECODE))
-        return np.concatenate([decoding, completed]), [*ending.tolist(), *completed[last].tolist()]
+        at_end = completed[last]
+        rows.phase[completed] = DECODE
+        rows.phase[at_end] = ENDING
+        return np.concatenate([decoding, completed]), [*ending.tolist(), *at_end.tolist()]
 
     def _complete_blocks(self, slots: list[int], before: IntColumn, after: IntColumn) -> None:
         """Chunks are planned that bring rows from so many tokens to so many."""
@@ -529,23 +540,22 @@ class Replica:
         if not self._joining:
             return {}
         rows, slots = self.rows, list(self._joining)
-        requests = [request for slot in slots if (request := rows.request[slot]) is not None]
-        num_blocks = rows.num_blocks[slots]
+        requests = rows.owners(slots)
+        given = [request.sampling for request in requests]
+        columns = np.array(slots)
         return {
-            "join_slot": np.array(slots, np.int32),
-            "join_number": rows.number[slots],
-            "join_attempt": rows.attempt[slots],
-            "join_prompt_length": rows.prompt_length[slots],
-            "join_length": rows.known[slots],
-            "join_computed": rows.planned[slots],
-            "join_num_blocks": num_blocks,
+            "join_slot": columns.astype(np.int32),
+            "join_number": rows.number[columns],
+            "join_attempt": rows.attempt[columns],
+            "join_prompt_length": rows.prompt_length[columns],
+            "join_length": rows.known[columns],
+            "join_computed": rows.planned[columns],
+            "join_num_blocks": rows.num_blocks[columns],
             "join_token": np.concatenate([request.known for request in requests]),
-            "join_block": np.concatenate(
-                [rows.table[slot, :count] for slot, count in zip(slots, num_blocks.tolist(), strict=True)]
-            ),
-            "join_temperature": np.array([request.sampling.temperature for request in requests], np.float32),
-            "join_top_k": np.array([max(0, request.sampling.top_k) for request in requests], np.int32),
-            "join_top_p": np.array([request.sampling.top_p for request in requests], np.float32),
+            "join_block": np.concatenate(rows.blocks(slots)),
+            "join_temperature": np.array([one.temperature for one in given], np.float32),
+            "join_top_k": np.array([max(0, one.top_k) for one in given], np.int32),
+            "join_top_p": np.array([one.top_p for one in given], np.float32),
             "join_seed": np.array([request.seed for request in requests], np.int64),
             **_join_grammars(requests),
             **rare_columns(slots, requests, self.limits.vocab_size),

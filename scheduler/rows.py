@@ -12,6 +12,7 @@ For an owned slot:  0 ≤ planned, prompt_length ≤ known ≤ limit;  blocks ho
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -124,23 +125,34 @@ class Rows:
         self.phase[slot] = PREFILL
         return heapq.heappop(self._free)
 
-    def blocks(self, slot: int) -> list[int]:
-        """The blocks of a row, in order."""
-        blocks: list[int] = self.table[slot, : self.num_blocks[slot]].tolist()
-        return blocks
+    def owners(self, slots: Sequence[int]) -> list[Request]:
+        """Whose slots these are. Raises RuntimeError if one is FREE."""
+        found = [request for slot in slots if (request := self.request[slot]) is not None]
+        if len(found) < len(slots):
+            raise RuntimeError(f"of slots {slots} only {len(found)} have an owner")
+        return found
 
-    def close(self, slot: int) -> None:
-        """Frees a slot; its blocks are the caller's to give back."""
-        self.phase[slot] = FREE
-        self.number[slot] = -1
-        self.num_blocks[slot] = 0
-        self.request[slot] = None
-        self.more_stops.pop(slot, None)
-        self.prompt_entries.pop(slot, None)
-        if self.entries[slot]:
-            self.entries[slot] = 0
-            self.telling -= 1
-        heapq.heappush(self._free, slot)
+    def blocks(self, slots: Sequence[int]) -> list[IntColumn]:
+        """The blocks of each of these rows, in order."""
+        table, counts = self.table, self.num_blocks[slots].tolist()
+        return [table[slot, :count] for slot, count in zip(slots, counts, strict=True)]
+
+    def close(self, slots: Sequence[int]) -> None:
+        """Frees slots; their blocks are the caller's to give back."""
+        columns = np.array(slots)
+        self.phase[columns] = FREE
+        self.number[columns] = -1
+        self.num_blocks[columns] = 0
+        if self.telling:
+            self.telling -= int(np.count_nonzero(self.entries[columns]))
+            self.entries[columns] = 0
+        for slot in slots:
+            self.request[slot] = None
+            heapq.heappush(self._free, slot)
+            if self.more_stops:
+                self.more_stops.pop(slot, None)
+            if self.prompt_entries:
+                self.prompt_entries.pop(slot, None)
 
     def stopped(self, slots: LongColumn, tokens: IntColumn) -> BoolColumn:
         """Which of these rows got one of their stop tokens, bool like `slots`."""

@@ -61,7 +61,7 @@ def state_of(pool: BlockPool) -> tuple[Any, ...]:
         sorted(pool._pending),
         pool.idle(),
         sorted((repr(tuple(key)), repr(run.name)) for key, run in pool._index.items()),
-        sorted((repr(run.name), repr(run.key), run.tokens, run.blocks, run.end) for run in runs.values()),
+        sorted((repr(run.name), repr(run.key), run.tokens, run.blocks, run.closed) for run in runs.values()),
         pool.evictions,
         pool.cached,
     )
@@ -242,13 +242,14 @@ class BlocksMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), file=st.booleans())
     def leave(self, data: st.DataObject, file: bool) -> None:
-        """A row ends or is preempted; what it generated is filed, or not."""
-        row = data.draw(st.sampled_from(self.rows))
-        self.rows.remove(row)
-        if file and row.computed == len(row.pieces):
-            self.enter(row, ready=True)
-        self.pools.call("give", row.blocks)
-        for block in reversed(row.blocks):
+        """Rows end together, or one is preempted; what they generated is filed, or not."""
+        leaving = data.draw(st.lists(st.sampled_from(self.rows), min_size=1, max_size=3, unique_by=id))
+        self.rows = [row for row in self.rows if row not in leaving]
+        for row in leaving:
+            if file and row.computed == len(row.pieces):
+                self.enter(row, ready=True)
+        self.pools.call("give", *(row.blocks for row in leaving))
+        for block in (block for row in leaving for block in reversed(row.blocks)):
             self.model.users[block] -= 1
             if self.model.users[block]:
                 continue

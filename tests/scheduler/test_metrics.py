@@ -17,7 +17,7 @@ from tandem.protocol.messages import AskStats, Cancel, ModelDescription, Refused
 from tandem.protocol.sampling import SamplingParams
 from tandem.scheduler.core import Core
 from tandem.scheduler.events import SendPlan, StepDone, Submitted, WorkerJoined, WorkerLimits, WorkerLost
-from tandem.scheduler.metrics import DeviceMeter, Histogram
+from tandem.scheduler.metrics import LONG_S, DeviceMeter, Histogram
 from tandem.scheduler.policy import Policy
 
 from support.peers import Scene, ScriptedClient, scene
@@ -191,6 +191,7 @@ def test_latencies_between_tokens_are_those_of_each_request() -> None:
     assert counters.finished == {"length": 1}
     assert (counters.inter_token_latency.total, sum(counters.inter_token_latency.counts)) == (4, 4)
     made.steps(2)
+    counters.enter_endings()
     assert counters.finished == {"length": 2}
     assert (counters.inter_token_latency.total, sum(counters.inter_token_latency.counts)) == (6, 6)
     assert (counters.time_to_first_token.total, counters.decode_time.total) == (1 + 3, 4 + 2)
@@ -211,6 +212,17 @@ def test_the_token_after_a_workers_loss_comes_as_long_after_the_last_one_before(
     counters = made.core.counters
     assert (counters.inter_token_latency.total, sum(counters.inter_token_latency.counts)) == (2 + 11 + 2, 5)
     assert sum(counters.time_to_first_token.counts) == 1
+
+
+@given(st.lists(st.one_of(st.sampled_from(LONG_S), st.floats(0.0, 2_000.0), st.just(float("nan"))), max_size=40))
+def test_many_observations_at_once_count_as_one_by_one(values: list[float]) -> None:
+    one_by_one, at_once = Histogram("a", LONG_S), Histogram("a", LONG_S)
+    for value in values:
+        if not np.isnan(value):
+            one_by_one.observe(value)
+    at_once.observe_all(np.array(values, np.float64))
+    assert at_once.counts == one_by_one.counts
+    assert at_once.total == pytest.approx(one_by_one.total)
 
 
 def result(busy: int, gap: int, kv_tokens: int = 0) -> StepResult:
