@@ -343,6 +343,7 @@ class AsyncClient:
         deadline: float | None,
     ) -> Started:
         from ..protocol.sampling import without_text
+        from .arguments import require_samples
         from .completion import Sample, Started, TextEnd
         from .logprobs import LogprobReader
         from .prompts import (
@@ -360,6 +361,7 @@ class AsyncClient:
         model = await self._connection.ready(self._connect_timeout)
         checked = resolve_sampling(model, params, sampling)
         require_random(checked, options.n)
+        require_samples(options.n, self._connection.max_n)
         require_length(prompt, model.max_model_len)
         tokenizer = await self.tokenizer()
         if checked.stop and tokenizer is None:

@@ -98,6 +98,12 @@ def request_options(n: object, priority: object, cache_salt: object) -> RequestO
     return RequestOptions(cast("int", n), cast("int", priority), cache_salt)
 
 
+def require_samples(n: int, most: int) -> None:
+    """Raises InvalidRequest for more samples than the service allows, before any is made."""
+    if n > most:
+        raise InvalidRequest(f"n is {n}, over the limit of {most} samples", field="n", limit=most, value=n)
+
+
 def _require_most(name: str, value: int, most: int) -> None:
     if value > most:
         raise InvalidRequest(f"{name}: {value}, must be at most {most}", field=name, limit=most, value=value)

@@ -28,6 +28,7 @@ from ..protocol.errors import (
 )
 from ..protocol.keys import PeerKeys
 from ..protocol.messages import (
+    MAX_SAMPLES,
     PROTOCOL_VERSION,
     Accepted,
     AskStats,
@@ -192,6 +193,11 @@ class Connection:
                 "not connected: use the client in a with block, or call connect()"
             )
         return self._welcome.model
+
+    @property
+    def max_n(self) -> int:
+        """Samples that a request may have."""
+        return MAX_SAMPLES if self._welcome is None else self._welcome.max_n
 
     @property
     def files(self) -> tuple[FileInfo, ...]:

@@ -272,6 +272,8 @@ class Welcome:
     """A client that says nothing for so long is taken for gone, and its requests are cancelled."""
     model: ModelDescription | None = None
     files: tuple[FileInfo, ...] = ()
+    max_n: Annotated[int, Field(strict=True, ge=1, le=MAX_SAMPLES)] = MAX_SAMPLES
+    """Samples that a request may have; a client that knows makes no others."""
 
 
 @message

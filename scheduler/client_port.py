@@ -9,6 +9,7 @@ from typing import Any
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError, VersionMismatch
 from ..protocol.messages import (
+    MAX_SAMPLES,
     PROTOCOL_VERSION,
     Accepted,
     AskDrain,
@@ -58,6 +59,7 @@ class ClientPort:
         core: Core,
         call_later: Callable[[float, Callable[[], None]], object],
         delivery_interval_s: float = 0.02,
+        max_n: int = MAX_SAMPLES,
     ) -> None:
         self._epoch = epoch
         self._lease_s = lease_s
@@ -65,6 +67,7 @@ class ClientPort:
         self._clock = clock
         self._core = core
         self._call_later = call_later
+        self._max_n = max_n
         self._retrying = False
         self._delivery = Delivery(epoch, delivery_interval_s)
         self._flushing = False
@@ -181,6 +184,7 @@ class ClientPort:
             lease_s=self._lease_s,
             model=self._model,
             files=self._files.infos if self._model is not None else (),
+            max_n=self._max_n,
         )
 
     def _handle(self, peer: ClientPeer, message: object) -> None:

@@ -88,6 +88,7 @@ class Service:
             self._core,
             self._loop.call_later,
             config.delivery_interval_s,
+            config.max_n,
         )
         self.workers = WorkerPort(
             self.epoch, config.worker_lease, self._post, self._loop, self._core, self.clients.serve_model

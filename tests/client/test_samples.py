@@ -19,9 +19,10 @@ from support.scripted_scheduler import EOS, TOKENIZER, ScriptedScheduler
 def play(
     scenario: Callable[[ScriptedScheduler, AsyncClient], Coroutine[Any, Any, None]],
     script: Callable[[ScriptedScheduler, Submit], None],
+    **options: Any,
 ) -> None:
     async def main() -> None:
-        async with ScriptedScheduler(script) as scheduler, AsyncClient(scheduler.address) as client:
+        async with ScriptedScheduler(script, **options) as scheduler, AsyncClient(scheduler.address) as client:
             await scenario(scheduler, client)
 
     asyncio.run(main())
@@ -65,6 +66,18 @@ def test_samples_come_as_choices_of_one_completion() -> None:
         assert (submit.n, submit.sample) == (3, 0)
 
     play(scenario, interleaved)
+
+
+def test_more_samples_than_the_service_allows_are_not_even_made() -> None:
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        for many in (4, 65_536):
+            with pytest.raises(InvalidRequest, match="over the limit of 3 samples") as refused:
+                await client.generate([1, 2], n=many, temperature=1.0)
+            assert (refused.value.field, refused.value.limit, refused.value.value) == ("n", 3, many)
+        assert len((await client.generate([1, 2], n=3, temperature=1.0)).choices) == 3
+        assert len(scheduler.of(Submit)) == 1
+
+    play(scenario, interleaved, max_n=3)
 
 
 def test_a_stream_says_whose_each_chunk_is() -> None:

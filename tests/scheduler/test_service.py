@@ -477,3 +477,12 @@ def test_a_silent_worker_loses_its_requests_to_another() -> None:
         assert ended.attempts == 2
 
     play(script, worker_lease=0.5)
+
+
+def test_clients_are_told_how_many_samples_a_request_may_have() -> None:
+    async def script(made: Scene) -> None:
+        client = made.client()
+        await client.hello()
+        assert (await client.expect(Welcome)).max_n == 5
+
+    play(script, max_n=5)

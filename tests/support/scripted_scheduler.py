@@ -16,6 +16,7 @@ import zmq
 from tandem.client.tokenizer import Tokenizer
 from tandem.protocol.codec import decode, encode
 from tandem.protocol.messages import (
+    MAX_SAMPLES,
     PROTOCOL_VERSION,
     Accepted,
     AskStats,
@@ -74,6 +75,7 @@ class ScriptedScheduler:
         model: ModelDescription | None = MODEL,
         files: Mapping[str, bytes] = FILES,
         lease_s: float = 15.0,
+        max_n: int = MAX_SAMPLES,
         chunk_bytes: int = 1_000,
         url: str | None = None,
     ) -> None:
@@ -83,6 +85,7 @@ class ScriptedScheduler:
         self.files = files
         self.file_infos = infos(files)
         self.lease_s = lease_s
+        self.max_n = max_n
         self.chunk_bytes = chunk_bytes
         self.epoch = 7
         self.stats: Stats | None = Stats(epoch=7, running=0, waiting=0, preemptions=0)
@@ -137,7 +140,14 @@ class ScriptedScheduler:
     def welcome(self) -> None:
         files = self.file_infos if self.model is not None else ()
         self.say(
-            Welcome(version=PROTOCOL_VERSION, epoch=self.epoch, lease_s=self.lease_s, model=self.model, files=files)
+            Welcome(
+                version=PROTOCOL_VERSION,
+                epoch=self.epoch,
+                lease_s=self.lease_s,
+                model=self.model,
+                files=files,
+                max_n=self.max_n,
+            )
         )
 
     def accept(self, submit: Submit) -> None:
