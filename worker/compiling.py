@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,10 +152,30 @@ def _drop_unused(traced: GraphModule, keep: list[torch.fx.Node]) -> None:
     traced.recompile()
 
 
+_FRAMES_PER_NODE: Final = 10
+"""More than inductor's recursion takes for one operation behind another."""
+
+
+@contextmanager
+def _deep_recursion(frames: int) -> Iterator[None]:
+    """Lets Python's recursion go so deep.
+
+    Inductor asks an operation for its symbols, which asks those that it takes its inputs from, and so on to the first
+    layer. With 32 layers in 8 bits that is deeper than the 2,000 frames that it allows itself; the error then names all
+    these operations, each within the next, which takes longer than anyone waits.
+    """
+    former = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(former, frames))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(former)
+
+
 def _inductor(traced: GraphModule, fakes: list[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _deep_recursion(_FRAMES_PER_NODE * len(traced.graph.nodes)):
         # Products in 32 bits are meant to be exact.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         # Few kernels differ, so processes that compile them side by side would cost more than they save.
