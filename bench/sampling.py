@@ -34,6 +34,8 @@ BAD_WORDS: Final = 8
 SPREAD: Final = 2.5
 """Standard deviation of the logits."""
 WARM_UPS: Final = 2
+FORWARD_CYCLES: Final = 10_000_000
+"""Of the device's clock: some 5 ms, as long as a forward pass of 8 billion weights."""
 
 
 @dataclass(slots=True)
@@ -152,17 +154,20 @@ def measure(load: Load, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def _timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    """Seconds from before the first launch until the device is done: launches are part of it, as they are of a step."""
-    _synchronize(device)
-    start = time.perf_counter()
+    """Seconds that the device takes. On CUDA it is kept busy while `run` launches, as by the forward pass of a step, so
+    that the host's launches do not count unless they take longer than that."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        result = run()
+        return time.perf_counter() - start, result
+    torch.cuda.synchronize(device)
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(FORWARD_CYCLES)
+    start_event.record()
     result = run()
-    _synchronize(device)
-    return time.perf_counter() - start, result
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    end_event.record()
+    torch.cuda.synchronize(device)
+    return start_event.elapsed_time(end_event) / 1e3, result
 
 
 app = typer.Typer(add_completion=False)
