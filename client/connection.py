@@ -403,7 +403,7 @@ class Connection:
 
     def _keep_in_touch(self, now: float, silence: float) -> bool:
         """Pings if nothing has been sent or heard for a while; False if nobody can be reached."""
-        if now - self._heard_at >= silence:
+        if now - self._heard_at >= silence or self._lost is not None:  # it may be another one that is there now
             reached = self._ask(Ping(answer=True), now)
         elif now - self._sent_at < silence / 2 and self._socket is not None and self._socket.has_room:
             reached = True

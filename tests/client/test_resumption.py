@@ -159,6 +159,27 @@ def test_a_scheduler_that_was_killed_is_found_again_at_its_address() -> None:
     play(scenario, first_three_then(lambda _: None), lease_s=0.3)
 
 
+def test_a_scheduler_that_cannot_be_reached_is_noticed_before_anything_is_to_be_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a client with open requests. Its next ping would be due in an hour here."""
+
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        stream = client.stream([1])
+        await anext(stream)
+        monkeypatch.setattr("tandem.client.connection.LONGEST_SILENCE_S", 3600.0)
+        scheduler.socket.close(0)
+        while True:
+            if client._connection._lost is not None:
+                break
+            await asyncio.sleep(0.01)
+        scheduler.restart()
+        scheduler.listen()
+        assert (await stream.result()).token_ids == TOKENS
+
+    play(scenario, first_three_then(lambda _: None), {"reconnect_timeout": None}, lease_s=3 * 3600.0)
+
+
 def test_what_is_resumed_waits_until_there_is_a_model() -> None:
     def lose_the_model(scheduler: ScriptedScheduler) -> None:
         scheduler.model = None
