@@ -101,7 +101,7 @@ class Sample:
         """Reads what has come. Must have news."""
         tokens = self.tokens
         offset = tokens.offset
-        ids = await tokens.read()
+        ids = tokens.take()
         text = self._push(ids)
         if self._kept is None:
             if tokens.ended is None or tokens.offset < len(tokens.history.generated):
@@ -198,6 +198,27 @@ class Started:
                 self.cancel(sample.tokens, error)
 
 
+class _News:
+    """Wakes the one task that waits. Apart from the stream, which nobody may hold but its reader."""
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def tell(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """For what is told from now on."""
+        if self._waiter is not None:
+            raise RuntimeError("this stream is being read by another task already")
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
 class CompletionStream:
     """Iterate over it for chunks; `await result()` for the whole. One task may read it at a time.
 
@@ -220,8 +241,7 @@ class CompletionStream:
         self._deadline: float | None = None
         self._called_at = 0.0
         self._started: Started | None = None
-        self._news = asyncio.Event()
-        self._waiting = False
+        self._news = _News()
         self._turn = 0
         self._completion: Completion | None = None
         self._error: TandemError | None = None
@@ -235,7 +255,8 @@ class CompletionStream:
     async def __anext__(self) -> Chunk:
         if self._completion is not None or self._closed:
             raise StopAsyncIteration
-        await self.start()
+        if self._started is None:
+            await self.start()
         return await self._guarded(self._next_chunk)
 
     async def result(self) -> Completion:
@@ -312,14 +333,14 @@ class CompletionStream:
         """One step of reading: within the deadline, and whatever ends it early ends the request."""
         if self._error is not None:
             raise self._error
-        loop = asyncio.get_running_loop()
         if self._called_at == 0.0:
-            self._called_at = loop.time()
+            self._called_at = asyncio.get_running_loop().time()
             self._deadline = None if self._timeout is None else self._called_at + self._timeout
         sent = self._started is not None
-        late = None if self._deadline is None else self._deadline + (LATE_S if sent else 0.0)
         try:
-            async with asyncio.timeout_at(late):
+            if self._deadline is None:
+                return await step()
+            async with asyncio.timeout_at(self._deadline + (LATE_S if sent else 0.0)):
                 return await step()
         except TimeoutError:
             self._error = self._out_of_time()
@@ -338,7 +359,7 @@ class CompletionStream:
         if self._started is None:
             self._started = await self._start(self._deadline)
             for sample in self._started.samples:
-                sample.tokens.on_news = self._news.set
+                sample.tokens.on_news = self._news.tell
             if self._closed or self._error is not None:  # ended by another task while the request was being sent
                 self._abandon(self._error or RequestCancelled("the stream was closed"))
         return self._started
@@ -351,15 +372,15 @@ class CompletionStream:
             or started.is_over
             or any(sample.tokens.error is not None for sample in started.samples)
         ):
-            await self._wait_for_news()
+            await self._news.wait()
 
     async def _next_chunk(self) -> Chunk:
-        started = await self._ensure_started()
+        started = self._started or await self._ensure_started()
         while (sample := self._with_news(started.samples)) is None:
-            await self._wait_for_news()
+            await self._news.wait()
         self._turn = sample.index + 1
         chunk = await sample.next_chunk()
-        if all(one.is_read for one in started.samples):
+        if chunk.finish_reason is not None and all(one.is_read for one in started.samples):
             completion = self._complete(started)
             if any(choice.finish_reason == "timeout" for choice in completion.choices):
                 self._error = self._out_of_time(completion)  # for the next read
@@ -367,19 +388,11 @@ class CompletionStream:
                 self._completion = completion
         return chunk
 
-    async def _wait_for_news(self) -> None:
-        if self._waiting:
-            raise RuntimeError("this stream is being read by another task already")
-        self._waiting = True
-        try:
-            self._news.clear()
-            await self._news.wait()
-        finally:
-            self._waiting = False
-
     def _with_news(self, samples: list[Sample]) -> Sample | None:
         """The next one that can be read, in turns: one that is never short of news does not hold the others up. An
         error comes after everything that has arrived."""
+        if len(samples) == 1:
+            return samples[0] if samples[0].tokens.has_news and not samples[0].is_read else None
         failed = None
         for sample in (*samples[self._turn :], *samples[: self._turn]):
             if not sample.is_read and sample.tokens.has_news:

@@ -220,7 +220,11 @@ class TokenStream:
         generated = self.history.generated
         while len(generated) == self._read and not self.is_over:
             await self._wait()
-        tokens = generated[self._read :]
+        return self.take()
+
+    def take(self) -> list[int]:
+        """As `read`, but what has come by now, which may be nothing."""
+        tokens = self.history.generated[self._read :]
         if not tokens and self.error is not None:
             raise self.error
         self._read += len(tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -28,7 +28,7 @@ from .fields import told_as
 from .generation import Piece, begun, completions, pieces
 from .logprobs import chat_logprobs
 from .messages import to_template
-from .sse import DONE, EventStream, answered, event
+from .sse import DONE, PLACE, EventStream, answered, event, text_event
 from .tool_use import AnswerReader, NamedCall, Wanted, tool_use
 from .wire import as_dict, json_response, new_id, now, usage_of
 
@@ -135,12 +135,23 @@ class Chatting:
         }
         if with_usage:
             head["usage"] = None
+        texts_only = not self._asked.logprobs and not self._asked.return_token_ids
         readers: dict[int, AnswerReader] = {}
+        written: dict[int, Callable[[str], bytes]] = {}
         async for _, chunk in found:
-            reader = readers.get(chunk.index)
+            index = chunk.index
+            reader = readers.get(index)
             if reader is None:
-                reader = readers[chunk.index] = AnswerReader(self._use)
-                yield event({**head, "choices": [_delta(chunk.index, {"role": "assistant", "content": ""})]})
+                reader = readers[index] = AnswerReader(self._use)
+                written[index] = text_event({**head, "choices": [_delta(index, {"content": PLACE})]})
+                yield event({**head, "choices": [_delta(index, {"role": "assistant", "content": ""})]})
+            if texts_only and chunk.finish_reason is None:
+                for news in reader.push(chunk.text):
+                    if isinstance(news, str):
+                        yield written[index](news)
+                    else:
+                        yield event({**head, "choices": [_delta(index, _gain(reader, news))]})
+                continue
             for choice in self._news(reader, chunk):
                 yield event({**head, "choices": [choice]})
         if with_usage:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..client.completion import CompletionStream
-from ..client.results import Choice, Completion
+from ..client.results import Choice, Chunk, Completion
 from ..client.tokenizer import Tokenizer
 from .backend import Backend
 from .completion_schema import CompletionChoice, CompletionRequest, CompletionResponse
@@ -17,7 +17,7 @@ from .errors import ApiError, refused
 from .fields import told_as
 from .generation import Piece, begun, completions, pieces
 from .logprobs import LegacyLogprobs
-from .sse import DONE, EventStream, answered, event
+from .sse import DONE, PLACE, EventStream, answered, event, text_event
 from .wire import as_dict, json_response, new_id, now, usage_of
 
 
@@ -119,27 +119,40 @@ class Completing:
             "created": self._created,
             "model": self._model,
         }
+        more = {"usage": None} if with_usage else {}
+        texts_only = self._asked.logprobs is None and not self._asked.return_token_ids
+        written: dict[int, Callable[[str], bytes]] = {}
         logprobs: dict[int, LegacyLogprobs] = {}
         async for prompt_index, chunk in found:
             index = prompt_index * self._n + chunk.index
-            choice = {
-                "index": index,
-                "text": chunk.text,
-                "logprobs": None,
-                "finish_reason": chunk.finish_reason,
-                "stop_reason": chunk.stop_reason,
-            }
+            if texts_only and chunk.finish_reason is None:
+                if index not in written:
+                    written[index] = text_event({**head, "choices": [_choice(index, PLACE)], **more})
+                yield written[index](chunk.text)
+                continue
+            choice = _choice(index, chunk.text, chunk)
             if self._asked.logprobs is not None:
                 growing = logprobs.setdefault(index, LegacyLogprobs(self._text_of))
                 growing.add(chunk.logprobs or [])
                 choice["logprobs"] = as_dict(growing.taken())
             if self._asked.return_token_ids:
                 choice["token_ids"] = chunk.token_ids
-            yield event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+            yield event({**head, "choices": [choice], **more})
         if with_usage:
             used = usage_of(*[await stream.result() for stream in self._streams])
             yield event({**head, "choices": [], "usage": as_dict(used)})
         yield DONE
+
+
+def _choice(index: int, text: str, chunk: Chunk | None = None) -> dict[str, Any]:
+    """Of an event, which goes on unless `chunk` tells how it ends."""
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None,
+        "finish_reason": None if chunk is None else chunk.finish_reason,
+        "stop_reason": None if chunk is None else chunk.stop_reason,
+    }
 
 
 async def complete(request: Request, backend: Backend, asked: CompletionRequest) -> Response:

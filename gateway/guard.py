@@ -11,7 +11,7 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 from uuid import uuid4
 
@@ -114,6 +114,8 @@ class _Exchange:
         given = _header(scope, b"x-request-id").decode("latin-1")
         self.request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.request_id
+        scope["tandem.send_body"] = self.send_body
+        self._write: Callable[[bytes], bool] = scope.get("tandem.write", _nothing)
 
     async def receive(self) -> Message:
         if self._body_is_read:  # what is left to hear is that the client has gone
@@ -140,6 +142,11 @@ class _Exchange:
         except TimeoutError:
             raise ClientGone from None
 
+    async def send_body(self, data: bytes) -> None:
+        """A piece of a body that goes on, once the answer has begun; as `send`, with less ado."""
+        if not self._write(data):
+            await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
     async def fail(self, error: Exception) -> None:
         """Answers with the error, unless that was done, or cuts off an answer that has begun."""
         answer = as_api_error(error)
@@ -160,6 +167,10 @@ class _Exchange:
         abort: Any = self._scope.get("tandem.abort")
         if abort is not None:
             abort()
+
+
+def _nothing(_data: bytes) -> bool:
+    return False
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import resource
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ..protocol.errors import ConfigurationError
 from .config import GatewayConfig
@@ -109,10 +110,22 @@ class _GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["tandem.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
 
+    def _write_chunk(self, cycle: RequestResponseCycle, data: bytes) -> bool:
+        """Writes a piece of a streamed body, if that needs no waiting and nothing has to be looked at; else the caller
+        is to send it as a message."""
+        if self.flow.write_paused or cycle.disconnected or cycle.response_complete or not data:
+            return False
+        if not cycle.response_started or not cycle.chunked_encoding or cycle.scope["method"] == "HEAD":
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._cancel_head_timer()
         super().on_headers_complete()
+        # Of this request: `self.cycle` is another's as soon as the client sends one more before the answer's end.
+        self.scope["tandem.write"] = partial(self._write_chunk, self.cycle)  # type: ignore[typeddict-unknown-key]
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
