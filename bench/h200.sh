@@ -8,6 +8,7 @@
 #   B  32 × (256 + 8,192)      E  256 × (256 + 512)      sync       A, C and E with lookahead 0
 #   C  ragged, 512 at once     F  A in FP8               idle       gaps between kernels and which they are, by
 #   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C and E; idle-long: and B
+#   http   E through HTTP beside the SDK, from 8 client processes, with $GATEWAYS (default 1 and 2) gateways on a port
 #   peer-A peer-B peer-C peer-E  transformers' continuous batching, its best configuration found (needs $PEER, the script)
 #
 # Results go into $RESULTS (default bench/results), one JSON file a figure. $PYTHON (default python3) must find tandem.
@@ -16,12 +17,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RESULTS=${RESULTS:-bench/results}
 PYTHON=${PYTHON:-python3}
 PEER=${PEER:-}
+GATEWAYS=${GATEWAYS:-1 2}
 REPEATS=3
 while getopts r: option; do
   case $option in r) REPEATS=$OPTARG ;; *) exit 2 ;; esac
 done
 shift $((OPTIND - 1))
-(( $# )) || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+(( $# )) || { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
 
 tandem=("$PYTHON" -P -c 'import sys; from tandem.launch.cli import main; sys.exit(main())')
 model=(--model bench/shapes/llama-3.1-8b --load-format dummy --dtype bfloat16 --max-model-len 16384
@@ -56,7 +58,7 @@ offline() { # offline NAME FLAGS…
   shift
   echo "--- $name"
   "${tandem[@]}" bench offline --connect "ipc://$home/service" --out "$prefix-$name.json" "$@" 2>&1 \
-    | grep -E '^run |requests completed|^device|rror' || echo "$name FAILED"
+    | grep -E '^run |requests completed|^device|^HTTP|^client|rror' || echo "$name FAILED"
   nvidia-smi --query-gpu=clocks.sm,power.draw,temperature.gpu --format=csv,noheader
 }
 
@@ -132,6 +134,13 @@ for figure in "$@"; do
       need small
       model[1]=$big
       load E -llama-0.6b
+      ;;
+    http)
+      need
+      for count in $GATEWAYS; do
+        offline "load-e-http-$count" --repeats "$REPEATS" --num-prompts 256 --prompt-tokens 256 --output-tokens 512 \
+          --client-processes 8 --backend sdk --backend openai --api-server-count "$count"
+      done
       ;;
     start) need; stop_service; running=; need; offline start-first-token --num-warmups 0 --num-prompts 1 --prompt-tokens 16 --output-tokens 1 ;;
     idle) watch_idle short ;;
