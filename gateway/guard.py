@@ -91,6 +91,7 @@ class Guard:
         except Exception as error:  # noqa: BLE001  (whatever it is, the client gets an answer, and the log the story)
             await exchange.fail(error)
         finally:
+            exchange.over()
             handler = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.ended(handler, method, exchange.status, time.perf_counter() - began)
@@ -146,6 +147,11 @@ class _Exchange:
         """A piece of a body that goes on, once the answer has begun; as `send`, with less ado."""
         if not self._write(data):
             await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def over(self) -> None:
+        """Nothing is sent any more. The request is freed at once, not when the garbage collector finds it."""
+        for name in ("tandem.send_body", "tandem.write"):
+            self._scope.pop(name, None)
 
     async def fail(self, error: Exception) -> None:
         """Answers with the error, unless that was done, or cuts off an answer that has begun."""
