@@ -17,16 +17,17 @@ from starlette.responses import PlainTextResponse, Response
 from ..protocol.errors import TandemError
 from .backend import Backend
 from .chat import chat
-from .chat_schema import ChatRequest, ChatResponse
+from .chat_schema import ChatChunk, ChatRequest, ChatResponse
 from .completion import complete
-from .completion_schema import CompletionRequest, CompletionResponse
+from .completion_schema import CompletionChunk, CompletionRequest, CompletionResponse
 from .config import GatewayConfig
+from .document import examples_of, say_alternatives, say_bounds, stream_of
 from .errors import CLIENT_CLOSED_REQUEST, ApiError, ErrorBody, as_api_error, unavailable
 from .fields import read
 from .guard import ClientGone
 from .metrics import GatewayMetrics
 from .responses import respond
-from .responses_schema import ResponsesRequest, ResponsesResponse
+from .responses_schema import ResponsesRequest, ResponsesResponse, ResponseStreamEvent
 from .tokenizing import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -71,6 +72,8 @@ REQUESTS: list[type[BaseModel]] = [
     TokenizeRequest,
     DetokenizeRequest,
 ]
+EVENTS: list[type[BaseModel]] = [CompletionChunk, ChatChunk, ResponseStreamEvent]
+"""What streams consist of."""
 
 
 def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -> FastAPI:
@@ -134,9 +137,9 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
         return Response(metrics.page(*await backend.figures()), media_type=CONTENT_TYPE_LATEST)
 
     post = _Adder(app, "POST")
-    post("/v1/completions", completions, CompletionResponse, CompletionRequest, streams=True)
-    post("/v1/chat/completions", chat_completions, ChatResponse, ChatRequest, streams=True)
-    post("/v1/responses", responses, ResponsesResponse, ResponsesRequest, streams=True)
+    post("/v1/completions", completions, CompletionResponse, CompletionRequest, CompletionChunk, "[DONE]")
+    post("/v1/chat/completions", chat_completions, ChatResponse, ChatRequest, ChatChunk, "[DONE]")
+    post("/v1/responses", responses, ResponsesResponse, ResponsesRequest, ResponseStreamEvent)
     post("/tokenize", tokenize_, TokenizeResponse, TokenizeRequest)
     post("/detokenize", detokenize_, DetokenizeResponse, DetokenizeRequest)
     get = _Adder(app, "GET")
@@ -174,17 +177,20 @@ class _Adder:
         endpoint: Callable[..., Awaitable[Response]],
         answer: type[BaseModel],
         body: type[BaseModel] | None = None,
-        *,
-        streams: bool = False,
+        event: type[BaseModel] | None = None,
+        last: str | None = None,
     ) -> None:
+        """`event`: the data of each event of a streamed answer, but for the `last` one."""
         answers: dict[int | str, dict[str, Any]] = {200: {"model": answer}}
-        if streams:
-            answers[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        if event is not None:
+            kinds = [REF.format(model=kind.__name__) for kind in (event, ErrorBody)]
+            answers[200]["content"] = {"text/event-stream": {"schema": stream_of(*kinds, ends_with=last)}}
         answers |= {status: {"model": ErrorBody} for status in FAILURES}
         extra = None
         if body is not None:
             schema = {"$ref": REF.format(model=body.__name__)}
-            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+            content = {"application/json": {"schema": schema, "examples": examples_of(body.__name__)}}
+            extra = {"requestBody": {"required": True, "content": content}}
         self._app.add_api_route(
             path,
             endpoint,
@@ -205,8 +211,11 @@ def _with_schemas(app: FastAPI) -> Callable[[], dict[str, Any]]:
         document = plain()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         if CompletionRequest.__name__ not in schemas:
-            _, found = models_json_schema([(model, "validation") for model in REQUESTS], ref_template=REF)
-            schemas.update(found["$defs"])
+            _, found = models_json_schema([(model, "validation") for model in (*REQUESTS, *EVENTS)], ref_template=REF)
+            for name, schema in found["$defs"].items():
+                schemas.setdefault(name, schema)  # parts of answers are there already
+            say_bounds(schemas)
+            say_alternatives(schemas)
         for operations in document["paths"].values():
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # every fault of a request is a 400 here

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..protocol.sampling import MAX_LOGPROBS
-from .fields import SamplingFields, ShortText, StreamOptions, Strict, StructureFields
+from .fields import No, SamplingFields, ShortText, StreamOptions, Strict, StructureFields, Yes
 from .logprobs import ChatLogprobs
 from .wire import Answer, Usage
 
@@ -88,12 +88,12 @@ class ChatRequest(SamplingFields, StructureFields):
     parallel_tool_calls: bool | None = None
     user: ShortText | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
     modalities: list[Literal["text"]] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: Yes | None = None
     return_token_ids: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -139,3 +139,35 @@ class ChatResponse(Answer):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+
+
+class ToolCallDelta(AnswerToolCall):
+    index: int
+
+
+class ChatDelta(Answer):
+    """What a message gains."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChatChunkChoice(Answer):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatChunk(Answer):
+    """The data of an event of a stream: of one choice, or at the end the usage."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None

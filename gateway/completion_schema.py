@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .errors import refused
-from .fields import SamplingFields, ShortText, StreamOptions, StructureFields, TokenId
+from .fields import SamplingFields, ShortText, StreamOptions, StructureFields, TokenId, Yes
 from .logprobs import CompletionLogprobs
 from .wire import Answer, Usage
 
@@ -36,7 +36,7 @@ class CompletionRequest(SamplingFields, StructureFields):
     suffix: None = None
     user: ShortText | None = None
     add_special_tokens: bool | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: Yes | None = None
     return_token_ids: bool | None = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -70,4 +70,24 @@ class CompletionResponse(Answer):
     model: str
     system_fingerprint: str | None = None
     choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class CompletionChunkChoice(Answer):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class CompletionChunk(Answer):
+    """The data of an event of a stream: of one choice, or at the end the usage."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
     usage: Usage | None = None

@@ -9,13 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
 from ..protocol.errors import InvalidRequest
 from .errors import ApiError, of_validation, refused
 
+
+def _boolean(value: Any) -> Any:
+    """0 and 1 are no booleans, though Python finds them equal."""
+    if not isinstance(value, bool):
+        raise ValueError("input should be a valid boolean")  # noqa: TRY004  (what pydantic expects)
+    return value
+
+
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
+Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 ShortText = Annotated[str, Field(max_length=512)]
 
@@ -81,7 +91,7 @@ def _token_id(key: str) -> int:
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class JsonSchemaFormat(Strict):

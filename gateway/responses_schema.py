@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, RootModel, Tag
 
 from .chat_schema import MAX_TOOLS, TextPart, ToolName
 from .errors import refused
-from .fields import Float, ShortText, Strict
+from .fields import Float, No, ShortText, Strict
 from .wire import Answer
 
 MAX_ITEMS = 16_384
@@ -100,7 +100,7 @@ class FunctionChoice(Strict):
 
 
 class ResponseStreamOptions(Strict):
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class ResponsesRequest(Strict):
@@ -122,8 +122,8 @@ class ResponsesRequest(Strict):
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: No | None = None
+    background: No | None = None
     previous_response_id: None = None
     conversation: None = None
     reasoning: None = None
@@ -232,3 +232,74 @@ class ResponsesResponse(Answer):
     truncation: str = "disabled"
     usage: ResponseUsage | None = None
     user: str | None = None
+
+
+class ResponseEvent(Answer):
+    """The response as it stands."""
+
+    type: Literal[
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+    ]
+    sequence_number: int
+    response: ResponsesResponse
+
+
+class ItemEvent(Answer):
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    sequence_number: int
+    output_index: int
+    item: OutputMessage | OutputFunctionCall
+
+
+class _OfItem(Answer):
+    sequence_number: int
+    item_id: str
+    output_index: int
+
+
+class PartEvent(_OfItem):
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    content_index: Literal[0]
+    part: OutputText
+
+
+class TextDeltaEvent(_OfItem):
+    type: Literal["response.output_text.delta"]
+    content_index: Literal[0]
+    delta: str
+    logprobs: list[Any]
+
+
+class TextDoneEvent(_OfItem):
+    type: Literal["response.output_text.done"]
+    content_index: Literal[0]
+    text: str
+    logprobs: list[Any]
+
+
+class ArgumentsDeltaEvent(_OfItem):
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+
+
+class ArgumentsDoneEvent(_OfItem):
+    type: Literal["response.function_call_arguments.done"]
+    name: str
+    arguments: str
+
+
+class ResponseStreamEvent(
+    RootModel[
+        Annotated[
+            ResponseEvent
+            | ItemEvent
+            | PartEvent
+            | TextDeltaEvent
+            | TextDoneEvent
+            | ArgumentsDeltaEvent
+            | ArgumentsDoneEvent,
+            Field(discriminator="type"),
+        ]
+    ]
+):
+    """The data of an event of a stream."""

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.gateway import Served
+from support.gateway import Served, events, service
 
-CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+NOT_CHECKED = "positive_data_acceptance"
+"""What a schema cannot say makes a request one that is refused: ids beyond the vocabulary, prompts beyond the context,
+JSON schemas that are none, fields that only go together."""
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Served]:
+    """Answers end soon however much is asked for, and the most prompts of one request are more than it takes."""
+    with service("--max-model-len", "256", "--max-requests-per-client", "64") as found:
+        yield found
 
 
 def test_the_document_describes_every_path(served: Served) -> None:
@@ -29,19 +39,49 @@ def test_the_document_describes_every_path(served: Served) -> None:
                 assert schema["$ref"].rpartition("/")[2] in document["components"]["schemas"], path
 
 
-@pytest.mark.timeout(400)
-def test_schemathesis_finds_nothing(served: Served, tmp_path: Path) -> None:
+def test_the_examples_are_requests(served: Served) -> None:
+    """Each is answered with what it is an example of."""
+    document = served.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if "requestBody" not in operation:
+                continue
+            examples = operation["requestBody"]["content"]["application/json"]["examples"]
+            assert examples, path
+            for name, example in examples.items():
+                answer = served.post(path, example["value"])
+                assert answer.status_code == 200, (path, name, answer.text)
+                if example["value"].get("stream"):
+                    assert len(events(answer)) > 2, (path, name)
+
+
+def test_the_bounds_of_sampling_are_told(served: Served) -> None:
+    schemas = served.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatRequest"):
+        fields = schemas[name]["properties"]
+        assert {"type": "number", "exclusiveMinimum": 0, "maximum": 1} in fields["top_p"]["anyOf"]
+        assert {"type": "string", "minLength": 1, "maxLength": 256} in fields["stop"]["anyOf"]
+        (bias,) = [one for one in fields["logit_bias"]["anyOf"] if one["type"] == "object"]
+        assert (bias["maxProperties"], bias["additionalProperties"]["minimum"]) == (1_024, -100)
+    (most,) = [one for one in schemas["ResponsesRequest"]["properties"]["max_output_tokens"]["anyOf"] if len(one) > 1]
+    assert most == {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}
+
+
+@pytest.mark.timeout(1_200)
+def test_schemathesis_finds_nothing(small: Served, tmp_path: Path) -> None:
+    """What its examples, the edges of every field and random requests do: no 5xx, nothing that the document does not
+    describe, nothing taken that it forbids."""
     run = subprocess.run(
         [
             *(sys.executable, "-P", "-W", "ignore", "-c", "from schemathesis.cli import schemathesis; schemathesis()"),
-            *("run", f"{served.url}/openapi.json", "--checks", CHECKS, "--max-examples", "25", "--seed", "1"),
-            *("--phases", "fuzzing", "--request-timeout", "60", "--generation-database", "none"),
-            *("--suppress-health-check", "all", "--no-color"),
+            *("run", f"{small.url}/openapi.json", "--exclude-checks", NOT_CHECKED, "--max-examples", "8"),
+            *("--phases", "examples,coverage,fuzzing", "--seed", "1", "--workers", "4", "--request-timeout", "300"),
+            *("--generation-database", "none", "--suppress-health-check", "all", "--no-color"),
         ],
         capture_output=True,
         text=True,
-        timeout=350,
+        timeout=1_100,
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stdout[-4_000:] + run.stderr[-1_000:]
-    served.require_healthy()
+    small.require_healthy()
