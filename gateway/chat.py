@@ -82,7 +82,7 @@ class Chatting:
         most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         if most is not None:
             sampling["max_tokens"] = most
-        if asked.top_logprobs is not None and not asked.logprobs:
+        if asked.top_logprobs and not asked.logprobs:
             raise refused("top_logprobs", "only with logprobs: true")
         if asked.logprobs:
             sampling["logprobs"] = asked.top_logprobs or 0

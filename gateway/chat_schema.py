@@ -93,6 +93,18 @@ class ChatRequest(SamplingFields, StructureFields):
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
     modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+    add_special_tokens: No | None = None
+    """The chat template writes them."""
+    echo: No | None = None
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    moderation: None = None
+    prediction: None = None
+    prompt_cache_retention: None = None
+    reasoning_effort: None = None
+    web_search_options: None = None
     spaces_between_special_tokens: Yes | None = None
     return_token_ids: bool | None = None
     add_generation_prompt: bool | None = None

@@ -108,7 +108,10 @@ def of_validation(error: ValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx'].get('error', first['msg'])}", code="invalid_json")
     field = ".".join(str(part) for part in _place(first))
-    if first["type"] == "extra_forbidden" or (first["type"] == "too_long" and first["ctx"]["max_length"] == 0):
+    # Programs that send all the fields that they know send null for what they do not want.
+    if first["type"] in ("extra_forbidden", "none_required") or (
+        first["type"] == "too_long" and first["ctx"]["max_length"] == 0
+    ):
         return ApiError(
             400, f"{field}: this field is not supported here; leave it out", param=field, code="unsupported_field"
         )

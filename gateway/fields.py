@@ -62,6 +62,10 @@ class SamplingFields(Strict):
     best_of: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    prompt_logprobs: None = None
+    truncate_prompt_tokens: None = None
+    use_beam_search: No | None = None
+    detokenize: Yes | None = None
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments for the SDK: what was given, and nothing else."""
@@ -92,6 +96,7 @@ def _token_id(key: str) -> int:
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: No | None = None
+    continuous_usage_stats: No | None = None
 
 
 class JsonSchemaFormat(Strict):

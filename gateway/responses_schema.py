@@ -137,6 +137,8 @@ class ResponsesRequest(Strict):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
+    prompt_cache_retention: None = None
+    moderation: None = None
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments for the SDK."""

@@ -109,14 +109,15 @@ class LLM:
         n: int = 1,
         **sampling: Any,
     ) -> list[RequestOutput]:
-        """One output for each prompt, in order, with a progress bar on stderr. Prompts are text, token ids or
-        `{"prompt_token_ids": […]}`. What is not given comes from the model's generation_config.json; max_tokens is what
-        the context leaves. Raises as Client.generate."""
+        """One output for each prompt, in order, with a progress bar on stderr. Prompts are text, token ids,
+        `{"prompt": text}` or `{"prompt_token_ids": […]}`. What is not given comes from the model's
+        generation_config.json; max_tokens is what the context leaves. Raises as Client.generate."""
         from ..client.prompts import is_batch
 
         if isinstance(prompts, Sequence) and len(prompts) == 0 and not isinstance(prompts, str):
             return []
         given: Sequence[Any] = prompts if is_batch(prompts) else [prompts]  # type: ignore[assignment]
+        given = [_text(prompt) if isinstance(prompt, Mapping) else prompt for prompt in given]
         return self._run(given, sampling_params, None, use_tqdm, n, sampling)
 
     def chat(
@@ -186,9 +187,32 @@ class LLM:
         return [_output(str(i), prompt, one) for i, (prompt, one) in enumerate(zip(prompts, done, strict=True))]
 
 
+_ONLY: dict[str, Any] = {
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "trust_remote_code": False,
+    "tokenizer": None,
+    "tokenizer_mode": "auto",
+    "skip_tokenizer_init": False,
+    "enable_lora": False,
+    "enable_chunked_prefill": True,
+    "cpu_offload_gb": 0,
+    "speculative_config": None,
+    "distributed_executor_backend": None,
+    "disable_custom_all_reduce": False,
+    "hf_overrides": None,
+    "limit_mm_per_prompt": None,
+}
+
+
+def _text(prompt: Mapping[str, Any]) -> Any:
+    """vLLM's TextPrompt as its text; anything else as it is."""
+    return prompt["prompt"] if set(prompt) == {"prompt"} else prompt
+
+
 def _refuse_what_is_vllms(options: dict[str, Any]) -> None:
     """Options of vLLM's that have one meaning here are dropped at that value, and refused at any other."""
-    for name, only in (("tensor_parallel_size", 1), ("pipeline_parallel_size", 1), ("trust_remote_code", False)):
+    for name, only in _ONLY.items():
         value = options.pop(name, only)
         if value != only:
             raise ConfigurationError(f"{name}: {value!r} is not supported; only {only!r} is")

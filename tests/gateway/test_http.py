@@ -229,7 +229,11 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
         ("/v1/completions", {"prompt": [1_536]}, "prompt", "1535"),
         ("/v1/completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "echo"),
         ("/v1/completions", {"prompt": [1] * 4_096}, "prompt", "4095"),
-        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix", ""),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix", "not supported here"),
+        ("/v1/completions", {"prompt": "x", "prompt_logprobs": 1}, "prompt_logprobs", "not supported here"),
+        ("/v1/chat/completions", {**CHAT, "reasoning_effort": "low"}, "reasoning_effort", "not supported here"),
+        ("/v1/chat/completions", {**CHAT, "store": 0}, "store", "boolean"),
+        ("/v1/chat/completions", {**CHAT, "seed": -1}, "seed", "0, got -1"),
         ("/v1/completions", {"prompt": "x", "best_of": 2}, "best_of", "ranking"),
         ("/v1/completions", {"prompt": "x", "priority": 1_001}, "priority", "1000"),
         ("/v1/responses", {"input": "x", "previous_response_id": "y"}, "previous_response_id", ""),
@@ -265,6 +269,33 @@ def test_refusals_name_what_is_wrong(served: Served, path: str, body: Any, param
     assert (error["param"] or "").startswith(param)
     assert words in error["message"], error["message"]
     assert "Traceback" not in error["message"]
+
+
+def test_what_asks_for_nothing_is_taken(served: Served) -> None:
+    """Programs that send every field they know send null, or what is so anyway, for what they do not want."""
+    chat: dict[str, Any] = {
+        **dict.fromkeys("audio function_call functions moderation prediction reasoning_effort".split()),
+        **dict.fromkeys("prompt_logprobs truncate_prompt_tokens web_search_options tools tool_choice stop n".split()),
+        "modalities": ["text"],
+        "verbosity": "medium",
+        "echo": False,
+        "add_special_tokens": False,
+        "use_beam_search": False,
+        "detokenize": True,
+        "logprobs": False,
+        "top_logprobs": 0,
+        "logit_bias": {},
+        "parallel_tool_calls": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+    }
+    told = events(served.chat(SUM, **chat))
+    assert "".join(choice["delta"].get("content", "") for chunk in told[:-1] for choice in chunk["choices"]) == ANSWER
+    nothing = dict.fromkeys("suffix prompt_logprobs truncate_prompt_tokens logprobs best_of stream_options".split())
+    assert served.post("/v1/completions", {"prompt": "Once", "max_tokens": 2, **nothing}).status_code == 200
+    none = dict.fromkeys("reasoning conversation previous_response_id prompt include moderation tools".split())
+    found = served.post("/v1/responses", {"input": SUM, "top_logprobs": 0, "store": False, **none}).json()
+    assert found["output"][0]["content"][0]["text"] == ANSWER
 
 
 def test_statuses(served: Served) -> None:

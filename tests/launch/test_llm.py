@@ -10,7 +10,8 @@ from tandem import LLM, ConfigurationError, InvalidRequest, SamplingParams
 
 
 def test_llm(capfd: pytest.CaptureFixture[str]) -> None:
-    with LLM(device="cpu", threads=1, max_model_len=2048, tensor_parallel_size=1) as llm:
+    as_vllm_has_it: dict[str, Any] = {"tensor_parallel_size": 1, "tokenizer": None, "tokenizer_mode": "auto"}
+    with LLM(device="cpu", threads=1, max_model_len=2048, **as_vllm_has_it) as llm:
         prompts_in_order(llm, capfd)
         chats(llm)
 
@@ -35,6 +36,9 @@ def prompts_in_order(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
     )
     (alone,) = llm.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)
     assert alone.outputs[0].token_ids == sample.token_ids
+    as_vllm: Any = {"prompt": "Once upon a time"}
+    (wrapped,) = llm.generate(as_vllm, temperature=0.0, max_tokens=8, use_tqdm=False)
+    assert (wrapped.outputs, wrapped.prompt) == (alone.outputs, "Once upon a time")
     assert capfd.readouterr().err == ""
     assert llm.generate([]) == []
 
@@ -57,6 +61,9 @@ def chats(llm: LLM) -> None:
         ({"max_modellen": 5}, "max-model-len"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"tokenizer": "other"}, "tokenizer: 'other' is not supported; only None is"),
+        ({"quantization": "awq"}, "quantization"),
+        ({"swap_space": 4}, "swap_space"),
         ({"max_num_seqs": 0}, "--max-num-seqs"),
         ({"address": "ipc:///x"}, "address"),
         ({"scheduler": "ipc:///x"}, "scheduler"),
