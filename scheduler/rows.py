@@ -63,7 +63,7 @@ class Rows:
         """[slot, i]: id of the block that holds tokens i · block_size and following."""
         self.history = np.empty((slots, limits.max_model_len), np.int32)
         """[slot, position]: committed tokens. Pages of it are touched only as rows grow."""
-        self.stops = np.full((slots, STOP_COLUMNS), NO_TOKEN, np.int32)
+        self.stops = np.full((STOP_COLUMNS, slots), NO_TOKEN, np.int32)
         self.more_stops: dict[int, frozenset[int]] = {}
         """By slot: all stop tokens of a row that has over STOP_COLUMNS."""
         self._stop_columns = 0
@@ -110,7 +110,7 @@ class Rows:
         self.table[slot, : len(blocks)] = blocks
         self.history[slot, :length] = request.known
         self.entered[slot] = length
-        self.stops[slot] = _stop_row(request.stops)
+        self.stops[:, slot] = _stop_row(request.stops)
         if len(request.stops) <= STOP_COLUMNS:
             self._stop_columns = max(self._stop_columns, len(request.stops))
         else:
@@ -157,8 +157,8 @@ class Rows:
     def stopped(self, slots: LongColumn, tokens: IntColumn) -> BoolColumn:
         """Which of these rows got one of their stop tokens, bool like `slots`."""
         stopped: BoolColumn = np.zeros(len(slots), np.bool_)
-        for column in range(self._stop_columns):
-            stopped |= self.stops[slots, column] == tokens
+        for column in self.stops[: self._stop_columns]:
+            stopped |= column[slots] == tokens
         for slot, more in self.more_stops.items():
             at = np.flatnonzero(slots == slot)
             if len(at):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -35,6 +36,7 @@ from tandem.scheduler.events import (
 )
 from tandem.scheduler.policy import Policy
 
+from support.profiles import examples, most_s
 from support.simulated_worker import SimulatedWorker, continuation
 
 VOCAB = 11
@@ -360,5 +362,6 @@ class CoreMachine(RuleBasedStateMachine):
         return replica is not None and not replica.draining
 
 
-TestCoreMachine = CoreMachine.TestCase
-TestCoreMachine.settings = settings(stateful_step_count=60)
+EXAMPLES = examples(ci=100, nightly=20_000)
+TestCoreMachine = pytest.mark.timeout(most_s(EXAMPLES))(CoreMachine.TestCase)
+TestCoreMachine.settings = settings(max_examples=EXAMPLES, stateful_step_count=60)
