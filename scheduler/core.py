@@ -17,9 +17,8 @@ import numpy as np
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import NO_INTS, NO_LONGS, Ended, ModelDescription
-from ..protocol.sampling import sample_seed
 from ..protocol.structured import StructuredOutputsParams
-from .blocks import Match, root
+from .blocks import Match
 from .deadlines import Deadlines
 from .door import Invalid, find_fault
 from .events import (
@@ -43,7 +42,6 @@ from .events import (
     WorkerLost,
 )
 from .grammars import Grammars, Held
-from .joining import is_rare
 from .metrics import Counters
 from .policy import Policy
 from .quarantine import Quarantine, is_cleared, must_be_alone, suspect
@@ -51,6 +49,7 @@ from .queue import WaitingQueue
 from .replica import Commit, Replica
 from .requests import Request
 from .rows import ENDING
+from .submissions import Refusals, invalid, make_request
 from .throughput import EndingRate
 
 KEPT_VERDICTS = 16
@@ -90,6 +89,7 @@ class Core:
         self._rate = EndingRate()
         self._grammars = Grammars()
         self.counters = Counters()
+        self._refusals = Refusals(policy, self._rate, self.counters)
         self.model: ModelDescription | None = None
         """What the first worker brought; all others bring the same."""
 
@@ -191,7 +191,8 @@ class Core:
                 out.extend(replace(fault, ticket=event.ticket + i) for fault in unfit for i in range(event.n))
                 return
         for i in range(event.n):
-            self._accept(self._request(event, i, model, now), event, now, out)
+            self._accept(make_request(event, i, model, self._next_number, now), event, now, out)
+            self._next_number += 1
         self.counters.resumptions += event.resumed
 
     def _grammar_fault(self, event: Submitted, grammar: StructuredOutputsParams, now: float) -> list[Reject] | None:
@@ -200,14 +201,14 @@ class Core:
         error = self._grammars.verdict(grammar, now)
         if error:
             field = f"structured_outputs.{grammar.kind}"
-            return [self._invalid(event, Invalid(f"{field}: {error}", field, "a grammar that can be followed", ""))]
+            return [invalid(event, Invalid(f"{field}: {error}", field, "a grammar that can be followed", ""))]
         if error is None:
             over = self._grammars.hold(event, grammar, now)
             if over is None:
                 return None
             what, limit = over
             message = f"{limit} {what} wait to be checked, and no more may"
-            return [self._overloaded(event, message, "structured_outputs", limit, limit, now)]
+            return [self._refusals.overloaded(event, message, "structured_outputs", limit, limit, now)]
         return []
 
     def _submit_held(self, submissions: Iterable[Held], now: float, out: list[Instruction]) -> None:
@@ -219,34 +220,6 @@ class Core:
             self._submitted(event, now, out)
             for ticket in held.cancelled:
                 self._cancelled(event.client, ticket, now, out)
-
-    def _request(self, event: Submitted, i: int, model: ModelDescription, now: float) -> Request:
-        """The request for one of the samples that a submission asks for."""
-        sampling = event.sampling
-        if sampling.prompt_logprobs is not None and event.sample + i:
-            sampling = replace(sampling, prompt_logprobs=None)  # the prompt is told once, with sample 0
-        limit = model.max_model_len
-        if sampling.max_tokens is not None:
-            limit = min(limit, len(event.prompt) + sampling.max_tokens)
-        self._next_number += 1
-        return Request(
-            number=self._next_number - 1,
-            client=event.client,
-            ticket=event.ticket + i,
-            known=np.concatenate([event.prompt, event.generated]) if len(event.generated) else event.prompt,
-            prompt_length=len(event.prompt),
-            limit=limit,
-            sampling=sampling,
-            stops=sampling.stop_token_ids if sampling.ignore_eos else (*model.eos_token_ids, *sampling.stop_token_ids),
-            now=now,
-            seed=0 if sampling.seed is None else sample_seed(sampling.seed, event.sample + i),
-            priority=event.priority,
-            root=root(event.cache_salt),
-            goes_first=event.resumed,
-            rare=is_rare(sampling),
-            held_back=(tuple({*model.eos_token_ids, *sampling.stop_token_ids}) if sampling.min_tokens else ()),
-            suspicions=event.suspicions,
-        )
 
     def _accept(self, request: Request, event: Submitted, now: float, out: list[Instruction]) -> None:
         self._requests.setdefault(request.client, {})[request.ticket] = request
@@ -263,7 +236,7 @@ class Core:
     def _turned_away(self, event: Submitted, model: ModelDescription | None, now: float) -> Reject | None:
         """The refusal of a submission that is invalid or more than the service may hold."""
         if model is None:
-            return self._overloaded(event, "no worker has joined yet", "workers", 1, 0, now)
+            return self._refusals.overloaded(event, "no worker has joined yet", "workers", 1, 0, now)
         open_here = self._requests.get(event.client, {})
         taken = event.ticket if event.ticket in open_here else None
         if event.n > 1:
@@ -280,50 +253,10 @@ class Core:
         else:
             fault = find_fault(event, model, self._policy.max_n)
         if fault is None:
-            return self._over_limits(event, len(open_here) + held_here, now)
-        return self._invalid(event, fault)
-
-    @staticmethod
-    def _invalid(event: Submitted, fault: Invalid) -> Reject:
-        return Reject(
-            client=event.client,
-            ticket=event.ticket,
-            code="invalid",
-            message=fault.message,
-            field=fault.field,
-            limit=fault.limit,
-            value=fault.value,
-        )
-
-    def _over_limits(self, event: Submitted, open_here: int, now: float) -> Reject | None:
-        policy = self._policy
-        waiting = self.waiting + self._grammars.held
-        tokens = self._queue.tokens + self._quarantine.waiting.tokens + self._grammars.held_tokens
-        tokens += event.n * (len(event.prompt) + len(event.generated))
-        if waiting + event.n > policy.max_waiting_requests:
-            name, most, would = "max_waiting_requests", policy.max_waiting_requests, waiting + event.n
-            what = "requests would wait"
-        elif tokens > policy.max_waiting_tokens:
-            name, most, would, what = "max_waiting_tokens", policy.max_waiting_tokens, tokens, "tokens would wait"
-        elif open_here + event.n > policy.max_requests_per_client:
-            name, most, would = "max_requests_per_client", policy.max_requests_per_client, open_here + event.n
-            what = "requests of this client would be open"
-        else:
-            return None
-        return self._overloaded(event, f"{would} {what}, over the limit of {most}", name, most, would, now)
-
-    def _overloaded(self, event: Submitted, message: str, field: str, limit: int, value: int, now: float) -> Reject:
-        self.counters.refused += event.n
-        return Reject(
-            client=event.client,
-            ticket=event.ticket,
-            code="overloaded",
-            message=message,
-            field=field,
-            limit=str(limit),
-            value=str(value),
-            retry_after=self._rate.retry_after(now),
-        )
+            waiting = self.waiting + self._grammars.held
+            tokens = self._queue.tokens + self._quarantine.waiting.tokens + self._grammars.held_tokens
+            return self._refusals.over_limits(event, len(open_here) + held_here, waiting, tokens, now)
+        return invalid(event, fault)
 
     def _cancelled(self, client: int, ticket: int, now: float, out: list[Instruction]) -> None:
         request = self._requests.get(client, {}).get(ticket)

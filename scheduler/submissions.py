@@ -1,0 +1,99 @@
+"""What becomes of a submission: a request for each of its samples, or a refusal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..protocol.messages import ModelDescription
+from ..protocol.sampling import sample_seed
+from .blocks import root
+from .door import Invalid
+from .events import Reject, Submitted
+from .joining import is_rare
+from .metrics import Counters
+from .policy import Policy
+from .requests import Request
+from .throughput import EndingRate
+
+
+def make_request(event: Submitted, i: int, model: ModelDescription, number: int, now: float) -> Request:
+    """The request `number`, for the sample `i` of those that a submission asks for; the door has found no fault."""
+    sampling = event.sampling
+    if sampling.prompt_logprobs is not None and event.sample + i:
+        sampling = replace(sampling, prompt_logprobs=None)  # the prompt is told once, with sample 0
+    limit = model.max_model_len
+    if sampling.max_tokens is not None:
+        limit = min(limit, len(event.prompt) + sampling.max_tokens)
+    return Request(
+        number=number,
+        client=event.client,
+        ticket=event.ticket + i,
+        known=np.concatenate([event.prompt, event.generated]) if len(event.generated) else event.prompt,
+        prompt_length=len(event.prompt),
+        limit=limit,
+        sampling=sampling,
+        stops=sampling.stop_token_ids if sampling.ignore_eos else (*model.eos_token_ids, *sampling.stop_token_ids),
+        now=now,
+        seed=0 if sampling.seed is None else sample_seed(sampling.seed, event.sample + i),
+        priority=event.priority,
+        root=root(event.cache_salt),
+        goes_first=event.resumed,
+        rare=is_rare(sampling),
+        held_back=(tuple({*model.eos_token_ids, *sampling.stop_token_ids}) if sampling.min_tokens else ()),
+        suspicions=event.suspicions,
+    )
+
+
+def invalid(event: Submitted, fault: Invalid) -> Reject:
+    """The refusal of a submission that could never be taken."""
+    return Reject(
+        client=event.client,
+        ticket=event.ticket,
+        code="invalid",
+        message=fault.message,
+        field=fault.field,
+        limit=fault.limit,
+        value=fault.value,
+    )
+
+
+class Refusals:
+    """Of submissions that are more than the service may hold: they may come again."""
+
+    def __init__(self, policy: Policy, rate: EndingRate, counters: Counters) -> None:
+        self._policy = policy
+        self._rate = rate
+        self._counters = counters
+
+    def over_limits(self, event: Submitted, open_here: int, waiting: int, tokens: int, now: float) -> Reject | None:
+        """The refusal if one of the limits would be passed; None if there is room. `open_here`: open requests of this
+        client; `waiting` and `tokens`: requests that wait, of all clients, and their known tokens."""
+        policy = self._policy
+        tokens += event.n * (len(event.prompt) + len(event.generated))
+        if waiting + event.n > policy.max_waiting_requests:
+            name, most, would = "max_waiting_requests", policy.max_waiting_requests, waiting + event.n
+            what = "requests would wait"
+        elif tokens > policy.max_waiting_tokens:
+            name, most, would, what = "max_waiting_tokens", policy.max_waiting_tokens, tokens, "tokens would wait"
+        elif open_here + event.n > policy.max_requests_per_client:
+            name, most, would = "max_requests_per_client", policy.max_requests_per_client, open_here + event.n
+            what = "requests of this client would be open"
+        else:
+            return None
+        return self.overloaded(event, f"{would} {what}, over the limit of {most}", name, most, would, now)
+
+    def overloaded(self, event: Submitted, message: str, field: str, limit: int, value: int, now: float) -> Reject:
+        """The refusal, which says when to come again; all samples are counted as refused."""
+        self._counters.refused += event.n
+        return Reject(
+            client=event.client,
+            ticket=event.ticket,
+            code="overloaded",
+            message=message,
+            field=field,
+            limit=str(limit),
+            value=str(value),
+            retry_after=self._rate.retry_after(now),
+        )
