@@ -105,7 +105,7 @@ class Streams:
 
     async def calm(self) -> None:
         """Waits until every stream gets tokens and has done so for CALM_S."""
-        since = [0.0] * len(self.times)
+        since = [time.monotonic()] * len(self.times)
         while True:
             error = self.failed()
             if error is not None:
@@ -148,16 +148,18 @@ async def measure(address: str, heard: Heard, options: argparse.Namespace) -> tu
                     pauses = sorted(await streams.after(at))[-served:]
                     kills.append(Kill(what, at, pauses, heard.since(at, what)))
                     print(f"SIGKILL {what}: {_shown(kills[-1])}", file=sys.stderr)
+            await asyncio.sleep(max(0.0, kills[-1].at + SHOWN_S[1] - time.monotonic()))  # the picture shows so much
             return kills, streams.times
         finally:
             await streams.close()
 
 
 async def all_there(client: AsyncClient, workers: int) -> Stats:
-    """Waits until so many workers serve."""
+    """Waits until so many workers serve, and nobody is a suspect any more: whom the next death made one again would
+    run alone, which is no measure of a recovery."""
     while True:
         found = await client.stats(timeout=60)
-        if len(found.workers) == workers and all(worker.running for worker in found.workers):
+        if len(found.workers) == workers and all(one.running and not one.suspects for one in found.workers):
             return found
         await asyncio.sleep(0.2)
 
