@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar, cast
 
 from ..protocol.errors import RequestCancelled, RequestTimeout, TandemError
+from .news import News
 from .results import Choice, Chunk, Completion, FinishReason, PositionLogprobs, Timings, Usage
 from .stopping import StopStrings
 
@@ -198,27 +199,6 @@ class Started:
                 self.cancel(sample.tokens, error)
 
 
-class _News:
-    """Wakes the one task that waits. Apart from the stream, which nobody may hold but its reader."""
-
-    def __init__(self) -> None:
-        self._waiter: asyncio.Future[None] | None = None
-
-    def tell(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def wait(self) -> None:
-        """For what is told from now on."""
-        if self._waiter is not None:
-            raise RuntimeError("this stream is being read by another task already")
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-
 class CompletionStream:
     """Iterate over it for chunks; `await result()` for the whole. One task may read it at a time.
 
@@ -241,7 +221,7 @@ class CompletionStream:
         self._deadline: float | None = None
         self._called_at = 0.0
         self._started: Started | None = None
-        self._news = _News()
+        self._news = News()
         self._turn = 0
         self._completion: Completion | None = None
         self._error: TandemError | None = None

@@ -13,6 +13,7 @@ from ..protocol.errors import OffsetError, ProtocolError, RequestCancelled, Requ
 from ..protocol.messages import CLEARING_TOKENS, Ended, ModelDescription, Submit
 from ..protocol.sampling import SamplingParams
 from .logprobs import Told
+from .news import News
 
 MAX_UNREAD_TOKENS = 65_536
 """A reader that leaves more tokens than this unread loses its request."""
@@ -109,7 +110,7 @@ class TokenStream:
         self._on_overflow = on_overflow
         self._max_unread = max_unread
         self._read = len(history.generated)
-        self._waiter: asyncio.Future[None] | None = None
+        self._news = News()
         self._settled = asyncio.Event()
         self.on_news: Callable[[], None] | None = None
         """Called after tokens or an end have come; for a reader of several streams."""
@@ -219,7 +220,7 @@ class TokenStream:
         before it are read. A cancelled read loses nothing."""
         generated = self.history.generated
         while len(generated) == self._read and not self.is_over:
-            await self._wait()
+            await self._news.wait()
         return self.take()
 
     def take(self) -> list[int]:
@@ -230,17 +231,7 @@ class TokenStream:
         self._read += len(tokens)
         return tokens
 
-    async def _wait(self) -> None:
-        if self._waiter is not None:
-            raise RuntimeError("this stream is being read by another task already")
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._news.tell()
         if self.on_news is not None:
             self.on_news()

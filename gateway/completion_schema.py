@@ -53,13 +53,16 @@ class CompletionRequest(SamplingFields, StructureFields):
         return 1 if self.max_tokens == 0 else self.max_tokens
 
 
-class CompletionChoice(Answer):
+class CompletionChunkChoice(Answer):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+
+
+class CompletionChoice(CompletionChunkChoice):
     prompt_token_ids: list[int] | None = None
 
 
@@ -71,15 +74,6 @@ class CompletionResponse(Answer):
     system_fingerprint: str | None = None
     choices: list[CompletionChoice]
     usage: Usage | None = None
-
-
-class CompletionChunkChoice(Answer):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
 
 
 class CompletionChunk(Answer):
