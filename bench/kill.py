@@ -48,6 +48,8 @@ class Run:
     times: list[list[float]]
     """When each token came (time.monotonic)."""
     wrong: list[str] = field(default_factory=list)
+    grown: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a stream gets tokens."""
     killed_at: float | None = None
     had: list[int] = field(default_factory=list)
     """How many tokens each stream had received at the kill."""
@@ -99,6 +101,7 @@ class Load:
                 run.wrong.append(f"stream {index}: tokens of offset {chunk.offset} came after {len(tokens)} tokens")
             tokens += chunk.token_ids
             times += [time.monotonic()] * len(chunk.token_ids)
+            run.grown.set()
         answer = await stream.result()
         if answer.token_ids != tokens:
             run.wrong.append(f"stream {index}: its answer holds other tokens than came")
@@ -109,25 +112,26 @@ class Load:
 class Killing:
     """Kills the only worker once all streams have so many tokens, and waits until it is back."""
 
-    def __init__(self, client: AsyncClient, after_tokens: int) -> None:
+    def __init__(self, client: AsyncClient, options: argparse.Namespace) -> None:
         self._client = client
-        self._after_tokens = after_tokens
+        self._after_tokens = options.kill_after_tokens
+        self._start_timeout = options.start_timeout
 
     async def disturb(self, run: Run) -> None:
-        while True:
-            if min(map(len, run.tokens)) >= self._after_tokens:
-                break
-            await asyncio.sleep(0.005)
+        while min(map(len, run.tokens)) < self._after_tokens:
+            await run.grown.wait()
+            run.grown.clear()
         before = await self._client.stats(timeout=60)
         (worker,) = before.workers
         run.killed_at = kill(worker.name)
         run.had = [len(tokens) for tokens in run.tokens]
         print(f"SIGKILL {worker.name}: its streams had {min(run.had)} to {max(run.had)} tokens", file=sys.stderr)
-        while True:
-            found = await self._client.stats(timeout=60)
-            if any(one.registration != worker.registration for one in found.workers):
-                break
-            await asyncio.sleep(LOOK_S)
+        async with asyncio.timeout(self._start_timeout):
+            while True:
+                found = await self._client.stats(timeout=60)
+                if any(one.registration != worker.registration for one in found.workers):
+                    break
+                await asyncio.sleep(LOOK_S)
         run.back_at = time.monotonic()
         print(f"the worker is back after {run.back_at - run.killed_at:.1f} s", file=sys.stderr)
 
@@ -150,7 +154,7 @@ async def measure(address: str, options: argparse.Namespace) -> tuple[list[Run],
         for _ in range(options.undisturbed):
             undisturbed.append(await load.run())
             print(f"undisturbed: {undisturbed[-1].seconds:.1f} s", file=sys.stderr)
-        killed = await load.run(Killing(client, options.kill_after_tokens).disturb)
+        killed = await load.run(Killing(client, options).disturb)
         return undisturbed, killed, await settled(client)
 
 

@@ -165,14 +165,19 @@ def test_a_scheduler_that_cannot_be_reached_is_noticed_before_anything_is_to_be_
     """By a client with open requests. Its next ping would be due in an hour here."""
 
     async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        lost, keep_in_touch = asyncio.Event(), client._connection._keep_in_touch
+
+        def watched(now: float, silence: float) -> bool:
+            if not (reached := keep_in_touch(now, silence)):
+                lost.set()
+            return reached
+
+        monkeypatch.setattr(client._connection, "_keep_in_touch", watched)
         stream = client.stream([1])
         await anext(stream)
         monkeypatch.setattr("tandem.client.connection.LONGEST_SILENCE_S", 3600.0)
         scheduler.socket.close(0)
-        while True:
-            if client._connection._lost is not None:
-                break
-            await asyncio.sleep(0.01)
+        await lost.wait()
         scheduler.restart()
         scheduler.listen()
         assert (await stream.result()).token_ids == TOKENS
