@@ -102,14 +102,16 @@ watch_idle() {
   wait $watched $scheduler
 }
 
-watch() { # watch LOAD SECONDS FLAGS…: the profiler looks SECONDS after the load began
+busy() { (( $(nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits | head -n 1) > 50 )); }
+
+watch() { # watch LOAD SECONDS FLAGS…: the profiler looks SECONDS after the device has got work, or after a minute
   local name=$1 after=$2
   shift 2
   number=$((number + 1))
-  offline "idle-${name,,}-live" "$@" &
+  offline "idle-${name,,}-live" --num-warmups 0 "$@" &
   local load=$!
+  for _ in $(seq 300); do busy && break; sleep 0.2; done
   sleep "$after"
-  sleep 2.5 # the clients' start
   kill -USR1 $watched
   wait $load
   until [[ -s $home/profiled-$number.json ]] || ! kill -0 $watched; do sleep 0.2; done
