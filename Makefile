@@ -41,7 +41,7 @@ chaos: $(INSTALLED)
 	@TANDEM_TEST_GRID=full TANDEM_CHAOS_FAULTS=$(FAULTS) $(BIN)/python -P -m pytest -s tests/chaos
 
 fuzz: $(INSTALLED)
-	@TANDEM_FUZZ_S=$$(( $(FUZZ_S) / 4 )) $(BIN)/python -P -m pytest -n 0 --timeout $$(( $(FUZZ_S) + 300 )) tests/fuzz
+	@TANDEM_FUZZ_S=$$(( $(FUZZ_S) / 4 )) $(BIN)/python -P -m pytest -n 0 --timeout $$(( $(FUZZ_S) + 900 )) tests/fuzz
 
 check: dev
 	@scripts/check

@@ -1,9 +1,11 @@
 """Rules that hold for every test: no leaks, no network, one thread, warnings are errors, a GPU or a skip."""
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported, and inherited by every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,10 +16,13 @@ os.environ["TANDEM_KEYS"] = "/nonexistent/keys"  # those of whoever runs the tes
 import pytest
 from hypothesis import HealthCheck, settings
 
-from support.leaks import leaked, snapshot
+from support.deadlines import DEADLINE_S
+from support.leaks import end_descendants, leaked, mark_descendants, snapshot
 
+mark_descendants()
 ROOT = Path(__file__).resolve().parents[1]
-LEAK_DEADLINE_S = 10.0
+LEAK_DEADLINE_S = DEADLINE_S / 5
+FAILED = pytest.StashKey[bool]()
 
 # `python -m pytest` in the root puts the root itself on the path, where `client` or `launch` would import once more.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -62,17 +67,52 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note for `no_leaks` that a test failed."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(settings: Any) -> Generator[None, object, object]:
+    """Let pytest-timeout's alarm go off again and again: what ends a test that hangs may hang too."""
+    result = yield
+    if signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.setitimer(signal.ITIMER_REAL, settings.timeout, DEADLINE_S)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None, object, object]:
+    """Give the teardown of a failed test an alarm: pytest-timeout takes its own away with the failure."""
+    if signal.getitimer(signal.ITIMER_REAL)[0]:
+        return (yield)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"the teardown has hung for {DEADLINE_S:g} s"))
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE_S, DEADLINE_S)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves a thread, a child process or an open file behind.
+    """Fail a test that leaves a thread, a child process or an open file behind; kill what a failed test left.
 
     Fixtures of a wider scope are set up before this one and so belong to nobody's test. CUDA opens files of its own
     on first use, so GPU tests are held to threads and processes only.
     """
     before = snapshot()
     yield
+    if request.node.stash.get(FAILED, False):
+        end_descendants(before)  # or they would slow down whatever comes next
     found = leaked(before, LEAK_DEADLINE_S, check_files=request.node.get_closest_marker("gpu") is None)
     if found:
+        end_descendants(before)
         pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
 
 

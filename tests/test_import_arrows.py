@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from support.deadlines import DEADLINE_S
+
 ROOT = Path(__file__).resolve().parents[1]
 NOT_CODE = {"tests", "docs", "scripts", "build", "dist"}
 
@@ -118,7 +120,7 @@ def test_importing_does_not_bring_torch(package: str) -> None:
         f"for name in {names!r}: importlib.import_module(name)\n"
         f"print(*sorted({HEAVY!r} & set(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [], f"importing {names} imports {run.stdout}"
 

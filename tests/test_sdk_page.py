@@ -8,12 +8,14 @@ from pathlib import Path
 
 import tandem
 
+from support.deadlines import DEADLINE_S
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_page_is_current_and_says_something_of_every_name() -> None:
     command = [sys.executable, "-P", str(ROOT / "scripts/make_sdk_docs.py"), "--check"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert run.returncode == 0, run.stderr
     text = (ROOT / "docs/sdk.md").read_text()
     for name in tandem.__all__:

@@ -14,6 +14,7 @@ import pytest
 from tandem.launch.embedded import EmbeddedSystem
 
 from support.commands import gone, tandem
+from support.deadlines import DEADLINE_S
 
 TINY = ["--prompt-tokens", "8", "--output-tokens", "6", "--num-warmups", "2"]
 
@@ -234,7 +235,7 @@ def test_a_picture_of_a_sweep(tmp_path: Path) -> None:
         "results = [{'rate': rate, 'median': dict.fromkeys(names, value)} for rate, value in points]\n"
         "plot('sweep.png', 'rate', results)"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, timeout=60, check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, timeout=DEADLINE_S, check=True)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -247,6 +248,8 @@ def test_other_commands_do_not_import_the_benchmarks() -> None:
         "except SystemExit: pass\n"
         "print(*[name for name in sys.modules if name.startswith('tandem.bench')], file=sys.stderr)"
     )
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=DEADLINE_S, check=True
+    )
     assert "bench" in run.stdout
     assert run.stderr.strip() == ""

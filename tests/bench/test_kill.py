@@ -14,6 +14,8 @@ from tandem.bench import kill
 from tandem.bench.kill import Run, compared, summary
 from tandem.bench.recovery import pause_s
 
+from support.deadlines import DEADLINE_S
+
 
 @pytest.mark.parametrize(
     ("times", "pause"),
@@ -77,7 +79,7 @@ def test_streams_outlive_the_only_worker(tmp_path: Path) -> None:
         [sys.executable, "-P", "-m", "tandem.bench.kill", *arguments.split(), "--batch-invariant", "--out", str(out)],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,8 @@ import torch
 from tandem.bench.sampling import cases_of, make_load, measure
 from tandem.worker import sampler
 
+from support.deadlines import DEADLINE_S
+
 CASES = ["temperature", "top-p 0.9", "top-k 50, top-p 0.9", "everything"]
 
 
@@ -50,7 +52,7 @@ def test_the_command_writes_its_figures(tmp_path: Path) -> None:
         [sys.executable, "-P", "-m", "tandem.bench.sampling", *arguments, "--step-ms", "5"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

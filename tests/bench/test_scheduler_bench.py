@@ -48,9 +48,8 @@ from tandem.scheduler.events import (
     WorkerLimits,
 )
 
+from support.deadlines import DEADLINE_S
 from support.simulated_worker import SimulatedWorker
-
-DEADLINE_S = 120.0
 
 
 def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tandem.bench.soak import growing
 
+from support.deadlines import DEADLINE_S
 from support.tiny_models import save_tiny
 
 
@@ -28,7 +29,7 @@ def test_a_short_soak_checks_every_token_and_tells_of_every_process(tmp_path: Pa
     command = [sys.executable, "-P", "-m", "tandem.bench.soak", "--model", str(tmp_path / "model"), "--device", "cpu"]
     command += ["--seconds", "2", "--prompts", "3", "--longest-prompt", "40", "--most-tokens", "24", "--at-once", "8"]
     command += ["--max-num-seqs", "4", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     found = json.loads(out.read_text())
     # Two seconds say nothing about memory: what grows is what is used for the first time.
     assert found["wrong"] == [], done.stderr

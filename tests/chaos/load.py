@@ -9,7 +9,9 @@ from typing import Any
 
 from tandem import AsyncClient, Completion, PositionLogprobs
 
-TIMEOUT_S = 600.0
+from support.deadlines import DEADLINE_S
+
+TIMEOUT_S = 3_600.0
 """Deadline of each request: all streams together get a few tokens each between two faults, on a busy machine too."""
 LATE_S = 10.0
 """By so much a busy machine may miss it."""
@@ -48,7 +50,7 @@ def specs(seed: int, count: int, vocab: int) -> list[Spec]:
 
 async def undisturbed(address: str, wanted: list[Spec], **access: Any) -> list[Completion]:
     """What each request gets when nothing happens."""
-    async with AsyncClient(address, connect_timeout=170, **access) as client:
+    async with AsyncClient(address, connect_timeout=DEADLINE_S, **access) as client:
         return await asyncio.gather(*(client.generate(list(one.prompt), **one.sampling) for one in wanted))
 
 
@@ -107,7 +109,11 @@ class Load:
 
     async def _client(self, index: int) -> None:
         async with AsyncClient(
-            self.address, connect_timeout=170, reconnect_timeout=170, name=f"client {index}", **self.access
+            self.address,
+            connect_timeout=DEADLINE_S,
+            reconnect_timeout=DEADLINE_S,
+            name=f"client {index}",
+            **self.access,
         ) as client:
             own = range(index, self.streams, self.clients)
             async with asyncio.TaskGroup() as group:

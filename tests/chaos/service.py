@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from support.deadlines import DEADLINE_S
 from support.proxy import Proxy
 
 WORKER_LEASE_S = 6.0
@@ -149,7 +150,7 @@ def chaos_service(
         ]
         ports = [free_port() for _ in range(gateways)]
         kept_gateways = [
-            keep(f"gateway-{i}", "gateway", scheduler=address, port=port, reconnect_timeout=170.0)
+            keep(f"gateway-{i}", "gateway", scheduler=address, port=port, reconnect_timeout=DEADLINE_S)
             for i, port in enumerate(ports)
         ]
         made = ChaosService(

@@ -22,6 +22,7 @@ from tandem.launch.builtin import MODEL_DIR
 from tandem.launch.keys import ROLES, KeyDirectory
 from tandem.protocol.messages import Stats
 
+from support.deadlines import DEADLINE_S
 from support.tiny_models import VOCAB, save_tiny
 
 FAULTS = int(os.environ.get("TANDEM_CHAOS_FAULTS", "12"))
@@ -62,7 +63,7 @@ def make_keys(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(180 + 15 * FAULTS)
+@pytest.mark.timeout(900 + 60 * FAULTS)
 @pytest.mark.parametrize(
     "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("curve", "builtin"))]
 )
@@ -116,7 +117,7 @@ async def storm(service: ChaosService, vocab: int) -> None:
     found = await settled(service)
     assert len(found.workers) == len(service.workers)
     assert found.poisoned == 0
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         while True:  # they may still have to notice who has just gone; the proxies are in this process
             if own_descriptors() <= before[0] and service.scheduler.descriptors() <= before[1]:
                 break
@@ -127,8 +128,8 @@ async def storm(service: ChaosService, vocab: int) -> None:
 async def settled(service: ChaosService) -> Stats:
     """Waits until nothing runs or waits, every worker is there, and every block is free: requests of clients that were
     killed are over a lease later. Connections that ended take the time of a heartbeat to be noticed."""
-    async with AsyncClient(service.direct, connect_timeout=60, **service.access) as client:
-        async with asyncio.timeout(60 + 2 * CLIENT_LEASE_S):
+    async with AsyncClient(service.direct, connect_timeout=DEADLINE_S, **service.access) as client:
+        async with asyncio.timeout(DEADLINE_S + 2 * CLIENT_LEASE_S):
             while True:
                 found = await client.stats()
                 free = all(worker.free_blocks == worker.num_blocks for worker in found.workers)

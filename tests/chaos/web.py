@@ -11,12 +11,10 @@ import httpx
 from chaos.load import LATE_S, TIMEOUT_S, Load, Spec
 from chaos.service import Kept
 
-READY_S = 120.0
+from support.deadlines import DEADLINE_S
+
 AGAIN_S = 0.2
 """After this a gateway that does not listen (yet), or has no service (yet), is asked again."""
-
-ENDS_S = 20.0
-"""So long a gateway that was killed may take to be gone."""
 
 
 @dataclass
@@ -38,8 +36,8 @@ class WebLoad:
                 group.create_task(self._stream(i))
 
     async def ready(self) -> None:
-        """Waits until every gateway has a service. TimeoutError after READY_S."""
-        async with asyncio.timeout(READY_S), httpx.AsyncClient(timeout=30) as client:
+        """Waits until every gateway has a service. TimeoutError after DEADLINE_S."""
+        async with asyncio.timeout(DEADLINE_S), httpx.AsyncClient(timeout=DEADLINE_S) as client:
             for url in self.urls:
                 while True:
                     if await _is_well(client, url):
@@ -108,7 +106,7 @@ async def _has_ended(gateway: Kept, life: int) -> bool:
     """Whether the process that was started as the `life`th ends, or has. A process that dies closes its connections
     before it is gone, and takes new ones in between."""
     try:
-        async with asyncio.timeout(ENDS_S):
+        async with asyncio.timeout(DEADLINE_S):
             while True:
                 if gateway.started > life:
                     return True

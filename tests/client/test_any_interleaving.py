@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tandem import AsyncClient
 from tandem.protocol.messages import Cancel, Goodbye, Refused, Submit, Suspected, UnknownPeer
 
+from support.deadlines import DEADLINE_S
 from support.scripted_scheduler import ScriptedScheduler
 
 STREAMS = 3
@@ -87,7 +88,7 @@ class Villain(ScriptedScheduler):
 
     async def one(self, choice: int) -> Live:
         """One of those that it has; waits for the client if it has none."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             while not self.live:
                 self.arrived.clear()
                 await self.arrived.wait()
@@ -156,7 +157,7 @@ async def read(client: AsyncClient, stream: int) -> list[int]:
 def test_readers_see_each_token_once_and_in_order(steps: list[tuple[str, int]]) -> None:
     async def main() -> None:
         goodbyes = 0
-        async with Villain() as villain, AsyncClient(villain.address, reconnect_timeout=60) as client:
+        async with Villain() as villain, AsyncClient(villain.address, reconnect_timeout=DEADLINE_S) as client:
             await client.tokenizer()
             readers = [asyncio.create_task(read(client, stream)) for stream in range(STREAMS)]
             await villain.until(Submit, STREAMS)
@@ -166,7 +167,7 @@ def test_readers_see_each_token_once_and_in_order(steps: list[tuple[str, int]]) 
                     await villain.step(name, choice)
             villain.refusals = 0
             everything = asyncio.gather(*readers)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 while not everything.done():
                     for live in list(villain.live.values()):
                         villain.finish(live)

@@ -18,6 +18,7 @@ from tandem import (
 from tandem.client.stream import MAX_UNREAD_TOKENS
 from tandem.protocol.messages import Cancel, Submit
 
+from support.deadlines import DEADLINE_S
 from support.scripted_scheduler import ANSWER, EOS, TOKENIZER, ScriptedScheduler
 
 ANSWER_IDS = TOKENIZER.encode(ANSWER, add_special_tokens=False)
@@ -31,7 +32,7 @@ def play(
     async def main() -> None:
         async with (
             ScriptedScheduler(script) as scheduler,
-            AsyncClient(scheduler.address, connect_timeout=60.0, **client_options) as client,
+            AsyncClient(scheduler.address, connect_timeout=DEADLINE_S, **client_options) as client,
         ):
             await scenario(scheduler, client)
 
@@ -299,7 +300,7 @@ def test_a_request_that_is_ended_while_it_is_being_sent_is_cancelled(close: bool
 def test_closing_while_the_tokenizer_is_fetched_cancels_no_task() -> None:
     async def main() -> None:
         async with ScriptedScheduler() as scheduler:
-            client = AsyncClient(scheduler.address, connect_timeout=60.0)
+            client = AsyncClient(scheduler.address, connect_timeout=DEADLINE_S)
             await client.connect()
             call = asyncio.create_task(client.generate("Hi"))
             await asyncio.sleep(0)

@@ -43,6 +43,7 @@ from tandem.protocol.messages import (
     Welcome,
 )
 
+from support.deadlines import DEADLINE_S
 from support.scripted_scheduler import ANSWER, EOS, FILES, MODEL, TOKENIZER, ScriptedScheduler
 
 Script = Callable[[ScriptedScheduler, Submit], None]
@@ -59,7 +60,7 @@ def play(
 
     async def main() -> None:
         async with ScriptedScheduler(script, **scheduler_options) as scheduler:
-            options = {"connect_timeout": 20.0, **(client_options or {})}
+            options = {"connect_timeout": DEADLINE_S, **(client_options or {})}
             async with AsyncClient(scheduler.address, **options) as client:
                 await scenario(scheduler, client)
 
@@ -121,7 +122,7 @@ def test_another_version_is_named(answer: object) -> None:
     async def main() -> None:
         async with ScriptedScheduler(greeting=lambda scheduler: scheduler.say(answer)) as scheduler:
             with pytest.raises(VersionMismatch, match=f"at ipc://.*version 99, this end speaks {PROTOCOL_VERSION}"):
-                await AsyncClient(scheduler.address, connect_timeout=60.0).connect()
+                await AsyncClient(scheduler.address, connect_timeout=DEADLINE_S).connect()
 
     asyncio.run(main())
 
@@ -131,7 +132,7 @@ def test_garbage_instead_of_a_greeting(data: bytes) -> None:
     async def main() -> None:
         async with ScriptedScheduler(greeting=lambda scheduler: scheduler.say(data)) as scheduler:
             with pytest.raises(ProtocolError, match="broke the protocol"):
-                await AsyncClient(scheduler.address, connect_timeout=60.0).connect()
+                await AsyncClient(scheduler.address, connect_timeout=DEADLINE_S).connect()
 
     asyncio.run(main())
 
@@ -310,7 +311,7 @@ def test_overload_is_raised_for_one_and_waited_out_for_a_list() -> None:
 def test_a_scheduler_that_restarts_before_it_has_a_model() -> None:
     async def main() -> None:
         async with ScriptedScheduler(model=None, lease_s=0.3) as scheduler:
-            client = AsyncClient(scheduler.address, connect_timeout=60.0)
+            client = AsyncClient(scheduler.address, connect_timeout=DEADLINE_S)
             connecting = asyncio.create_task(client.connect())
             await scheduler.until(Ping)
             scheduler.epoch += 1

@@ -8,6 +8,8 @@ import pytest
 import tandem
 import tandem.client
 
+from support.deadlines import DEADLINE_S
+
 LIGHT = """
 import sys
 import tandem
@@ -60,6 +62,6 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.mark.parametrize("code", [LIGHT, OFFLINE, COMPLETE], ids=["names only", "offline too", "everything"])
 def test_what_imports_bring_along(code: str) -> None:
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []

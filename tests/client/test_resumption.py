@@ -32,6 +32,7 @@ from tandem.protocol.messages import (
     UnknownPeer,
 )
 
+from support.deadlines import DEADLINE_S
 from support.scripted_scheduler import FILES, MODEL, ScriptedScheduler
 
 TOKENS = list(range(5, 25))
@@ -48,7 +49,7 @@ def play(scenario: Scenario, script: Script, client_options: dict[str, Any] | No
             AsyncClient(scheduler.address, **(client_options or {})) as client,
         ):
             await client.tokenizer()  # whose files would be asked for between the messages that a test looks at
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 await scenario(scheduler, client)
 
     asyncio.run(main())

@@ -13,6 +13,7 @@ from tandem import AsyncClient, InvalidRequest, RequestCancelled, RequestFailed,
 from tandem.client.stream import History
 from tandem.protocol.messages import Cancel, Refused, Submit, Tokens
 
+from support.deadlines import DEADLINE_S
 from support.scripted_scheduler import EOS, TOKENIZER, ScriptedScheduler
 
 
@@ -135,7 +136,7 @@ def test_a_sample_that_fails_is_told_at_once_though_others_go_on() -> None:
         scheduler.tokens(submit.ticket + 2, [], 3, [scheduler.end(sample_of(submit, 2), 3, "error")])
 
     async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             with pytest.raises(RequestFailed):
                 await client.generate([1], n=3, temperature=1.0)
         first = scheduler.of(Submit)[0].ticket

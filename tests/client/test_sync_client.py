@@ -13,6 +13,7 @@ import pytest
 from tandem import Client, InvalidRequest, RequestCancelled, RequestTimeout, ServiceUnavailable
 from tandem.protocol.messages import Cancel, Goodbye, Submit
 
+from support.deadlines import DEADLINE_S
 from support.scripted_scheduler import ANSWER, ScriptedScheduler, on_thread, scheduler_thread
 
 
@@ -68,7 +69,7 @@ def test_cancel_from_another_thread(scheduler: ScriptedScheduler) -> None:
         reading = pool.submit(stream.result)
         client.cancel(stream)
         with pytest.raises(RequestCancelled):
-            reading.result(60)
+            reading.result(DEADLINE_S)
 
 
 def test_timeout(scheduler: ScriptedScheduler) -> None:
@@ -87,7 +88,7 @@ def test_closing_ends_calls_of_other_threads(scheduler: ScriptedScheduler) -> No
         on_thread(scheduler, lambda: scheduler.until(Submit))
         client.close()
         with pytest.raises(RequestCancelled):
-            call.result(60)
+            call.result(DEADLINE_S)
     client.close()
     assert not our_threads()
     with pytest.raises(ServiceUnavailable, match="closed"):
@@ -118,7 +119,7 @@ print(client.chat([{{"role": "user", "content": "Hi"}}]).text)
 stream = client.stream("Hi")
 next(stream)
 """
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
     assert (run.returncode, run.stderr) == (0, "")
     assert ANSWER in run.stdout
     on_thread(scheduler, lambda: scheduler.until(Goodbye))
@@ -157,7 +158,7 @@ else:
     print("parent saw", os.waitpid(child, 0)[1], client.generate("Hi").text)
     client.close()
 """
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
     assert (run.returncode, run.stderr) == (0, "")
     assert "child: this Client was made before the process forked" in run.stdout
     assert f"parent saw 0 {ANSWER}" in run.stdout

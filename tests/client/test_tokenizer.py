@@ -12,6 +12,7 @@ import pytest
 from tandem.client.tokenizer import LONG_TEXT, Tokenizer
 from tandem.protocol.errors import ConfigurationError, InvalidRequest
 
+from support.deadlines import DEADLINE_S
 from support.tokenizer_zoo import TEXTS, ZOO, byte_fallback, byte_level, unigram
 
 
@@ -140,6 +141,6 @@ def test_text_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
         "assert d.push(ids) + d.finish() == text\n"
         "print(*sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []

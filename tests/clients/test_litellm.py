@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+from support.deadlines import DEADLINE_S
 from support.gateway import MODEL, Served
 
 SCRIPT = """
@@ -49,7 +50,7 @@ def test_litellm(served: Served) -> None:
         [sys.executable, "-P", "-W", "ignore", "-c", SCRIPT, served.api, MODEL],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=DEADLINE_S,
         env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
     )
     assert run.returncode == 0, run.stderr[-3_000:]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tandem.launch.builtin import MODEL_DIR
 
+from support.deadlines import DEADLINE_S
 from support.gateway import MODEL, Served
 
 PROBLEMS = [(12, 30), (45, 54), (7, 8), (123, 456), (200, 99), (61, 3), (314, 15), (92, 65)]
@@ -65,7 +66,7 @@ def test_lm_eval(served: Served, tmp_path: Path) -> None:
         [sys.executable, "-P", "-W", "ignore", "-m", "lm_eval", *arguments],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=DEADLINE_S,
         cwd=tmp_path,
         env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "unused"},
     )

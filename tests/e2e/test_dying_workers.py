@@ -6,18 +6,17 @@ import asyncio
 import signal
 from pathlib import Path
 
-import pytest
 from chaos.load import Load, specs, undisturbed
 from chaos.service import ChaosService, chaos_service
 
 from tandem import AsyncClient
 
+from support.deadlines import DEADLINE_S
 from support.tiny_models import VOCAB, save_tiny
 
 STREAMS = 12
 
 
-@pytest.mark.timeout(300)
 def test_streams_outlive_a_worker_that_is_killed_and_one_that_stops(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     logs = tmp_path / "logs"
@@ -37,7 +36,7 @@ async def disturb(service: ChaosService) -> None:
     wanted = specs(11, STREAMS, VOCAB)
     expected = await undisturbed(service.direct, wanted, **service.access)
     async with AsyncClient(service.direct, insecure=True) as observer:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(DEADLINE_S):
             while len((await observer.stats()).workers) < 2:
                 pass
         load = Load(service.address, wanted, expected, 1, STREAMS)
@@ -45,12 +44,12 @@ async def disturb(service: ChaosService) -> None:
         killed, stopped = service.workers
         await load.progress(10 * STREAMS)
         killed.send(signal.SIGKILL)
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(DEADLINE_S):
             while (await observer.stats()).restarted_workers < 1:
                 assert not load.wrong
         await load.progress(10 * STREAMS)
         stopped.send(signal.SIGSTOP)
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(DEADLINE_S):
             while stopped.name in {worker.name for worker in (await observer.stats()).workers}:
                 assert not load.wrong
         load.stopping = True

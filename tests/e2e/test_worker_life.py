@@ -28,11 +28,8 @@ from tandem.worker.describe import SAMPLE_BYTES, SAMPLES, default_name, fingerpr
 from tandem.worker.loading import LoadError, ModelSource, local_folder
 from tandem.worker.main import _explain
 
+from support.deadlines import DEADLINE_S
 from support.tiny_models import save_tiny
-
-DEADLINE_S = 90.0
-PROMPTLY_S = 60.0
-"""An end that waits for nothing; a busy machine takes its time even so."""
 
 
 class Process:
@@ -141,7 +138,7 @@ def test_a_worker_ends_whenever_it_is_asked_to(moment: str, number: signal.Signa
     worker = place.worker()
     worker.wait_for(moment)
     worker.process.send_signal(number)
-    assert worker.process.wait(PROMPTLY_S) == 0
+    assert worker.process.wait(DEADLINE_S) == 0
     assert worker.words() == ""
 
 
@@ -159,7 +156,7 @@ def test_a_process_that_cannot_end_by_itself_is_ended() -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == b"up\n"
             process.terminate()
-            assert process.wait(PROMPTLY_S) == 0
+            assert process.wait(DEADLINE_S) == 0
         finally:
             process.kill()
 
@@ -177,7 +174,7 @@ def test_a_worker_lives_through_its_scheduler_and_ends_when_asked_to(place: Plac
     assert answers[0] == answers[1]
     assert len(answers[0]) == 8
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(PROMPTLY_S) == 0
+    assert worker.process.wait(DEADLINE_S) == 0
     assert "Traceback" not in worker.words()
 
 
@@ -199,7 +196,7 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(changes: dict[str, A
     (status,) = worker.statuses()
     assert status["event"] == "error"
     assert story in status["message"]
-    assert worker.process.wait(PROMPTLY_S) == 2
+    assert worker.process.wait(DEADLINE_S) == 2
     assert "Traceback" not in worker.words()
 
 
@@ -210,7 +207,7 @@ def test_a_directory_of_others_is_refused(place: Place) -> None:
     worker = place.worker()
     (status,) = worker.statuses()
     assert "other users may enter it" in status["message"]
-    assert worker.process.wait(PROMPTLY_S) == 2
+    assert worker.process.wait(DEADLINE_S) == 2
 
 
 def test_what_nobody_foresaw_is_one_line_and_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:

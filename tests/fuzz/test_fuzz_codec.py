@@ -74,17 +74,17 @@ def survives(message: Any) -> None:
             assert not value.flags.writeable or not value.size
 
 
-@pytest.mark.timeout(int(300 + SECONDS))
+@pytest.mark.timeout(int(900 + SECONDS))
 def test_anything_that_looks_like_a_message() -> None:
     fuzz(near_messages(), 500, looks_right)
 
 
-@pytest.mark.timeout(int(300 + SECONDS))
+@pytest.mark.timeout(int(900 + SECONDS))
 def test_messages_that_were_damaged() -> None:
     fuzz(st.sampled_from(VALID).flatmap(damaged), 1_000, looks_right)
 
 
-@pytest.mark.timeout(int(300 + SECONDS))
+@pytest.mark.timeout(int(900 + SECONDS))
 def test_any_bytes() -> None:
     packed = values.map(lambda value: msgpack.packb(value) if packable(value) else b"")
     fuzz(st.one_of(st.binary(max_size=300), packed), 500, looks_right)

@@ -294,7 +294,7 @@ def play(loop: asyncio.AbstractEventLoop) -> Iterator[Play]:
         shutil.rmtree(folder)
 
 
-@pytest.mark.timeout(int(300 + SECONDS))
+@pytest.mark.timeout(int(900 + SECONDS))
 def test_sequences_of_messages() -> None:
     failures: list[Any] = []
     with asyncio.Runner() as runner:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tandem.gateway.config import GatewayConfig
 
 from support.commands import tandem
+from support.deadlines import DEADLINE_S
 from support.gateway import Served, gateway
 
 PAGE = "https://chat.example"
@@ -20,7 +21,7 @@ ASKING = {"access-control-request-method": "POST", "access-control-request-heade
 
 def preflight(served: Served, origin: str = PAGE, **more: str) -> httpx.Response:
     headers = {"origin": origin, **ASKING, **more}
-    return httpx.options(f"{served.url}/v1/chat/completions", headers=headers, timeout=60)
+    return httpx.options(f"{served.url}/v1/chat/completions", headers=headers, timeout=DEADLINE_S)
 
 
 def allowed(answer: httpx.Response) -> dict[str, str]:
@@ -74,7 +75,7 @@ def test_keys_are_needed_all_the_same(crossing: Served) -> None:
     key = {"authorization": "Bearer secret"}
     for path in ("/v1/models", "/v1/chat/completions"):
         for method in ("GET", "POST", "OPTIONS"):  # an OPTIONS that is no preflight is like any other request
-            answer = httpx.request(method, crossing.url + path, headers={"origin": PAGE}, timeout=60)
+            answer = httpx.request(method, crossing.url + path, headers={"origin": PAGE}, timeout=DEADLINE_S)
             assert answer.status_code == 401
             assert allowed(answer)["access-control-allow-origin"] == PAGE  # so that the page can read why
     answer = crossing.get("/v1/models", headers={"origin": PAGE, **key})

@@ -11,6 +11,7 @@ import pytest
 
 from tandem import Client
 
+from support.deadlines import DEADLINE_S
 from support.gateway import Served, gateway
 
 LIMIT = 50_000
@@ -183,7 +184,7 @@ def test_a_client_that_never_reads_is_cut_off(strict: Served) -> None:
     """What it does not read fills the buffers, then its time is up, and its requests end."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        connection.settimeout(60)
+        connection.settimeout(DEADLINE_S)
         host, port = strict.url.removeprefix("http://").split(":")
         connection.connect((host, int(port)))
         body = {**LONG, "prompt": [[5]] * 24, "stream": True, "return_token_ids": True, "logprobs": 20}

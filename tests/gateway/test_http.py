@@ -9,6 +9,7 @@ import pytest
 
 from tandem import Client
 
+from support.deadlines import DEADLINE_S
 from support.gateway import MODEL, Served, events
 
 SUM = "What is 123 + 456?"
@@ -316,7 +317,7 @@ def test_statuses(served: Served) -> None:
 @pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/metrics", "/v1/models", f"/v1/models/{MODEL}"])
 def test_heads(served: Served, path: str) -> None:
     """Probes ask for the head alone."""
-    answer = httpx.head(served.url + path, timeout=60)
+    answer = httpx.head(served.url + path, timeout=DEADLINE_S)
     assert answer.status_code == 200
     assert answer.content == b""
     assert answer.headers["content-type"].startswith(served.get(path).headers["content-type"])

@@ -17,6 +17,7 @@ import pytest
 from tandem.launch.embedded import EmbeddedSystem
 
 from support.commands import tandem
+from support.deadlines import DEADLINE_S
 from support.gateway import Served, events, gateway
 
 LONG = {"prompt": [5], "max_tokens": 400, "ignore_eos": True, "temperature": 0, "stream": True}
@@ -24,12 +25,15 @@ LONG = {"prompt": [5], "max_tokens": 400, "ignore_eos": True, "temperature": 0, 
 
 @contextlib.contextmanager
 def streaming(served: Served, body: object) -> Iterator[httpx.Response]:
-    with httpx.stream("POST", served.api + "/completions", json=body, timeout=60, verify=False) as answer:
+    with httpx.stream("POST", served.api + "/completions", json=body, timeout=DEADLINE_S, verify=False) as answer:
         yield answer
 
 
 def test_open_streams_end_before_the_gateway_does(served: Served) -> None:
-    with gateway(served.address, "--shutdown-timeout", "60") as (found, command), streaming(found, LONG) as answer:
+    with (
+        gateway(served.address, "--shutdown-timeout", str(DEADLINE_S)) as (found, command),
+        streaming(found, LONG) as answer,
+    ):
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         command.send(signal.SIGTERM)

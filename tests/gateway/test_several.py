@@ -15,6 +15,7 @@ from tandem.launch.gateways import Gateways
 from tandem.protocol.errors import ConfigurationError
 
 from support.commands import tandem
+from support.deadlines import DEADLINE_S
 from support.gateway import Served, gateway, service
 
 
@@ -58,7 +59,7 @@ def test_several_share_a_port_count_together_and_replace_each_other(tmp_path: Pa
 
         victim = psutil.Process(next(iter(configs)))
         victim.send_signal(signal.SIGKILL)
-        victim.wait(60)
+        victim.wait(DEADLINE_S)
         while len(processes(several)) < 3:  # the launcher sees to that
             pass
         for _ in range(50):

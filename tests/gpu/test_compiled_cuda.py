@@ -17,7 +17,7 @@ from support.observe import Observer, settled
 from support.paged import Sequences, compute_randomly, load, random_tokens
 from support.tiny_models import VOCAB, save_flashinfer_sized, save_tiny
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.gpu
 
 ROWS = 40
 """Beyond several sizes of graphs, the last of which is none of the usual ones."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tandem.worker.attention.sharing import PIECE_COLUMNS, share_out
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.gpu
 
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 128, 700, 3001)
 

@@ -18,7 +18,7 @@ from support.structured import constrained_requests, reference
 from support.tiny_models import save_flashinfer_sized, save_tiny
 from support.workload import send_staggered
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.gpu
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "block_size": 8}
 

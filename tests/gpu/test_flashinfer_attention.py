@@ -17,7 +17,7 @@ from tandem.worker.kv_cache import KVCache, LayerKV
 
 from support.cuda import no_waiting
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.gpu
 
 BLOCK_SIZE = 16
 LIMIT = 1e-2

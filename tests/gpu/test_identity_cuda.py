@@ -8,7 +8,7 @@ import pytest
 
 from support.identity import Case, cases, check_cell, grid
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")

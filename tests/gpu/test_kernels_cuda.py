@@ -9,7 +9,7 @@ from torch import Tensor
 from tandem.worker import operators
 from tandem.worker.attention.ops import rotate
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.gpu
 
 COUNTS = (1, 2, 15, 16, 17, 32)
 

@@ -12,7 +12,7 @@ from support.cuda import no_waiting
 from support.paged import Sequences, compute_randomly, load, load_tiny, random_tokens
 from support.tiny_models import ARCHITECTURES, VOCAB, save_flashinfer_sized
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.gpu
 
 LENGTHS = (1, 16, 17, 41, 90)
 

@@ -15,7 +15,8 @@ from tandem.protocol.keys import PeerKeys
 from tandem.protocol.messages import Goodbye
 from tandem.protocol.transport import LoopSocket, Port
 
-from support.peers import DEADLINE_S, Peer, ScriptedClient, until
+from support.deadlines import DEADLINE_S
+from support.peers import Peer, ScriptedClient, until
 from support.siege import Siege, endpoint
 
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"

@@ -33,7 +33,8 @@ from tandem.protocol.messages import (
 from tandem.protocol.sampling import SamplingParams
 from tandem.protocol.transport import Port
 
-from support.peers import DEADLINE_S, FILES, Peer, ScriptedClient, until
+from support.deadlines import DEADLINE_S
+from support.peers import FILES, Peer, ScriptedClient, until
 from support.siege import Siege
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)

@@ -17,6 +17,8 @@ from tandem.protocol.errors import ConfigurationError
 from tandem.scheduler.config import SchedulerConfig
 from tandem.worker.config import WorkerConfig
 
+from support.deadlines import DEADLINE_S
+
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `tandem arguments…`, within this process."""
@@ -260,7 +262,9 @@ def test_closed_streams_are_no_traceback() -> None:
     def close() -> None:
         os.closerange(0, 3)
 
-    ended = subprocess.run([sys.executable, "-P", "-m", "tandem.launch.cli", "--version"], preexec_fn=close, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "tandem.launch.cli", "--version"], preexec_fn=close, timeout=DEADLINE_S
+    )
     assert ended.returncode == 0
 
 
@@ -271,7 +275,7 @@ def test_a_full_disk_is_told_in_a_sentence() -> None:
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=DEADLINE_S,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
     assert (ended.returncode, ended.stderr) == (1, "tandem: cannot write the output: No space left on device\n")

@@ -18,6 +18,8 @@ from tandem.launch.cli import SERVE_FLAGS, app
 from tandem.launch.config import read_file
 from tandem.launch.options import option_names
 
+from support.deadlines import DEADLINE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 TANDEM = "/opt/tandem/.venv/bin/tandem"
@@ -106,4 +108,4 @@ def test_the_batch_script_passes_on_that_the_time_is_over(code: int, tmp_path: P
         assert served[served.index("--data-parallel-size") + 1] == "3"
         job.send_signal(signal.SIGTERM)
         assert job.stdout.readline() == "ending\n"
-        assert job.wait(timeout=60) == code
+        assert job.wait(timeout=DEADLINE_S) == code

@@ -16,6 +16,7 @@ from tandem.launch.supervisor import ChildDied
 from tandem.protocol.errors import ConfigurationError
 
 from support.commands import files_below, gone, tandem, terminal
+from support.deadlines import DEADLINE_S
 
 
 def mains(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -183,7 +184,7 @@ print(system.address)
 @pytest.mark.slow
 def test_a_program_that_forgets_to_stop_its_system_leaves_nothing(runtime: Path, model_folder: Path) -> None:
     command = [sys.executable, "-P", "-c", FORGETFUL, str(model_folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"ipc://{runtime}/tandem/e-")
     assert files_below(runtime) == ["tandem"]

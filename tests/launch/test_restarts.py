@@ -18,9 +18,10 @@ from tandem.launch.restarts import RestartHistory, RestartPolicy
 from tandem.launch.status import Ready, Status
 from tandem.launch.supervisor import LAUNCHER, ChildDied, Supervisor
 
+from support.deadlines import DEADLINE_S
+
 TESTS = Path(__file__).resolve().parents[1]
 POLICY = RestartPolicy(max_restarts=3, first_delay_s=0.01)
-DEADLINE_S = 60.0
 
 
 class Heard:

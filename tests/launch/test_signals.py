@@ -10,8 +10,9 @@ import pytest
 
 from tandem.launch.signals import ending_interrupts
 
+from support.deadlines import DEADLINE_S
+
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-DEADLINE_S = 60.0
 
 
 @pytest.mark.parametrize("first", ALL)

@@ -15,10 +15,10 @@ from tandem.launch.child import ChildSpec
 from tandem.launch.status import Failed, Progress, Ready, Status
 from tandem.launch.supervisor import ChildDied, StartTimeout, Supervisor
 
+from support.deadlines import DEADLINE_S
 from support.processes import wait_until_gone
 
 TESTS = Path(__file__).resolve().parents[1]
-DEADLINE_S = 60.0
 
 
 class Heard:

@@ -25,6 +25,7 @@ from tandem.protocol.transport import (
     open_router,
 )
 
+from support.deadlines import DEADLINE_S
 from support.peers import until
 
 
@@ -149,7 +150,7 @@ def test_messages_arrive_whole_though_their_buffer_is_used_again_at_once(
         endpoint = f"ipc://{folder}/clients"
         router = LoopSocket(open_router(context, endpoint), on_request)
         dealer = LoopSocket(open_dealer(context, endpoint), on_answer)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             await until(lambda: dealer.send([b"go"]) is Sent.QUEUED)
             await done.wait()
         dealer.close(0)
@@ -167,7 +168,7 @@ def test_a_peer_that_does_not_read_and_one_that_is_gone_are_told_apart(
         endpoint = f"ipc://{folder}/clients"
         router = LoopSocket(open_router(context, endpoint), lambda frames: hello.set_result(frames[0]))
         lazy = open_dealer(context, endpoint)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             await until(lambda: bool(lazy.poll(0, zmq.POLLOUT)))
             lazy.send(b"hello")
             route = await hello

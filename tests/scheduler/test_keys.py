@@ -24,7 +24,8 @@ from tandem.scheduler.config import SchedulerConfig
 from tandem.scheduler.service import Service
 from tandem.worker.link import Failure, Link
 
-from support.peers import DEADLINE_S, Peer, Scene, free_ports, keyed_scene, until
+from support.deadlines import DEADLINE_S
+from support.peers import Peer, Scene, free_ports, keyed_scene, until
 from support.proxy import Proxy
 from support.simulated_worker import continuation
 
@@ -34,7 +35,7 @@ LEASES = {"client_lease": 2.0, "worker_lease": 2.0}
 
 def run(scenario: Callable[[Scene], Coroutine[Any, Any, None]], **options: Any) -> None:
     async def main() -> None:
-        async with asyncio.timeout(60), keyed_scene(**options) as made:
+        async with asyncio.timeout(DEADLINE_S), keyed_scene(**options) as made:
             await scenario(made)
 
     asyncio.run(main())
@@ -239,9 +240,9 @@ def test_the_sdk_says_that_it_is_not_admitted(wrong: str) -> None:
         worker = scene.worker(keys=scene.peer_keys("workers"))
         await worker.hello()
         await worker.expect(WorkerWelcome)
-        options: dict[str, Any] = {"keys": file, "connect_timeout": 30.0}
+        options: dict[str, Any] = {"keys": file, "connect_timeout": DEADLINE_S}
         if wrong == "none":
-            options = {"insecure": True, "connect_timeout": 30.0}
+            options = {"insecure": True, "connect_timeout": DEADLINE_S}
         elif wrong == "unknown":
             kept = file.read_text()
             directory.revoke("clients", "sdk")
@@ -280,8 +281,8 @@ def test_a_proxy_without_a_scheduler_behind_it_refuses_no_key(
     (port,) = free_ports(1)
 
     async def main() -> None:
-        client = AsyncClient(f"tcp://127.0.0.1:{proxy.port}", connect_timeout=60.0, **shown)
-        async with asyncio.timeout(60):
+        client = AsyncClient(f"tcp://127.0.0.1:{proxy.port}", connect_timeout=DEADLINE_S, **shown)
+        async with asyncio.timeout(DEADLINE_S):
             with monkeypatch.context() as patch:
                 patch.setattr(wires, "CLOSED_HANDSHAKES_S", 0.0)
                 patch.setattr(wires, "LOOK_EVERY_S", 0.0)
@@ -324,7 +325,7 @@ def test_a_client_with_keys_does_not_trust_a_service_without() -> None:
     """Whoever listens must prove to have the scheduler's key."""
 
     async def scenario(scene: Scene) -> None:
-        client = AsyncClient(scene.address, keys=scene.keys, connect_timeout=30.0)
+        client = AsyncClient(scene.address, keys=scene.keys, connect_timeout=DEADLINE_S)
         with pytest.raises(AuthenticationError):
             await client.connect()
 

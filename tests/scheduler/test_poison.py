@@ -19,6 +19,7 @@ from tandem.protocol.process import started_at
 from tandem.protocol.sampling import sample_seed
 from tandem.protocol.transport import Address
 
+from support.deadlines import DEADLINE_S
 from support.peers import VOCAB, Scene, ScriptedWorker, scene
 from support.simulated_worker import continuation
 
@@ -30,7 +31,6 @@ SEED = 11
 NEVER_S = 3600.0
 LEASE_S, IDLE_EVERY_S = 1.0, 0.1
 """Of those who hang, and of those who do not."""
-DEADLINE_S = 60.0
 
 Death = Literal["its process ends", "a step raises", "it hangs"]
 

@@ -34,6 +34,7 @@ from tandem.protocol.messages import (
     WorkerWelcome,
 )
 
+from support.deadlines import DEADLINE_S
 from support.peers import FILES, MODEL, VOCAB, Scene, ScriptedClient, ScriptedWorker, scene
 from support.simulated_worker import continuation
 
@@ -452,7 +453,7 @@ def test_a_client_that_goes_or_falls_silent_frees_its_requests() -> None:
         await leaving.send(Goodbye(reason="done"))
 
         await observer.hello()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             while (await stats_of(observer)).running:  # asking renews its own lease
                 pass
 
@@ -468,7 +469,7 @@ def test_a_silent_worker_loses_its_requests_to_another() -> None:
         await client.hello()
         await client.submit(1, [1, 2], 4)
         await silent.expect(StepPlan)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             while (await stats_of(client)).workers:
                 pass
         await made.worker(2).hello()

@@ -22,6 +22,7 @@ from tandem.protocol.messages import (
 )
 from tandem.protocol.sampling import SamplingParams
 
+from support.deadlines import DEADLINE_S
 from support.peers import EVERYTHING, VOCAB, ScriptedClient, scene
 from support.simulated_worker import continuation
 
@@ -70,7 +71,7 @@ def test_a_client_that_never_reads_loses_its_own_requests_and_no_token_without_a
         """Starts a request, and then asks until the scheduler has had enough."""
         slow.send(encode(ClientHello(version=PROTOCOL_VERSION)))
         slow.send(encode(request(0)))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             while (await stats(other)).running + (await stats(other)).waiting == 0:
                 pass
             sent = 0
@@ -88,7 +89,7 @@ def test_a_client_that_never_reads_loses_its_own_requests_and_no_token_without_a
     async def read_what_was_kept(slow: zmq.Socket[bytes], whole: list[int]) -> None:
         """What comes is whole as far as it goes; then the client hears that it is not known any more."""
         tokens: list[int] = []
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             while True:
                 if not slow.poll(0):
                     slow.send(encode(Ping()))  # an answer to an earlier one may have found the queue full

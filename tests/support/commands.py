@@ -16,8 +16,7 @@ from pathlib import Path
 
 import psutil
 
-DEADLINE_S = 90.0
-"""A worker imports torch before it is ready; two of them on a busy machine take their time."""
+from support.deadlines import DEADLINE_S
 
 
 class Command:

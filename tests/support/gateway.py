@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from support.commands import Command, tandem
+from support.deadlines import DEADLINE_S
 
 MODEL = "tandem-builtin"
 
@@ -39,10 +40,10 @@ class Served:
             options["json"] = body
         elif "content" in options:
             options["headers"] = {"content-type": "application/json", **options.get("headers", {})}
-        return httpx.post(self.url + path, timeout=60, verify=False, **options)  # no need to read certificates
+        return httpx.post(self.url + path, timeout=DEADLINE_S, verify=False, **options)  # no need to read certificates
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, verify=False, **options)
+        return httpx.get(self.url + path, timeout=DEADLINE_S, verify=False, **options)
 
     def chat(self, text: str, **more: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **more})
@@ -53,7 +54,7 @@ class Served:
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["message"]["content"] == "2 + 3 = 5"
 
-    def connect(self, timeout: float = 60.0) -> socket.socket:
+    def connect(self, timeout: float = DEADLINE_S) -> socket.socket:
         """A connection on which nothing has been said."""
         where = urlsplit(self.url)
         assert where.hostname
@@ -69,7 +70,7 @@ def service(*more: str) -> Iterator[Served]:
     flags = ["--port", "0", "--device", "cpu", "--threads", "1", "--log-level", "warning", *more]
     try:
         with tandem("serve", *flags, environment=environment) as command:
-            command.wait_for("Ctrl-C ends it.", 180)
+            command.wait_for("Ctrl-C ends it.")
             yield Served(_url(command), f"ipc://{runtime}/tandem/default")
             command.send(signal.SIGTERM)
             assert command.finish() == 0, command.output

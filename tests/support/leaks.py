@@ -1,9 +1,11 @@
 """What a test may not leave behind: threads, child processes, open file descriptors.
 
 `snapshot()` before, `leaked(before, deadline_s)` after. Threads and processes are waited for with their own events
-(join, wait); file descriptors have no event, so they are looked at again until the deadline.
+(join, wait); file descriptors have no event, so they are looked at again until the deadline. `end_descendants(before)`
+is for what a failed test has left.
 """
 
+import contextlib
 import gc
 import os
 import threading
@@ -12,10 +14,15 @@ from dataclasses import dataclass
 
 import psutil
 
+from support.deadlines import DEADLINE_S
+
 # Opened once by a library on first use and kept for the life of the process; by what /proc/self/fd says of them.
 KEPT_FILES = ("/dev/nvidia", "/dev/urandom", "/dev/null", "/proc/", "/sys/", "anon_inode:[io_uring]")
 # tqdm starts one monitor thread for the whole process with its first bar.
 KEPT_THREADS = ("TMonitor",)
+
+MARK = "TANDEM_TEST_PROCESS"
+"""Environment variable of all descendants: the pid of the process that runs the tests."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,32 @@ def leaked(before: Snapshot, deadline_s: float, *, check_files: bool = True) -> 
     if check_files:
         found += [f"file descriptor {fd} is still open: {target}" for fd, target in sorted(now.files - before.files)]
     return found
+
+
+def mark_descendants() -> None:
+    """Lets `end_descendants` know the processes that this one starts from now on, and those that they start."""
+    os.environ[MARK] = str(os.getpid())
+
+
+def end_descendants(before: Snapshot) -> None:
+    """Kills every process that descends from this one, also those whose parents are gone, except those that were there
+    `before` and theirs. Returns when they are gone."""
+    spared = {psutil.Process(), *before.children}
+    for process in before.children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            spared.update(process.children(recursive=True))
+    doomed = [one for one in psutil.process_iter() if one not in spared and _is_marked(one)]
+    for process in doomed:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(doomed, timeout=DEADLINE_S)
+
+
+def _is_marked(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get(MARK) == str(os.getpid())
+    except psutil.Error:  # gone, or not ours
+        return False
 
 
 def _open_files() -> list[tuple[int, str]]:

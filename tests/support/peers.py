@@ -41,9 +41,9 @@ from tandem.protocol.wires import HANDSHAKE_EVENTS, monitor, read_event
 from tandem.scheduler.config import SchedulerConfig
 from tandem.scheduler.service import Service
 
+from support.deadlines import DEADLINE_S
 from support.simulated_worker import SimulatedWorker
 
-DEADLINE_S = 60.0
 VOCAB = 50
 FILES = {"tokenizer.json": bytes(range(256)) * 1_000, "tokenizer_config.json": b"{}"}
 MODEL = ModelDescription(

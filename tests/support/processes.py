@@ -3,8 +3,10 @@
 import os
 import select
 
+from support.deadlines import DEADLINE_S
 
-def wait_until_gone(pid: int, deadline_s: float = 20.0) -> None:
+
+def wait_until_gone(pid: int, deadline_s: float = DEADLINE_S) -> None:
     """Blocks until the process has ended; raises TimeoutError if it lives on."""
     try:
         pidfd = os.pidfd_open(pid)

@@ -10,8 +10,9 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
+from support.deadlines import DEADLINE_S
+
 PIECE_BYTES = 65_536
-DEADLINE_S = 60.0
 _RESET = struct.pack("ii", 1, 0)
 """Linger for no time: closing sends RST."""
 

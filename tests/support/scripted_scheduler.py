@@ -38,10 +38,10 @@ from tandem.protocol.messages import (
 )
 from tandem.protocol.transport import Address, LoopSocket, open_router
 
+from support.deadlines import DEADLINE_S
 from support.tokenizer_zoo import byte_level
 
 M = TypeVar("M")
-DEADLINE_S = 60.0
 FILES = byte_level()
 TOKENIZER = Tokenizer.from_files(FILES)
 EOS = TOKENIZER.eos_token_ids[0]

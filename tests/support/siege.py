@@ -27,7 +27,8 @@ from tandem.protocol.keys import PeerFile, PeerKeys, read_key_file
 from tandem.protocol.messages import AskStats, Goodbye, Ping, Stats, WorkerWelcome
 from tandem.protocol.transport import Address, Port
 
-from support.peers import DEADLINE_S, VOCAB, Peer, ScriptedClient, ScriptedWorker, free_ports
+from support.deadlines import DEADLINE_S
+from support.peers import VOCAB, Peer, ScriptedClient, ScriptedWorker, free_ports
 from support.simulated_worker import continuation
 
 STREAMS = 8
@@ -132,7 +133,7 @@ class Siege:
 
     def run(self, work: Awaitable[None]) -> None:
         async def main() -> None:
-            async with asyncio.timeout(150):
+            async with asyncio.timeout(2 * DEADLINE_S):
                 await work
 
         self.loop.run_until_complete(main())

@@ -28,10 +28,10 @@ from tandem.worker.grammars.masks import MaskThread, StepMasks
 from tandem.worker.grammars.slots import GrammarSlots, GrammarStep, JoiningRow
 from tandem.worker.sampler import AllowedTokens, allow
 
+from support.deadlines import DEADLINE_S
 from support.hostile_grammars import HOSTILE
 from support.tiny_models import EOS, VOCAB, tiny_tokenizer
 
-DEADLINE_S = 60.0
 TOKENIZER = tiny_tokenizer()
 BYTES = TOKENIZER.to_str().encode()
 BOOK = GrammarBook(BYTES, VOCAB, (EOS,))

@@ -23,10 +23,10 @@ from tandem.worker.launcher import Launcher
 from tandem.worker.pipeline import Pipeline
 from tandem.worker.staging import Lane
 
+from support.deadlines import DEADLINE_S
 from support.paged import load_tiny
 from support.tiny_models import EOS, VOCAB, tiny_tokenizer
 
-DEADLINE_S = 60.0
 TOKENIZER = tiny_tokenizer()
 
 

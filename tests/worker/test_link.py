@@ -22,7 +22,7 @@ from tandem.protocol.messages import PROTOCOL_VERSION, Goodbye, Idle, UnknownPee
 from tandem.protocol.transport import Address, open_router
 from tandem.worker.link import Failure, Link, Reachable
 
-DEADLINE_S = 60.0
+from support.deadlines import DEADLINE_S
 
 
 @pytest.fixture

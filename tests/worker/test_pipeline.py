@@ -25,9 +25,9 @@ from tandem.worker.pipeline import Pipeline
 from tandem.worker.rows import HostRows
 from tandem.worker.staging import Lane
 
+from support.deadlines import DEADLINE_S
 from support.paged import load_tiny
 
-DEADLINE_S = 60.0
 BLOCK_SIZE = 16
 
 

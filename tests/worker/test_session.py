@@ -44,9 +44,9 @@ from tandem.worker.pipeline import Pipeline
 from tandem.worker.session import Session
 from tandem.worker.stopping import Stop
 
+from support.deadlines import DEADLINE_S
 from support.paged import load_tiny
 
-DEADLINE_S = 60.0
 NEVER_S = 3600.0
 BLOCK_SIZE = 16
 FILES = {"tokenizer.json": bytes(range(256)) * 8192}

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from support.deadlines import DEADLINE_S
+
 SCRIPT = """
 import os, queue, signal, sys, threading
 from tandem.worker.stopping import StopSignals
@@ -33,6 +35,10 @@ def test_a_signal_that_comes_to_another_thread_is_heard(number: int) -> None:
     # Of several signals at once the kernel gives some to other threads, and the main thread sleeps on. The process
     # would end by its last resort, with exit code 0 but without a word.
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(number)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-P", "-c", SCRIPT, str(number)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("Stop\n", "", 0)
