@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,9 @@ from ..protocol.messages import MAX_CONTEXT, FileInfo, ModelDescription
 from .config import WorkerConfig
 from .loading import LoadError, ModelSource, local_folder, max_positions, stop_token_ids, weight_files
 from .model import PagedModel
+from .rope import fixed_positions
+
+log = logging.getLogger(__name__)
 
 SAMPLES: Final = 33
 SAMPLE_BYTES: Final = 64 * 1024
@@ -51,16 +55,26 @@ def default_name(model: str) -> str:
 
 
 def choose_max_model_len(config: WorkerConfig, model: PagedModel | PreTrainedModel) -> int:
-    """The option, or what the model's config allows. Raises LoadError if the option is more than that, or neither
-    says."""
-    allowed = max_positions(model.config)
-    if config.max_model_len is None:
-        if allowed is None:
-            raise LoadError("the model's config does not say how long a sequence may be; give --max-model-len")
-        return min(allowed, MAX_CONTEXT)
-    if allowed is not None and config.max_model_len > allowed:
-        raise LoadError(f"--max-model-len {config.max_model_len} is over the {allowed} positions of the model's config")
-    return config.max_model_len
+    """The option, or what the model's config allows (see also `rope.fixed_positions`). Raises LoadError if the option
+    is more than that, or neither says."""
+    allowed, fixed, asked = max_positions(model.config), fixed_positions(model.config), config.max_model_len
+    if allowed is not None and asked is not None and asked > allowed:
+        raise LoadError(f"--max-model-len {asked} is over the {allowed} positions of the model's config")
+    if fixed is not None and asked is not None and asked > fixed[0]:
+        raise LoadError(
+            f"--max-model-len {asked} is over {fixed[0]} tokens, beyond which the model's rope type {fixed[1]!r} would "
+            f"follow the longest sequence of a batch, so that requests changed each other; give at most {fixed[0]}"
+        )
+    if asked is not None:
+        return asked
+    if allowed is None:
+        raise LoadError("the model's config does not say how long a sequence may be; give --max-model-len")
+    if fixed is not None:
+        log.warning(
+            "sequences may have %d tokens instead of %d: beyond, rope type %r would follow the longest one of a batch",
+            fixed[0], allowed, fixed[1],
+        )  # fmt: skip
+    return min(allowed, MAX_CONTEXT, allowed if fixed is None else fixed[0])
 
 
 def default_sampling(source: ModelSource) -> dict[str, float | int]:

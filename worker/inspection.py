@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention.registry import STEP_KWARG, LayerInspector, LayerSink, UnsupportedAttentionError
+from .attention.registry import MASKED_NAME, STEP_KWARG, LayerInspector, UnsupportedAttentionError, layer_idx_of
 from .batch import Batch
 from .kv_cache import LayerKV
 from .loading import LoadError
@@ -20,6 +21,8 @@ PROBE_TOKENS = 20
 PROBE_BLOCK_SIZE = 8
 PROBE_BLOCKS = 6
 PROBE_SEQUENCES = 2
+PROBE_WINDOW = 5
+"""For which a config's sliding window is exchanged while its masks are looked at: they show it within the probe."""
 _TOLERANCE_32_BIT = 1e-3
 _TOLERANCE_16_BIT = 0.1
 _TOLERANCE_8_BIT = 0.7
@@ -27,8 +30,8 @@ _TOLERANCE_8_BIT = 0.7
 that have nothing to do with each other differ by 1.4."""
 
 
-def run_trunk(trunk: nn.Module, token_ids: Tensor, positions: Tensor, sink: LayerSink) -> Tensor:
-    """The trunk (embedding to final norm) over T tokens: [T, hidden]. Attention goes to `sink`."""
+def run_trunk(trunk: nn.Module, token_ids: Tensor, positions: Tensor, sink: Any) -> Tensor:
+    """The trunk (embedding to final norm) over T tokens: [T, hidden]. Attention goes to `sink`, a LayerSink."""
     out = trunk(
         input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, **{STEP_KWARG: sink}
     )
@@ -66,7 +69,7 @@ def dense_attention(layer: LayerKV, query: Tensor, key: Tensor, value: Tensor) -
     if layer.window is not None:
         hidden |= at <= at[:, None] - layer.window
     weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-    return (weights @ v).transpose(0, 1).to(query.dtype)
+    return (weights @ v).transpose(0, 1).contiguous().to(query.dtype)
 
 
 def probe_tokens(vocab_size: int, salt: int, device: torch.device) -> Tensor:
@@ -87,7 +90,42 @@ def inspect_layers(module: PreTrainedModel, trunk: nn.Module, device: torch.devi
             f"{type(module).__name__} has {expected} layers, but {len(layers)} of them call transformers' attention "
             "registry; layers of other kinds (linear attention, state space, convolution) are not supported"
         )
-    return tuple(layers)
+    return tuple(layers) if device.type == "meta" else _with_windows(module, trunk, layers, tokens)
+
+
+def _with_windows(
+    module: PreTrainedModel, trunk: nn.Module, layers: list[LayerKV], tokens: Tensor
+) -> tuple[LayerKV, ...]:
+    """The layers, with the windows of those whose model tells them by masks alone. Raises LoadError if a layer's mask
+    is wider than the window that it hands to its attention: it cannot be told which one the model was trained with."""
+    config: Any = module.config
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or window <= 0:
+        return tuple(layers)
+    hides: dict[int, bool] = {}
+
+    def show(layer: nn.Module, mask: Tensor | None) -> None:
+        if mask is not None:  # of what is added to scores, or of what is seen
+            first = mask[0, 0, -1, 0]
+            hides[layer_idx_of(layer)] = bool(~first if mask.dtype == torch.bool else first < -1.0)
+
+    name = config._attn_implementation
+    config._attn_implementation, config.sliding_window = MASKED_NAME, PROBE_WINDOW
+    try:
+        with torch.no_grad():
+            run_trunk(trunk, tokens, torch.arange(len(tokens), device=tokens.device), show)
+    finally:
+        config._attn_implementation, config.sliding_window = name, window
+    for layer in layers:
+        if layer.window is not None and not hides.get(layer.layer_idx, True):
+            raise LoadError(
+                f"{type(module).__name__}: layer {layer.layer_idx} hands a window of {layer.window} tokens to its "
+                "attention, but its mask has none"
+            )
+    return tuple(
+        replace(layer, window=window) if layer.window is None and hides.get(layer.layer_idx) else layer
+        for layer in layers
+    )
 
 
 @dataclass(frozen=True, slots=True)

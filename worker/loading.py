@@ -107,7 +107,6 @@ def check_config(config: PretrainedConfig) -> None:
     for reason in (
         _architecture_problem(config),
         _attention_problem(config),
-        _rope_problem(config),
         "it is quantized (quantization_config)" if getattr(config, "quantization_config", None) else None,
     ):
         if reason is not None:
@@ -137,19 +136,6 @@ def _attention_problem(config: PretrainedConfig) -> str | None:
         return f"it has layers of type {', '.join(map(repr, unknown))} (supported: {', '.join(sorted(_LAYER_TYPES))})"
     if getattr(config, "attention_chunk_size", None):
         return "it uses chunked attention (attention_chunk_size)"
-    return None
-
-
-def _rope_problem(config: PretrainedConfig) -> str | None:
-    """Rope types whose frequencies follow the longest sequence of the *batch* would let requests change each other."""
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    context = max_positions(config) or 0
-    sets = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
-    for parameters in sets:
-        kind = parameters.get("rope_type")
-        limit = parameters.get("original_max_position_embeddings") or context
-        if kind == "dynamic" or (kind == "longrope" and context > limit):
-            return f"its rope type {kind!r} depends on the longest sequence of a batch"
     return None
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import inspection, invariance
+from . import inspection, invariance, rope
 from .attention import flashinfer, registry
 from .attention.base import AttentionBackend, AttentionStep
 from .attention.ops import OperatorRouter
@@ -238,7 +238,11 @@ class _CompiledModel:
 
 
 class _GivenRows(nn.Module):
-    """Stands where a model's trunk was: hands back the rows it is given."""
+    """Stands where a model's trunk was, or where some have it, its decoder: hands back the rows it is given."""
+
+    @property
+    def decoder(self) -> _GivenRows:
+        return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _GivenOutput:
         return _GivenOutput(inputs_embeds)
@@ -319,6 +323,7 @@ def load_model(
         module = dummy_module(source, config, dtype, device, experts)
     else:
         module = safetensors_module(source, folder, config, dtype, device, experts, progress)
+    rope.fix(module)
     progress("checking the model", 0.0)
     model = PagedModel(
         module,

@@ -25,7 +25,7 @@ VOCAB: Final = 160
 EOS: Final = 1
 WINDOW: Final = 24
 
-_COMMON: Final[dict[str, Any]] = {
+COMMON: Final[dict[str, Any]] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -78,7 +78,7 @@ ARCHITECTURES: Final = tuple(_CONFIGS)
 def tiny_config(arch: str) -> PretrainedConfig:
     """A float32 config of `arch` with a vocabulary of VOCAB tokens and a context of 1,024."""
     kind, changes = _CONFIGS[arch]
-    config = kind(**{**_COMMON, **changes})
+    config = kind(**{**COMMON, **changes})
     config.dtype = torch.float32
     return config
 

@@ -15,8 +15,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from tandem.worker.loading import (
     LoadError,
     ModelSource,
-    check_config,
-    max_positions,
     read_config,
     resolve_dtype,
     stop_token_ids,
@@ -178,7 +176,6 @@ def test_a_hub_id_is_served_from_the_cache_when_offline(tmp_path: Path, monkeypa
         ({"layer_types": ["full_attention", "linear_attention"]}, "'linear_attention'"),
         ({"layer_types": ["chunked_attention", "full_attention"]}, "'chunked_attention'"),
         ({"attention_chunk_size": 128}, "attention_chunk_size"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
     ],
 )
 def test_configs_that_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -237,17 +234,6 @@ def test_flashinfer_where_it_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="'flashinfer' cannot be used: it needs a CUDA device, not cpu"):
         load(tmp_path, attention_backend="flashinfer")
     assert load(tmp_path).attention_backend == "reference"
-
-
-def test_longrope_is_accepted_where_it_never_switches() -> None:
-    config = tiny_config("phi3")
-    assert max_positions(config) == 1024
-    short = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    config.rope_parameters = {**short, "original_max_position_embeddings": 1024}
-    check_config(config)
-    config.rope_parameters = {**short, "original_max_position_embeddings": 512}
-    with pytest.raises(LoadError, match="'longrope' depends on the longest sequence"):
-        check_config(config)
 
 
 def test_stop_tokens(tmp_path: Path) -> None:

@@ -13,12 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Protocol
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from ..kv_cache import LayerKV
 from .base import AttentionStep
 
 ATTENTION_NAME: Final = "tandem_paged"
+MASKED_NAME: Final = "tandem_masked"
+"""The name under which models show their masks (see `masked_attention`)."""
 STEP_KWARG: Final = "tandem_step"
 
 _HARMLESS_KWARGS: Final = frozenset(
@@ -69,9 +72,26 @@ def paged_attention(
     return out.unsqueeze(0), None
 
 
+def masked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As `paged_attention`, but masks are built as for transformers' eager attention, and shown to `STEP_KWARG`, a
+    function of module and mask. Returns zeros: what is asked for are the masks."""
+    show: Callable[[nn.Module, Tensor | None], None] = options[STEP_KWARG]
+    show(module, attention_mask)
+    return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
 def register() -> None:
-    """Make `ATTENTION_NAME` known to transformers. Repeating it changes nothing."""
+    """Make our names known to transformers. Repeating it changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
+    AttentionInterface.register(MASKED_NAME, masked_attention)
+    AttentionMaskInterface.register(MASKED_NAME, eager_mask)
 
 
 def layer_idx_of(module: nn.Module) -> int:
