@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from ..protocol.errors import TandemError
 from .backend import Backend
+from .body import read
 from .chat import chat
 from .chat_schema import ChatChunk, ChatRequest, ChatResponse
 from .completion import complete
@@ -23,7 +24,6 @@ from .completion_schema import CompletionChunk, CompletionRequest, CompletionRes
 from .config import GatewayConfig
 from .document import examples_of, say_alternatives, say_bounds, stream_of
 from .errors import CLIENT_CLOSED_REQUEST, ApiError, ErrorBody, as_api_error, unavailable
-from .fields import read
 from .guard import ClientGone
 from .metrics import GatewayMetrics
 from .responses import respond
@@ -85,7 +85,6 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
         redoc_url=None,
         redirect_slashes=False,  # a redirect's address would be a guess at what stands before this gateway
     )
-    limit = config.max_request_bytes
     started = now()
 
     def card() -> ModelCard:
@@ -94,23 +93,23 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
 
     async def completions(request: Request) -> Response:
         """Text that goes on from a prompt."""
-        return await complete(request, backend, await read(request, CompletionRequest, limit))
+        return await complete(request, backend, await read(request, CompletionRequest, config), config)
 
     async def chat_completions(request: Request) -> Response:
         """The model's answer to a chat."""
-        return await chat(request, backend, await read(request, ChatRequest, limit), config)
+        return await chat(request, backend, await read(request, ChatRequest, config), config)
 
     async def responses(request: Request) -> Response:
         """The model's answer to messages, as OpenAI's newer API has it; nothing is stored."""
-        return await respond(request, backend, await read(request, ResponsesRequest, limit), config)
+        return await respond(request, backend, await read(request, ResponsesRequest, config), config)
 
     async def tokenize_(request: Request) -> Response:
         """The token ids of a text or a chat."""
-        return await tokenize(backend, await read(request, TokenizeRequest, limit))
+        return await tokenize(backend, await read(request, TokenizeRequest, config))
 
     async def detokenize_(request: Request) -> Response:
         """The text of token ids."""
-        return await detokenize(backend, await read(request, DetokenizeRequest, limit))
+        return await detokenize(backend, await read(request, DetokenizeRequest, config))
 
     async def models() -> Response:
         """What is served."""

@@ -26,11 +26,12 @@ from .config import GatewayConfig
 from .errors import ApiError, refused
 from .fields import told_as
 from .generation import Piece, begun, completions, pieces
+from .limits import require_samples
 from .logprobs import chat_logprobs
 from .messages import to_template
 from .sse import DONE, PLACE, EventStream, answered, event, text_event
 from .tool_use import AnswerReader, NamedCall, Wanted, tool_use
-from .wire import as_dict, json_response, new_id, now, usage_of
+from .wire import as_dict, new_id, now, response_with, usage_of
 
 
 def _wanted(asked: ChatRequest) -> Wanted:
@@ -50,6 +51,7 @@ class Chatting:
     """One request."""
 
     def __init__(self, backend: Backend, asked: ChatRequest, tokenizer: Tokenizer, config: GatewayConfig) -> None:
+        require_samples(1, asked.n, config)
         self._asked = asked
         self._id, self._created = new_id("chatcmpl-"), now()
         self._model = backend.model(asked.model).name
@@ -91,17 +93,20 @@ class Chatting:
     # --- whole -----------------------------------------------------------------------------------------------------
 
     async def answer(self, request: Request) -> Response:
-        (completion,) = await answered(request, completions([self._stream]))
+        return await answered(request, self._answer())
+
+    async def _answer(self) -> Response:
+        (completion,) = await completions([self._stream])
         with_ids = bool(self._asked.return_token_ids)
         answer = ChatResponse(
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=[self._choice(choice) for choice in completion.choices],
+            choices=[],
             usage=usage_of(completion),
             prompt_token_ids=completion.prompt_token_ids if with_ids else None,
         )
-        return json_response(answer)
+        return await response_with(answer, (self._choice(choice) for choice in completion.choices))
 
     def _choice(self, choice: Choice) -> ChatChoice:
         reader = AnswerReader(self._use)

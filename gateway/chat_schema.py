@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..protocol.sampling import MAX_LOGPROBS
-from .fields import No, SamplingFields, ShortText, StreamOptions, Strict, StructureFields, Yes
+from .fields import Array, No, SamplingFields, ShortText, StreamOptions, Strict, StructureFields, Yes
 from .logprobs import ChatLogprobs
 from .wire import Answer, Usage
 
@@ -20,8 +20,8 @@ class TextPart(Strict):
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: Array[Any] | None = None
+    logprobs: Array[Any] | None = None
 
 
 class CalledFunction(Strict):
@@ -40,15 +40,15 @@ class Message(Strict):
     """One of a chat. Assistant messages may be what an answer held, passed back as it came."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Array[TextPart] | None = None
     name: ShortText | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[Array[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: ShortText | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
     audio: None = None
     function_call: None = None
-    annotations: list[Any] | None = None
+    annotations: Array[Any] | None = None
 
 
 class FunctionTool(Strict):
@@ -76,14 +76,14 @@ class ChatRequest(SamplingFields, StructureFields):
     """OpenAI's chat request, with vLLM's further fields."""
 
     model: ShortText | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Array[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Array[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     user: ShortText | None = None
@@ -92,7 +92,7 @@ class ChatRequest(SamplingFields, StructureFields):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Array[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None
     add_special_tokens: No | None = None
     """The chat template writes them."""
@@ -111,7 +111,7 @@ class ChatRequest(SamplingFields, StructureFields):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Array[dict[str, Any]] | None = None
 
 
 class AnswerFunction(Answer):

@@ -13,18 +13,23 @@ from ..client.results import Choice, Chunk, Completion
 from ..client.tokenizer import Tokenizer
 from .backend import Backend
 from .completion_schema import CompletionChoice, CompletionRequest, CompletionResponse
+from .config import GatewayConfig
 from .errors import ApiError, refused
 from .fields import told_as
 from .generation import Piece, begun, completions, pieces
+from .limits import require_room
 from .logprobs import LegacyLogprobs
 from .sse import DONE, PLACE, EventStream, answered, event, text_event
-from .wire import as_dict, json_response, new_id, now, usage_of
+from .wire import as_dict, new_id, now, response_with, usage_of
 
 
 class Completing:
     """One request."""
 
-    def __init__(self, backend: Backend, asked: CompletionRequest, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, backend: Backend, asked: CompletionRequest, tokenizer: Tokenizer | None, config: GatewayConfig
+    ) -> None:
+        require_room(asked, config)
         self._asked = asked
         self._tokenizer = tokenizer
         self._model = backend.model(asked.model).name
@@ -57,21 +62,24 @@ class Completing:
     # --- whole -----------------------------------------------------------------------------------------------------
 
     async def answer(self, request: Request) -> Response:
-        found = await answered(request, completions(self._streams))
-        choices = [
-            self._choice(index, choice, completion)
-            for index, completion in enumerate(found)
-            for choice in completion.choices
-        ]
+        return await answered(request, self._answer())
+
+    async def _answer(self) -> Response:
+        found = await completions(self._streams)
         output = 0 if self._prompt_only else None
         answer = CompletionResponse(
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=choices,
+            choices=[],
             usage=usage_of(*found, completion_tokens=output),
         )
-        return json_response(answer)
+        choices = (
+            self._choice(index, choice, completion)
+            for index, completion in enumerate(found)
+            for choice in completion.choices
+        )
+        return await response_with(answer, choices)
 
     def _choice(self, prompt_index: int, choice: Choice, completion: Completion) -> CompletionChoice:
         echo, only = bool(self._asked.echo), self._prompt_only
@@ -155,10 +163,10 @@ def _choice(index: int, text: str, chunk: Chunk | None = None) -> dict[str, Any]
     }
 
 
-async def complete(request: Request, backend: Backend, asked: CompletionRequest) -> Response:
+async def complete(request: Request, backend: Backend, asked: CompletionRequest, config: GatewayConfig) -> Response:
     """Answers one request."""
     backend.model(asked.model)
     tokenizer = await backend.client.tokenizer()
     with told_as(asked.structure_field()):
-        completing = Completing(backend, asked, tokenizer)
+        completing = Completing(backend, asked, tokenizer, config)
         return await (completing.stream(request) if asked.stream else completing.answer(request))

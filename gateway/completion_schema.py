@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .errors import refused
-from .fields import SamplingFields, ShortText, StreamOptions, StructureFields, TokenId, Yes
+from .fields import Array, SamplingFields, ShortText, StreamOptions, StructureFields, TokenId, Yes
 from .logprobs import CompletionLogprobs
 from .wire import Answer, Usage
 
@@ -15,7 +15,7 @@ MAX_PROMPTS = 2_048
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, and vLLM's."""
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[Array[TokenId], Field(min_length=1)]
 
 
 class CompletionRequest(SamplingFields, StructureFields):
@@ -25,8 +25,8 @@ class CompletionRequest(SamplingFields, StructureFields):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Array[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Array[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = DEFAULT_MAX_TOKENS
     echo: bool | None = None

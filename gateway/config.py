@@ -67,6 +67,18 @@ class GatewayConfig(BaseModel):
     max_request_bytes: Annotated[
         int, Field(ge=1_024, le=1 << 30, description="Most bytes of an HTTP request's body; more is answered with 413.")
     ] = 16 << 20
+    max_request_values: Annotated[
+        int,
+        Field(
+            ge=1_024,
+            le=1 << 30,
+            description="Most numbers, texts, lists and objects in a body; more is answered with 413. While a body of "
+            "so many is read, nothing else is served.",
+        ),
+    ] = 300_000
+    max_request_samples: Annotated[
+        int, Field(ge=1, le=1 << 20, description="Samples that one HTTP request may ask for: its prompts times n.")
+    ] = 4_096
     read_timeout_s: Annotated[
         float,
         Field(gt=0, le=86_400, description="Seconds that a client may take to send a request's head, and its body."),

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from starlette.requests import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..protocol.errors import InvalidRequest
-from .errors import ApiError, of_validation, refused
+from .errors import refused
 
 
 def _boolean(value: Any) -> Any:
@@ -29,7 +28,9 @@ Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 ShortText = Annotated[str, Field(max_length=512)]
 
-M = TypeVar("M", bound="Strict")
+_T = TypeVar("_T")
+Array = Annotated[list[_T], Field(fail_fast=True)]
+"""A list that is given up at its first fault: nobody reads of a million of them, and to collect them takes minutes."""
 
 
 class Strict(BaseModel):
@@ -46,16 +47,16 @@ class SamplingFields(Strict):
     top_k: int | None = None
     min_p: Float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: str | Array[str] | None = None
+    stop_token_ids: Array[TokenId] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     presence_penalty: Float | None = None
     frequency_penalty: Float | None = None
     repetition_penalty: Float | None = None
     logit_bias: dict[str, Float] | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: Array[TokenId] | None = None
+    bad_words: Array[str] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     n: int | None = None
@@ -116,7 +117,7 @@ class StructuredOutputs(Strict):
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Array[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -128,7 +129,7 @@ class StructureFields(Strict):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Array[str] | None = None
     guided_grammar: str | None = None
 
     def structure(self) -> dict[str, Any]:
@@ -169,44 +170,3 @@ def told_as(field: str | None) -> Iterator[None]:
         if field in (None, "structured_outputs") or not error.field.startswith("structured_outputs"):
             raise
         raise refused(str(field), str(error).removeprefix(error.field).removeprefix(": ")) from error
-
-
-async def read(request: Request, model: type[M], limit: int) -> M:
-    """The body as `model`. Raises ApiError naming what is wrong with it."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise ApiError(415, f"content-type: expected application/json, got {kind[:80] or 'none'}", param="content-type")
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise ApiError(
-            415, f"content-encoding: compressed bodies are not read, got {encoding[:80]}", param="content-encoding"
-        )
-    body = await read_body(request, limit)
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise of_validation(error) from error
-    except RecursionError as error:
-        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """Raises ApiError 413 as soon as the body is known to be over `limit` bytes."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limit:
-        raise _too_large(limit, f"{declared[:20]} bytes")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise _too_large(limit, "more")
-    return bytes(body)
-
-
-def _too_large(limit: int, size: str) -> ApiError:
-    return ApiError(
-        413,
-        f"the body has {size}; the limit is {limit} bytes",
-        code="request_too_large",
-        headers={"connection": "close"},
-    )

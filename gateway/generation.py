@@ -27,9 +27,10 @@ async def pieces(streams: Sequence[CompletionStream]) -> AsyncGenerator[Piece]:
                 yield 0, chunk
             return
         queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(WAITING_PIECES)
-        readers = [asyncio.create_task(_read(index, stream, queue)) for index, stream in enumerate(streams)]
+        readers: list[asyncio.Task[None]] = []
+        readers.append(asyncio.create_task(_read_all(streams, queue, readers)))
         try:
-            left = len(readers)
+            left = len(streams)
             while left:
                 found = await queue.get()
                 if isinstance(found, BaseException):
@@ -45,6 +46,28 @@ async def pieces(streams: Sequence[CompletionStream]) -> AsyncGenerator[Piece]:
     finally:
         for stream in streams:
             await stream.aclose()
+
+
+async def _read_all(
+    streams: Sequence[CompletionStream],
+    queue: asyncio.Queue[Piece | BaseException | None],
+    readers: list[asyncio.Task[None]],
+) -> None:
+    """Starts the requests and a reader for each."""
+    try:
+        async for index, stream in _started(streams):
+            readers.append(asyncio.create_task(_read(index, stream, queue)))
+    except Exception as error:  # noqa: BLE001  (raised by the one who takes it from the queue)
+        await queue.put(error)
+
+
+async def _started(streams: Sequence[CompletionStream]) -> AsyncIterator[tuple[int, CompletionStream]]:
+    """Starts them in order, and lets the loop do other things after each: two thousand prompts in a row, tokenized and
+    sent, would hold up everybody else's tokens."""
+    for index, stream in enumerate(streams):
+        await stream.start()
+        yield index, stream
+        await asyncio.sleep(0)
 
 
 async def _read(index: int, stream: CompletionStream, queue: asyncio.Queue[Piece | BaseException | None]) -> None:
@@ -72,10 +95,14 @@ async def _again(first: _T, rest: AsyncGenerator[_T]) -> AsyncIterator[_T]:
 
 async def completions(streams: Sequence[CompletionStream]) -> list[Completion]:
     """All answers, whole. The first failure is raised and ends the others."""
-    tasks = [asyncio.create_task(stream.collect()) for stream in streams]
+    tasks: list[asyncio.Task[Completion]] = []
     try:
+        async for _, stream in _started(streams):
+            tasks.append(asyncio.create_task(stream.collect()))
         return list(await asyncio.gather(*tasks))
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, RootModel, Tag
 
 from .chat_schema import MAX_TOOLS, TextPart, ToolName
 from .errors import refused
-from .fields import Float, No, ShortText, Strict
+from .fields import Array, Float, No, ShortText, Strict
 from .wire import Answer
 
 MAX_ITEMS = 16_384
@@ -22,7 +22,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Array[TextPart]
     id: ShortText | None = None
     status: ItemStatus | None = None
     phase: str | None = None
@@ -44,7 +44,7 @@ class FunctionCallOutput(Strict):
 
     type: Literal["function_call_output"]
     call_id: ShortText
-    output: str | list[TextPart]
+    output: str | Array[TextPart]
     id: ShortText | None = None
     status: ItemStatus | None = None
 
@@ -107,18 +107,18 @@ class ResponsesRequest(Strict):
     """OpenAI's request for a response, as far as it is about text and functions."""
 
     model: ShortText | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
+    input: str | Annotated[Array[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: Float | None = None
     top_p: Float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Array[str] | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     text: TextOptions | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Array[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
@@ -128,7 +128,7 @@ class ResponsesRequest(Strict):
     conversation: None = None
     reasoning: None = None
     prompt: None = None
-    include: Annotated[list[Any], Field(max_length=0)] | None = None
+    include: Annotated[Array[Any], Field(max_length=0)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     """Of the server's own tools, of which there are none."""

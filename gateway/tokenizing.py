@@ -12,11 +12,11 @@ from ..client.prompts import ChatOptions, to_token_ids
 from .backend import Backend
 from .chat_schema import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from .errors import refused
-from .fields import ShortText, Strict, TokenId
+from .fields import Array, ShortText, Strict, TokenId
 from .messages import to_template
 from .wire import Answer, json_response
 
-MAX_TOKENS = 1_048_576
+MAX_TOKENS = 262_144
 
 
 class TokenizeRequest(Strict):
@@ -24,13 +24,13 @@ class TokenizeRequest(Strict):
 
     model: ShortText | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[Array[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Array[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
 
 class TokenizeResponse(Answer):
@@ -42,7 +42,7 @@ class TokenizeResponse(Answer):
 
 class DetokenizeRequest(Strict):
     model: ShortText | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[Array[TokenId], Field(max_length=MAX_TOKENS)]
     skip_special_tokens: bool = False
 
 

@@ -6,6 +6,7 @@ import json
 import select
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,12 +16,15 @@ from support.deadlines import DEADLINE_S
 from support.gateway import Served, gateway
 
 LIMIT = 50_000
+VALUES = 22_000
+SAMPLES = 64
 
 
 @pytest.fixture(scope="module")
 def strict(served: Served) -> Iterator[Served]:
     """A gateway that loses patience quickly."""
     flags = ["--max-request-bytes", str(LIMIT), "--read-timeout-s", "3", "--write-timeout-s", "1"]
+    flags += ["--max-request-values", str(VALUES), "--max-request-samples", str(SAMPLES)]
     with gateway(served.address, *flags, "--max-connections", "40", "--log-level", "info") as (found, command):
         yield found
         command.process.terminate()
@@ -85,6 +89,78 @@ def test_bodies_at_the_limit(strict: Served, size: int, declared: bool) -> None:
     assert answer.status_code == (200 if size <= LIMIT else 413), answer.text
     if size > LIMIT:
         assert str(LIMIT) in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("count", [VALUES - 1, VALUES, VALUES + 1])
+@pytest.mark.parametrize("declared", [True, False])
+def test_bodies_of_many_values(strict: Served, count: int, declared: bool) -> None:
+    many = ",".join(["5"] * (count - 8))  # beside three objects, two lists, two texts and a number
+    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "chat_template_kwargs": {"a": [%s]}}'
+    body %= many.encode()
+    content = body if declared else (body[i : i + 1_000] for i in range(0, len(body), 1_000))
+    answer = strict.post("/v1/chat/completions", content=content)
+    assert answer.status_code == (200 if count <= VALUES else 413), answer.text
+    if count > VALUES:
+        error = answer.json()["error"]
+        assert error["code"] == "request_too_large"
+        assert f"more than {VALUES} " in error["message"]
+        assert "--max-request-values" in error["message"]
+
+
+def test_commas_of_a_text_are_no_values(strict: Served) -> None:
+    text = '\\"' + ",[{" * (VALUES // 2)
+    answer = strict.post("/v1/completions", {"prompt": text, "max_tokens": 1})
+    assert "the model's context" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n"),
+    [(SAMPLES, 1), (SAMPLES // 2, 2), (1, SAMPLES), (SAMPLES + 1, 1), (SAMPLES // 2 + 1, 2), (2, SAMPLES)],
+)
+def test_samples_of_all_prompts_together(strict: Served, prompts: int, n: int) -> None:
+    answer = strict.post("/v1/completions", {"prompt": [[5]] * prompts, "n": n, "max_tokens": 1})
+    if prompts * n <= SAMPLES:
+        assert answer.status_code == 200, answer.text
+        assert [choice["index"] for choice in answer.json()["choices"]] == list(range(prompts * n))
+        return
+    error = answer.json()["error"]
+    assert answer.status_code == 400, error
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == ("n" if n > 1 else "prompt")
+    assert f"{prompts * n} samples, over the limit of {SAMPLES}" in error["message"]
+
+
+def test_samples_of_a_chat(strict: Served) -> None:
+    answer = strict.chat("Hello", n=SAMPLES + 1, max_tokens=1)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "n"
+    assert strict.chat("Hello", n=SAMPLES, max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(("size", "over"), [(LIMIT // 50, False), (LIMIT // 50 + 1, True)])
+@pytest.mark.parametrize("told", [{"n": 50, "echo": True}, {"n": 25, "echo": True, "logprobs": 1}])
+def test_prompts_told_again_with_each_sample(strict: Served, told: dict[str, object], size: int, over: bool) -> None:
+    answer = strict.post("/v1/completions", {"prompt": "x" * size, "max_tokens": 1, **told})
+    assert answer.status_code == (400 if over else 200), answer.text
+    if over:
+        error = answer.json()["error"]
+        assert error["param"] == "echo"
+        assert f"make {50 * size}; the limit is {LIMIT}" in error["message"]
+
+
+def test_others_are_served_while_the_largest_request_is(served: Served) -> None:
+    """As many samples as one request may have, without the flags of `strict`."""
+    with ThreadPoolExecutor(1) as pool:
+        body = {"prompt": ["Once upon a time"] * 2_048, "n": 2, "max_tokens": 1}
+        largest = pool.submit(served.post, "/v1/completions", body)
+        answered = 0
+        while not largest.done():
+            assert served.get("/health").status_code == 200
+            answered += 1
+    answer = largest.result()
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == 4_096
+    assert answered > 1
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -1,0 +1,96 @@
+"""Reads a request's body: bounded in bytes and in values while it comes, then checked against its schema."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from .config import GatewayConfig
+from .errors import ApiError, of_validation
+from .fields import Strict
+
+MAX_FAULTS = 1_000
+"""Of a body with more faults none is told: only all of them can be had, and that takes seconds."""
+
+_M = TypeVar("_M", bound=Strict)
+
+
+async def read(request: Request, model: type[_M], config: GatewayConfig) -> _M:
+    """The body as `model`. Raises ApiError naming what is wrong with it."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(415, f"content-type: expected application/json, got {kind[:80] or 'none'}", param="content-type")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            415, f"content-encoding: compressed bodies are not read, got {encoding[:80]}", param="content-encoding"
+        )
+    body = await _read_bytes(request, config)
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        if error.error_count() > MAX_FAULTS:
+            raise ApiError(
+                400,
+                f"the body has {error.error_count()} faults: fields that are not known here, or values of a wrong type",
+                code="too_many_faults",
+            ) from None
+        raise of_validation(error) from error
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
+
+
+async def _read_bytes(request: Request, config: GatewayConfig) -> bytes:
+    """Raises ApiError 413 as soon as the body is known to be over a limit."""
+    limit, most = config.max_request_bytes, config.max_request_values
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise _too_large(f"the body has {declared[:20]} bytes; the limit is {limit} bytes (--max-request-bytes)")
+    body = bytearray()
+    values = ValueCount()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise _too_large(f"the body has more; the limit is {limit} bytes (--max-request-bytes)")
+        values.add(piece)
+        if values.count > most:
+            raise _too_large(
+                f"the body has more than {most} numbers, texts, lists and objects, which is the limit "
+                "(--max-request-values); a prompt that is one text counts as one"
+            )
+    return bytes(body)
+
+
+class ValueCount:
+    """How many values JSON holds, counted in pieces as it comes, since a parser cannot be stopped at its first million.
+    Nothing is checked: of what is no JSON the count means nothing, but is not below what a parser would build."""
+
+    def __init__(self) -> None:
+        self.count = 1
+        """At most so many values; exact but for empty lists and objects, which count as two."""
+        self._in_text = False
+        self._escaped = False
+
+    def add(self, piece: bytes) -> None:
+        """The next piece, however the text was cut."""
+        if self._escaped:
+            piece = b"\\" + piece
+        self._escaped = False
+        if b"\\" in piece:
+            piece = _ESCAPE.sub(b"", piece)
+            if piece.endswith(b"\\"):
+                piece, self._escaped = piece[:-1], True
+        runs = piece.split(b'"')
+        for run in runs[int(self._in_text) :: 2]:
+            self.count += run.count(b",") + run.count(b"[") + run.count(b"{")
+        self._in_text ^= len(runs) % 2 == 0
+
+
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+
+
+def _too_large(why: str) -> ApiError:
+    return ApiError(413, why, code="request_too_large", headers={"connection": "close"})

@@ -1,0 +1,153 @@
+"""Bodies that are long: their values are counted before they are parsed, and nobody waits while many prompts begin."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from tandem.client.completion import CompletionStream, Started
+from tandem.gateway.body import ValueCount
+from tandem.gateway.chat_schema import ChatRequest
+from tandem.gateway.completion_schema import CompletionRequest
+from tandem.gateway.generation import completions, pieces
+from tandem.gateway.responses_schema import ResponsesRequest
+from tandem.gateway.wire import response_with
+
+Json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(alphabet=st.sampled_from('a,[]{}:"\\\n\u00e9')),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=5),
+    max_leaves=30,
+)
+
+
+def count(value: Any) -> int:
+    """An empty list or object counts as two."""
+    if not isinstance(value, list | dict):
+        return 1
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return 1 + (sum(map(count, inner)) if inner else 1)
+
+
+@given(Json, st.booleans(), st.integers(1, 9))
+def test_values_are_counted_however_a_body_is_cut(value: Any, ascii_only: bool, step: int) -> None:
+    body = json.dumps(value, ensure_ascii=ascii_only).encode()
+    counted = ValueCount()
+    for i in range(0, len(body), step):
+        counted.add(body[i : i + step])
+    assert counted.count == count(value)
+
+
+MANY = 5_000
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [""] * MANY + [1]}),
+        (CompletionRequest, {"prompt": [[1]] * MANY + [1]}),
+        (CompletionRequest, {"prompt": [{}] * MANY}),
+        (CompletionRequest, {"prompt": "x", "stop": [1] * MANY}),
+        (CompletionRequest, {"prompt": "x", "stop_token_ids": [""] * MANY}),
+        (CompletionRequest, {"prompt": "x", "allowed_token_ids": [""] * MANY}),
+        (CompletionRequest, {"prompt": "x", "bad_words": [1] * MANY}),
+        (CompletionRequest, {"prompt": "x", "guided_choice": [1] * MANY}),
+        (ChatRequest, {"messages": [1] * MANY}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * MANY}]}),
+        (ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [1] * MANY}]}),
+        (ChatRequest, {"messages": [], "tools": [1] * MANY}),
+        (ChatRequest, {"messages": [], "documents": [1] * MANY}),
+        (ResponsesRequest, {"input": [{"role": "user", "content": 1}] * MANY}),
+        (ResponsesRequest, {"input": "x", "tools": [1] * MANY}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else json.dumps(value)[:30],
+)
+def test_lists_are_given_up_at_their_first_fault(model: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate_json(json.dumps(body))
+    assert refused.value.error_count() < 20
+
+
+class Turns:
+    """Counts how often the loop came round."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            self.count += 1
+            await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+async def _whole(streams: list[CompletionStream]) -> None:
+    await completions(streams)
+
+
+async def _streamed(streams: list[CompletionStream]) -> None:
+    async for _ in pieces(streams):
+        pass
+
+
+@pytest.mark.parametrize("way", [_whole, _streamed])
+def test_prompts_begin_one_at_a_time(way: Callable[[list[CompletionStream]], Awaitable[None]]) -> None:
+    async def run() -> list[int]:
+        turns = Turns()
+        began: list[int] = []
+
+        async def start(_: float | None) -> Started:
+            began.append(turns.count)
+            if len(began) == 50:
+                raise RuntimeError("enough")
+            return Started([], True, lambda stream, error: None, asyncio.get_running_loop())  # nothing comes of it
+
+        streams = [CompletionStream(start, None) for _ in range(100)]
+        with pytest.raises(RuntimeError, match="enough"):
+            await way(streams)
+        await turns.end()
+        return began
+
+    began = asyncio.run(run())
+    assert len(began) == 50
+    assert len(set(began)) == 50
+
+
+class Choice(BaseModel):
+    text: str
+
+
+class Whole(BaseModel):
+    name: str
+    choices: list[Choice]
+    usage: int
+
+
+def test_choices_are_written_one_at_a_time() -> None:
+    async def run() -> tuple[Any, list[int]]:
+        turns = Turns()
+        made: list[int] = []
+
+        def choice(index: int) -> Choice:
+            made.append(turns.count)
+            return Choice(text=f'{index}"choices":[]')
+
+        whole = Whole(name='"choices":[]', choices=[], usage=7)
+        response = await response_with(whole, (choice(i) for i in range(20)))
+        await turns.end()
+        return json.loads(bytes(response.body)), made
+
+    answer, made = asyncio.run(run())
+    expected = [{"text": f'{i}"choices":[]'} for i in range(20)]
+    assert answer == {"name": '"choices":[]', "choices": expected, "usage": 7}
+    assert len(set(made)) == 20
