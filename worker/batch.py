@@ -42,8 +42,8 @@ class Batch:
     lines: Tensor | None = None
     """[R] int32, device: which line of `block_tables` is a row's; None: line r is row r's."""
     pieces: Tensor | None = None
-    """[PIECE_COLUMNS, P] int32, device: how the contexts of decoding rows are cut (attention.sharing); None: not at
-    all."""
+    """[N] int32, device: how the contexts of decoding rows are cut, as the backend's `cutting` has written it
+    (attention.sharing); None: not at all."""
 
     @property
     def num_tokens(self) -> int:

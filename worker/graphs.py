@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention.sharing import PIECE_COLUMNS, share_out
 from .batch import Batch
 from .rows import Step
 from .staging import Lane
@@ -30,8 +29,8 @@ from .state import DeviceState, StagedFeatures, StagedMasks, stage_features
 LARGEST_GRAPH: Final = 512
 """Rows of the largest graph, unless another number is given: beyond, a step is long enough to be launched in time."""
 _COLUMNS: Final = 3
-"""Input columns of a row: slot, block table column that changes (or -1), its block. Behind them are the pieces that the
-rows' contexts are cut into."""
+"""Input columns of a row: slot, block table column that changes (or -1), its block. Behind them is how the
+rows' contexts are cut."""
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -72,9 +71,7 @@ class DecodeGraphs:
         self._state = state
         self._sizes = sorted(set(sizes))
         most = self._sizes[-1]
-        spare = state.model.spare_pieces
-        self._piece_columns = 0 if spare is None else PIECE_COLUMNS
-        self._spare = spare or 0
+        self._cutting = state.model.cutting
         capacity = self._input_size(most)
         self._input = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(most, dtype=torch.int64, device=device)
@@ -116,16 +113,15 @@ class DecodeGraphs:
             grown_slot, grown_column = np.divmod(step.table_index, state.width)
             at = np.searchsorted(step.row_slot, grown_slot)
             column[at], block[at] = grown_column, step.table_block
-        if self._piece_columns:
+        if self._cutting is not None:
             kv_lens = self._host_kv_lens[:size]
             kv_lens[:rows], kv_lens[rows:] = step.kv_lens, 1
-            pieces = values[_COLUMNS * size :].reshape(self._piece_columns, size + self._spare)
-            share_out(kv_lens, size + self._spare, pieces)
+            self._cutting.write(kv_lens, values[_COLUMNS * size :])
         features = stage_features(step, lane)
         return StagedDecode(step, lane, size, lane.put(values), masks, features)
 
     def _input_size(self, size: int) -> int:
-        return _COLUMNS * size + self._piece_columns * (size + self._spare)
+        return _COLUMNS * size + (0 if self._cutting is None else self._cutting.room(size))
 
     @torch.no_grad()
     def run(self, staged: StagedDecode) -> None:
@@ -157,9 +153,9 @@ class DecodeGraphs:
         # The first run compiles and allocates what a capture must not. All its rows only fill up.
         slot.fill_(self._state.slots)
         grow_column.fill_(-1)
-        if self._piece_columns:
-            pieces = np.empty((self._piece_columns, size + self._spare), np.int32)
-            share_out(np.ones(size, np.int32), size + self._spare, pieces)
+        if self._cutting is not None:
+            pieces = np.empty(self._cutting.room(size), np.int32)
+            self._cutting.write(np.ones(size, np.int32), pieces)
             self._pieces(size).copy_(torch.from_numpy(pieces))
         stream = torch.cuda.Stream(self._state.model.device)
         stream.wait_stream(torch.cuda.current_stream())
@@ -178,7 +174,7 @@ class DecodeGraphs:
         return self._input[: _COLUMNS * size].view(_COLUMNS, size)
 
     def _pieces(self, size: int) -> Tensor:
-        return self._input[_COLUMNS * size : self._input_size(size)].view(self._piece_columns, size + self._spare)
+        return self._input[_COLUMNS * size : self._input_size(size)]
 
     def _forward(self, size: int) -> Tensor:
         from . import kernels
@@ -206,7 +202,7 @@ class DecodeGraphs:
             row_of_token=self._row_of_token[:size],
             block_tables=state.block_table,
             lines=slot,
-            pieces=self._pieces(size) if self._piece_columns else None,
+            pieces=None if self._cutting is None else self._pieces(size),
             kv_lens=self._kv_lens[:size],
             query_starts=np.arange(size + 1, dtype=np.int32),
             kv_lens_host=np.ones(size, np.int32),

@@ -407,9 +407,9 @@ def _product(
         # The weights are no other kernel's: they may come as near as the L2 cache before the rows are there.
         line = tl.arange(0, AHEAD)
         near = weight + n[:, None].to(tl.int64) * depth + split * share + line[None, :] * LINE
-        _prefetch(near)
+        prefetch(near)
         if GATED:
-            _prefetch(near + to_second)
+            prefetch(near + to_second)
         gdc_wait()
     total = tl.zeros((TILE, ROWS), tl.float32)
     second = tl.zeros((TILE, ROWS), tl.float32)
@@ -457,7 +457,8 @@ def _scaled(total, row_scale, scale, m, count, n):
 
 
 @triton.jit
-def _prefetch(addresses):
+def prefetch(addresses):
+    """Asks for the lines of these addresses into the L2 cache."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
     )

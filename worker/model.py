@@ -18,6 +18,7 @@ from .attention import flashinfer, registry
 from .attention.base import AttentionBackend, AttentionStep
 from .attention.ops import OperatorRouter
 from .attention.reference import ReferenceAttention
+from .attention.sharing import Cutting
 from .batch import Batch
 from .compiling import Compiled, compile_rows
 from .kv_cache import FP8, KVCache, LayerKV, kv_bytes_per_block
@@ -110,9 +111,9 @@ class PagedModel:
             log.warning("%s runs uncompiled, and so without CUDA graphs: %s", type(self.module).__name__, first_line)
 
     @property
-    def spare_pieces(self) -> int | None:
-        """See AttentionBackend.spare_pieces. The KV cache must be allocated."""
-        return self._allocated().spare_pieces
+    def cutting(self) -> Cutting | None:
+        """See AttentionBackend.cutting. The KV cache must be allocated."""
+        return self._allocated().cutting
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of KV cache that one block of `block_size` tokens takes."""

@@ -90,9 +90,9 @@ class Pipeline:
         self._on_result = on_result
         self._on_failure = on_failure
         self._book = grammars or GrammarBook(None, model.vocab_size, ())
-        self._spare = model.spare_pieces
-        pieces = 0 if self._spare is None else slots + self._spare
-        capacity = input_capacity(slots, num_blocks, max_tokens, pieces)
+        self._cutting = model.cutting
+        cut = 0 if self._cutting is None else self._cutting.room(slots)
+        capacity = input_capacity(slots, num_blocks, max_tokens, cut)
         self._lanes = [
             Lane(index, inputs=capacity, outputs=slots, device=model.device, mask_words=self._book.mask_words)
             for index in range(lookahead + 1)
@@ -194,7 +194,7 @@ class Pipeline:
         if graphs is not None and graphs.take(step):
             decode = graphs.stage(step, lane, masks)
             return lambda: graphs.run(decode)
-        staged = stage(step, lane, masks, self._spare)
+        staged = stage(step, lane, masks, self._cutting)
         return lambda: state.run(staged)
 
     def _collect(self, flight: _Flight) -> torch.Tensor:

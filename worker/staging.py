@@ -15,8 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .attention.sharing import PIECE_COLUMNS
-
 
 def _unnoticed() -> None:
     """Nobody watches."""
@@ -119,7 +117,7 @@ class Lane:
             host.copy_(values, non_blocking=True)
 
 
-def input_capacity(slots: int, num_blocks: int, max_tokens: int, pieces: int = 0) -> int:
+def input_capacity(slots: int, num_blocks: int, max_tokens: int, cut: int = 0) -> int:
     """Most int32 values that one step can bring: per slot the join columns, rows and samples; block table entries;
-    tokens; values that describe the `pieces` of contexts."""
-    return 25 * slots + 2 * (num_blocks + slots) + 4 * max_tokens + PIECE_COLUMNS * pieces + 64
+    tokens; `cut` values that tell how contexts are cut."""
+    return 25 * slots + 2 * (num_blocks + slots) + 4 * max_tokens + cut + 64

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adjustments import Adjustments, StagedJoins, stage_joins
-from .attention.sharing import PIECE_COLUMNS, share_out
+from .attention.sharing import Cutting
 from .batch import Batch
 from .logprobs import tell
 from .model import PagedModel
@@ -77,7 +77,7 @@ class StagedStep:
     joins: StagedJoins | None
     features: StagedFeatures | None
     pieces: Tensor | None
-    """[PIECE_COLUMNS, P]; see Batch."""
+    """See Batch."""
 
 
 @dataclass(slots=True)
@@ -100,14 +100,14 @@ def stage_masks(step: Step, lane: Lane, collect: Callable[[], Tensor]) -> Staged
     return StagedMasks(lane.put(step.grammar.at), collect)
 
 
-def stage(step: Step, lane: Lane, masks: StagedMasks | None, spare_pieces: int | None) -> StagedStep:
-    """Writes a step into its lane, on the host. `spare_pieces`: see AttentionBackend."""
+def stage(step: Step, lane: Lane, masks: StagedMasks | None, cutting: Cutting | None) -> StagedStep:
+    """Writes a step into its lane, on the host. `cutting`: see AttentionBackend."""
     plan, put = step.plan, lane.put
     pieces = None
-    if spare_pieces is not None and step.decode_rows:
-        table = np.empty((PIECE_COLUMNS, step.decode_rows + spare_pieces), np.int32)
-        share_out(step.kv_lens[: step.decode_rows], table.shape[1], table)
-        pieces = put(table.reshape(-1)).view(table.shape)
+    if cutting is not None and step.decode_rows:
+        cut = np.empty(cutting.room(step.decode_rows), np.int32)
+        cutting.write(step.kv_lens[: step.decode_rows], cut)
+        pieces = put(cut)
     return StagedStep(
         step=step,
         lane=lane,

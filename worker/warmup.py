@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ..protocol.sampling import MAX_LOGPROBS
 from .adjustments import penalise, take_away
-from .attention.sharing import PIECE_COLUMNS, share_out
 from .batch import Batch
 from .config import WorkerConfig
 from .features import mask_words
@@ -156,12 +155,12 @@ def scratch_batch(
 
 
 def _pieces(model: PagedModel, kv_lens: NDArray[np.int32]) -> torch.Tensor | None:
-    spare = model.spare_pieces
-    if spare is None or not len(kv_lens):
+    cutting = model.cutting
+    if cutting is None or not len(kv_lens):
         return None
-    most = len(kv_lens) + spare
-    table = share_out(kv_lens, most, np.empty((PIECE_COLUMNS, most), np.int32))
-    return torch.from_numpy(table).to(model.device)
+    pieces = np.empty(cutting.room(len(kv_lens)), np.int32)
+    cutting.write(kv_lens, pieces)
+    return torch.from_numpy(pieces).to(model.device)
 
 
 def _room(device: torch.device) -> str:

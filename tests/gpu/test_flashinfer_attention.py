@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from tandem.worker.inspection import dense_attention, make_batch
 from tandem.worker.kv_cache import KVCache, LayerKV
 
 from support.cuda import no_waiting
+from support.decode_cases import WAYS
 
 pytestmark = pytest.mark.gpu
 
@@ -146,6 +148,21 @@ def test_layers_of_several_kinds_and_steps_of_two_lanes_keep_apart() -> None:
             found = step.attend(layer, query, key, value).float()
             dense = [dense_attention(spec, q.float(), k.float(), v.float())[-count:] for q, k, v in parts]
             assert relative(found, torch.cat(dense)) < LIMIT
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_contexts_are_cut_for_each_kind_of_layers(name: str) -> None:
+    layers = (PLAIN, replace(PLAIN, layer_idx=1, window=100), replace(PLAIN, layer_idx=2, kv_heads=4))
+    case = Case(layers, "decode")
+    backend = FlashInferAttention(
+        case.caches[torch.bfloat16], dtype=torch.bfloat16, lanes=1, device=case.device, way=WAYS[name]
+    )
+    pieces = np.empty(backend.cutting.room(len(case.rows)), np.int32)
+    backend.cutting.write(case.batch.kv_lens_host, pieces)
+    case.batch = replace(case.batch, pieces=torch.from_numpy(pieces).to(case.device))
+    for layer in range(len(layers)):
+        expected = case.attend(case.reference(), torch.float32, layer)
+        assert relative(case.attend(backend, torch.bfloat16, layer), expected) < LIMIT
 
 
 def test_a_step_waits_for_nothing() -> None:

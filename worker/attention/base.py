@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..kv_cache import KVCache
+from .sharing import Cutting
 
 
 class AttentionStep(Protocol):
@@ -46,7 +47,7 @@ class AttentionBackend(ABC):
         """
 
     @property
-    def spare_pieces(self) -> int | None:
-        """Into how many more pieces than there are rows the contexts of decoding rows may be cut (see `share_out`),
-        which then come as `Batch.pieces`; None: the backend takes no pieces."""
+    def cutting(self) -> Cutting | None:
+        """How the contexts of decoding rows are to be cut; what it writes then comes as `Batch.pieces`. None: the
+        backend takes no pieces."""
         return None

@@ -20,6 +20,8 @@ from torch import Tensor
 from ..batch import Batch
 from ..kv_cache import KVCache, LayerKV
 from .base import AttentionBackend
+from .sharing import PIECE_COLUMNS, Cutting, EqualPieces
+from .spans import EvenSpans, SpanKind
 
 if TYPE_CHECKING:
     from .kernels import Scratch
@@ -31,11 +33,30 @@ _KERNELS: Final = "fa2"
 _MIN_WORKSPACE: Final = 128 << 20
 _QUERY_TILE: Final = 128
 _CTAS_PER_SM: Final = 2
-_PROGRAMS_PER_SM: Final = {2: 2, 1: 4}
-"""Programs of the decode kernel that shall at least run on each multiprocessor, where contexts are long enough, for
-cached numbers of so many bytes: what was found best. Smaller numbers take a program more arithmetic for each byte."""
-_WARPS: Final = {2: 4, 1: 2}
-"""Of such a program."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWay:
+    """How the decode kernel runs."""
+
+    programs: int = 2
+    """Of each multiprocessor, for which contexts are cut where they are long enough."""
+    warps: int = 4
+    """Of a program."""
+    stages: int = 3
+    """Of a program's pipeline of loads."""
+    even: bool = False
+    """Each of these programs takes an even share of all contexts (spans.py), so `programs` is to be how many fit on a
+    multiprocessor; else contexts are cut into pieces of one length, about as many as programs or more (sharing.py)."""
+    early: bool = False
+    """Where kernels overlap, programs ask for their first keys and values before the kernel before has ended."""
+
+
+DECODE: Final = {2: DecodeWay(programs=2), 1: DecodeWay(programs=4, warps=2)}
+"""By the bytes of a cached number: what was found best. Smaller numbers take a program more arithmetic for each byte.
+
+To be measured on a GPU yet (`python -m tandem.bench.attention`), for numbers of two bytes: DecodeWay(programs=3,
+even=True, early=True), DecodeWay(programs=4, stages=2, even=True, early=True), DecodeWay(programs=2, early=True)."""
 
 
 def problem(spec: tuple[LayerKV, ...], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -76,13 +97,31 @@ def _window_left(group: Variant) -> int:
     return -1 if group.window is None else group.window - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How contexts are cut for a kind of layers, on the device; see kernels.attend."""
+
+    pieces: Tensor
+    """[PIECE_COLUMNS, P] int32"""
+    spans: Tensor | None
+    """[S + 1] int32; None: a program for each piece."""
+
+
 class FlashInferAttention(AttentionBackend):
     """See the module. `problem` must have been None."""
 
     name: ClassVar[str] = "flashinfer"
 
-    def __init__(self, cache: KVCache, *, dtype: torch.dtype, lanes: int, device: torch.device) -> None:
-        """`dtype`: the queries'."""
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        dtype: torch.dtype,
+        lanes: int,
+        device: torch.device,
+        way: DecodeWay | None = None,
+    ) -> None:
+        """`dtype`: the queries'. `way`: None takes that of DECODE."""
         import flashinfer
 
         self.cache = cache
@@ -98,15 +137,19 @@ class FlashInferAttention(AttentionBackend):
             }
             for _ in range(lanes)
         ]
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        programs = _PROGRAMS_PER_SM[cache.keys[0].dtype.itemsize] * multiprocessors
-        self._spare = -(-programs // min(group.kv_heads for group in groups))
+        self._way = way or DECODE[cache.keys[0].dtype.itemsize]
+        self._programs = self._way.programs * torch.cuda.get_device_properties(device).multi_processor_count
+        self._cutting: EqualPieces | EvenSpans = (
+            EvenSpans(tuple(dict.fromkeys(map(self._kind, groups))))
+            if self._way.even
+            else EqualPieces(-(-self._programs // min(group.kv_heads for group in groups)))
+        )
         self._scratches: list[Scratch] = []
         """The last is the largest; captured graphs may hold on to those before."""
 
     @property
-    def spare_pieces(self) -> int:
-        return self._spare
+    def cutting(self) -> Cutting:
+        return self._cutting
 
     def begin(self, batch: Batch) -> FlashInferStep:
         decoding, rows = batch.decode_rows, batch.num_rows
@@ -135,10 +178,22 @@ class FlashInferAttention(AttentionBackend):
                     kv_data_type=self.cache.keys[0].dtype,
                 )
                 planned[group] = prefill
-        scratch = None
+        scratch, cuts = None, {}
         if batch.pieces is not None:
-            scratch = self._scratch(batch.pieces.shape[1], decoding)
-        return FlashInferStep(self.cache, batch, self.variants, planned, scratch)
+            cuts = {group: self._cut(group, batch.pieces, decoding) for group in self._lanes[batch.lane]}
+            scratch = self._scratch(max(cut.pieces.shape[1] for cut in cuts.values()), decoding)
+        return FlashInferStep(self.cache, batch, self.variants, planned, self._way, cuts, scratch)
+
+    def _kind(self, group: Variant) -> SpanKind:
+        """No more spans than run at once."""
+        return SpanKind(max(1, self._programs // group.kv_heads), group.window)
+
+    def _cut(self, group: Variant, written: Tensor, rows: int) -> Cut:
+        """The part of what `cutting` has written for so many rows that layers of `group` go by."""
+        if isinstance(self._cutting, EqualPieces):
+            return Cut(written.view(PIECE_COLUMNS, -1), None)
+        pieces, spans = self._cutting.places(self._kind(group), rows)
+        return Cut(written[pieces].view(PIECE_COLUMNS, -1), written[spans])
 
     def _scratch(self, pieces: int, rows: int) -> Scratch:
         from .kernels import Scratch
@@ -159,14 +214,19 @@ class FlashInferStep:
         batch: Batch,
         variants: list[Variant],
         planned: dict[Variant, Any],
+        way: DecodeWay,
+        cuts: dict[Variant, Cut],
         scratch: Scratch | None,
     ) -> None:
-        """`planned`: for each kind of layer the wrapper that attends for the chunks; none if there are no chunks."""
+        """`planned`: for each kind of layer the wrapper that attends for the chunks; none if there are no chunks.
+        `cuts`: for each kind of layer, with `scratch`; none: contexts are not cut."""
         self.cache = cache
         self.kv_slots = batch.kv_slots
         self._batch = batch
         self._variants = variants
         self._planned = planned
+        self._way = way
+        self._cuts = cuts
         self._scratch = scratch
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -182,6 +242,7 @@ class FlashInferStep:
         if decoding:
             from . import kernels
 
+            way, cut = self._way, self._cuts.get(group)
             kernels.attend(
                 query[:decoding],
                 self.cache.keys[layer],
@@ -189,13 +250,16 @@ class FlashInferStep:
                 batch.block_tables,
                 batch.lines,
                 batch.kv_lens,
-                batch.pieces,
+                None if cut is None else cut.pieces,
                 out,
                 self._scratch,
                 scale=group.scale,
                 window=group.window,
                 softcap=group.softcap,
-                warps=_WARPS[self.cache.keys[layer].dtype.itemsize],
+                warps=way.warps,
+                stages=way.stages,
+                spans=None if cut is None else cut.spans,
+                early=way.early,
             )
         if decoding < tokens:
             cached = self.cache.keys[layer], self.cache.values[layer]

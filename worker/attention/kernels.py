@@ -1,11 +1,25 @@
 """Attention of single queries over the paged cache, for CUDA: what decoding rows take.
 
-A program takes one piece of one row's context and one key head, with all the query heads that share it. Contexts are
-cut into pieces by `share_out` so that the programs keep every multiprocessor busy; the last piece of a row to end
-merges the row's pieces, in their order. Within a piece, keys are walked in tiles with the running maximum, sum and
-output of online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
+A program takes one piece of one row's context and one key head, with all the query heads that share it, or, with even
+spans, a few pieces that follow each other. Contexts are cut so that the programs keep every multiprocessor busy
+(sharing.py, spans.py); the last piece of a row to end merges the row's pieces, in their order. Within a piece, keys are
+walked in tiles with the running maximum, sum and output of online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 
 Imported only where it runs. How kernels overlap is told in worker/kernels.py.
+
+What an `early` program may do before `gdc_wait`. The kernel right before writes the query and the step's new keys and
+values, and lets this one in before it has waited itself. So it need not have begun to write, nor need the kernel before
+that one have ended. Read are only:
+
+- pieces, spans, lines: they reach the device by a copy before the step's first kernel, and no kernel writes them;
+- lengths, tables: the step's first kernels write them (`open_decode`, or torch's). The lookup of embeddings comes
+  between, which is launched in the ordinary way: it begins when the kernel before it has ended. That one has either
+  begun in the same way or waited, in all its programs, before it ended, and so have all before it. So when the lookup
+  begins all of them have ended; and no later kernel, however early, begins before it.
+
+Keys and values are not read then: their lines are asked for into the L2 cache, which all multiprocessors write through
+to. A line that the kernel before writes later is written there, and the load behind `gdc_wait` finds it. So asking is
+safe whatever it is for, the newest token's line too.
 """
 
 from __future__ import annotations
@@ -18,11 +32,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..kernels import prefetch
 from .sharing import TILE
 
 _LOG2_E: float = 1.4426950408889634
 _QUERIES: int = 16
 """Rows of the smallest product that tensor cores take."""
+_AHEAD: int = 2
+"""Tiles that an early program asks for before it waits: the first, and that which it would load behind it."""
 
 
 class Scratch:
@@ -55,6 +72,8 @@ def attend(
     softcap: float | None = None,
     warps: int = 4,
     stages: int = 3,
+    spans: Tensor | None = None,
+    early: bool = False,
 ) -> None:
     """Attends for R rows with one query each, which stands at the end of its context; writes `out`.
 
@@ -63,55 +82,143 @@ def attend(
     None: the row's own number; lengths [R] int32. pieces [PIECE_COLUMNS, P] int32 as `share_out` makes them, with
     `scratch` for as many; None: each row in one piece. A program whose window leaves nothing of its piece computes
     nothing.
+
+    spans [S + 1] int32: pieces are cut by `even_spans`, for this `window`, and program s of each key head takes those
+    from spans[s] to spans[s + 1]; None: each piece has a program. `early`: where kernels overlap, programs ask for
+    their first keys and values before the kernel before has ended; see the module for what must have ended by then.
     """
     rows, query_heads, dim = query.shape
     block_size, kv_heads = keys.shape[1], keys.shape[2]
     group = query_heads // kv_heads
-    _attend[(kv_heads, rows if pieces is None else pieces.shape[1])](
+    if spans is not None:
+        programs = spans.shape[0] - 1
+    else:
+        programs = rows if pieces is None else pieces.shape[1]
+    overlap = _overlap(query.device)
+    _attend[(kv_heads, programs)](
         query, keys, values, tables, lines if lines is not None else tables, lengths,
         pieces if pieces is not None else tables, out,
         out if scratch is None else scratch.sums,
         out if scratch is None else scratch.outputs,
         out if scratch is None else scratch.arrived,
         tables.shape[1], 0 if pieces is None else pieces.shape[1], scale * (1.0 if softcap else _LOG2_E),
-        window or 0, softcap or 0.0,
+        window or 0, softcap or 0.0, spans,
         KV_HEADS=kv_heads, GROUP=group, QUERIES=max(_QUERIES, triton.next_power_of_2(group)),
         DIM=dim, WIDTH=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=TILE, LINES=lines is not None,
         PIECES=pieces is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        HALF=keys.dtype == torch.float8_e4m3fn, num_warps=warps, num_stages=stages, **_overlap(query.device),
+        HALF=keys.dtype == torch.float8_e4m3fn, EVEN=spans is not None,
+        EARLY=_AHEAD if early and overlap["OVERLAP"] else 0, num_warps=warps, num_stages=stages, **overlap,
     )  # fmt: skip
 
 
 @cache
 def _overlap(device: torch.device) -> dict[str, bool]:
+    if device.type != "cuda":
+        return {"OVERLAP": False}  # Triton's interpreter, in tests
     able = torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAP": able, "launch_pdl": able}
 
 
-@triton.jit(do_not_specialize=["width", "num_pieces", "window"])  # or some step would wait for a compiler
+@triton.jit(  # or some step would wait for a compiler
+    do_not_specialize=["width", "num_pieces", "window"], do_not_specialize_on_alignment=["pieces", "spans"]
+)
 def _attend(
     query, keys, values, tables, lines, lengths, pieces, out, sums, outputs, arrived,
-    width, num_pieces, scale, window, softcap,
+    width, num_pieces, scale, window, softcap, spans,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr, PIECES: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     piece = tl.program_id(1)
-    if OVERLAP:
+    if OVERLAP and EARLY == 0:
         gdc_wait()
+    if EVEN:
+        begin = tl.load(spans + piece)
+        stop = tl.load(spans + piece + 1)
+        if EARLY > 0:
+            if begin < stop:
+                _ask(
+                    keys, values, tables, lines, lengths, pieces, head, begin, width, num_pieces, window,
+                    KV_HEADS, DIM, BLOCK_SIZE, TILE, EARLY, LINES, PIECES, WINDOW,
+                )  # fmt: skip
+            gdc_wait()
+        for one in range(begin, stop):
+            _attend_piece(
+                query, keys, values, tables, lines, lengths, pieces, out, sums, outputs, arrived,
+                head, one, one + 1 == stop, width, num_pieces, scale, window, softcap,
+                KV_HEADS, GROUP, QUERIES, DIM, WIDTH, BLOCK_SIZE, TILE, LINES, PIECES, WINDOW, SOFTCAP, HALF, OVERLAP,
+            )  # fmt: skip
+    else:
+        if EARLY > 0:
+            _ask(
+                keys, values, tables, lines, lengths, pieces, head, piece, width, num_pieces, window,
+                KV_HEADS, DIM, BLOCK_SIZE, TILE, EARLY, LINES, PIECES, WINDOW,
+            )  # fmt: skip
+            gdc_wait()
+        _attend_piece(
+            query, keys, values, tables, lines, lengths, pieces, out, sums, outputs, arrived,
+            head, piece, True, width, num_pieces, scale, window, softcap,
+            KV_HEADS, GROUP, QUERIES, DIM, WIDTH, BLOCK_SIZE, TILE, LINES, PIECES, WINDOW, SOFTCAP, HALF, OVERLAP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _bounds(lengths, pieces, piece, num_pieces, PIECES: tl.constexpr):
+    """Row of a piece (-1: there is none), its first token and its end."""
     if PIECES:
         row = tl.load(pieces + piece)
         first = tl.load(pieces + num_pieces + piece)
         end = tl.load(pieces + 2 * num_pieces + piece)
-        part = tl.load(pieces + 3 * num_pieces + piece)
-        parts = tl.load(pieces + 4 * num_pieces + piece)
     else:
         row = piece
         first = 0
         end = tl.load(lengths + row)
-        part = 0
-        parts = 1
+    return row, first, end
+
+
+@triton.jit
+def _ask(
+    keys, values, tables, lines, lengths, pieces, head, piece, width, num_pieces, window,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
+    LINES: tl.constexpr, PIECES: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Asks for the keys and values of a piece's first tiles. For what this may read see the module."""
+    row, first, end = _bounds(lengths, pieces, piece, num_pieces, PIECES)
+    if row >= 0:
+        line = row
+        if LINES:
+            line = tl.load(lines + row)
+        if WINDOW:
+            first = tl.maximum(first, tl.maximum(tl.load(lengths + row) - window, 0) // TILE * TILE)
+        if first < end:
+            table = tables + line.to(tl.int64) * width
+            size: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+            step: tl.constexpr = 128 // size  # of a line of the cache
+            parts: tl.constexpr = triton.next_power_of_2((DIM + step - 1) // step)
+            part = tl.minimum(tl.arange(0, parts) * step, DIM - 1)  # no further than the head's own numbers
+            at = tl.minimum(first + tl.arange(0, AHEAD * TILE), end - 1)
+            block = tl.load(table + at // BLOCK_SIZE)
+            slot = (block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE) * (KV_HEADS * DIM) + head * DIM
+            prefetch(keys + slot[:, None] + part[None, :])
+            prefetch(values + slot[:, None] + part[None, :])
+
+
+@triton.jit
+def _attend_piece(
+    query, keys, values, tables, lines, lengths, pieces, out, sums, outputs, arrived,
+    head, piece, last, width, num_pieces, scale, window, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr, PIECES: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One piece, one key head. `last`: of its program, which then lets the next kernel in behind its main loop."""
+    row, first, end = _bounds(lengths, pieces, piece, num_pieces, PIECES)
+    part = 0
+    parts = 1
+    if PIECES:
+        part = tl.load(pieces + 3 * num_pieces + piece)
+        parts = tl.load(pieces + 4 * num_pieces + piece)
     if row >= 0:
         length = tl.load(lengths + row)
         line = row
@@ -158,7 +265,7 @@ def _attend(
             total = total * fade + tl.sum(weights, 1)
             acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             most = higher
-        if OVERLAP:
+        if OVERLAP and last:
             gdc_launch_dependents()
         if parts == 1:
             tl.store(out + at_query, (acc / total[:, None]).to(out.dtype.element_ty), in_row)

@@ -6,7 +6,8 @@ length, the shortest with which no more pieces come out than there is room for.
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,32 @@ TILE: Final = 64
 """Tokens whose keys a program looks at together; pieces begin at multiples of it."""
 PIECE_COLUMNS: Final = 5
 """Of a piece: its row (-1: there is none), first token, end, number among its row's pieces, how many those are."""
+
+
+class Cutting(Protocol):
+    """How a backend wants the contexts of decoding rows cut: into what kind of pieces, and how they are told."""
+
+    def room(self, rows: int) -> int:
+        """How many int32 values tell the pieces of `rows` contexts; no fewer than for fewer rows."""
+        ...
+
+    def write(self, kv_lens: NDArray[np.int32], out: NDArray[np.int32]) -> None:
+        """Cuts R contexts of `kv_lens` [R] tokens, all at least 1; fills `out` [room(R)] int32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EqualPieces:
+    """By `share_out`, into up to `spare` more pieces than there are rows, for layers of all kinds alike."""
+
+    spare: int
+
+    def room(self, rows: int) -> int:
+        return PIECE_COLUMNS * (rows + self.spare)
+
+    def write(self, kv_lens: NDArray[np.int32], out: NDArray[np.int32]) -> None:
+        most = len(kv_lens) + self.spare
+        share_out(kv_lens, most, out.reshape(PIECE_COLUMNS, most))
 
 
 def share_out(kv_lens: NDArray[np.int32], most: int, out: NDArray[np.int32]) -> NDArray[np.int32]:

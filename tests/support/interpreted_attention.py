@@ -1,0 +1,136 @@
+"""The decode kernel in Triton's interpreter, on a CPU: `TRITON_INTERPRET=1 python -P -m support.interpreted_attention`.
+
+Kernels overlap here in the worst way: for each program anew, what the kernel before writes (the query, the step's new
+keys and values) is NaN until `gdc_wait`. So a program that reads any of it too early shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+from tandem.worker.attention.flashinfer import DecodeWay
+
+from support.decode_cases import BLOCK_SIZE, WAYS, DecodeCase, Shape, make_case, worst_error
+
+kernels: Any = importlib.import_module("tandem.worker.attention.kernels")
+LENGTHS = (1, 64, 65, 300)
+CASES: tuple[tuple[Shape, torch.dtype], ...] = (
+    ((8, 2, 64, None, None), torch.float16),  # the interpreter multiplies no bfloat16
+    ((6, 2, 96, 100, 5.0), torch.float8_e4m3fn),
+)
+CUTS = (None, 1, 5, 20)
+
+
+class KernelBefore:
+    """Stands for the kernel that is launched right before."""
+
+    def __init__(self, case: DecodeCase) -> None:
+        self._case = case
+        newest = [
+            case.blocks(row)[(length - 1) // BLOCK_SIZE] * BLOCK_SIZE + (length - 1) % BLOCK_SIZE
+            for row, length in enumerate(case.lengths)
+        ]
+        self._newest = torch.stack(newest)
+        # Bytes, since float8 knows no indexing.
+        self._places = [cache.view(torch.uint8).flatten(0, 1) for cache in (case.keys, case.values)]
+        self._written = [place[self._newest].clone() for place in self._places]
+        self._query = case.query.clone()
+        self.asked: set[int] = set()
+        """Addresses that were asked for before it had ended."""
+        self.ended = self.next_let_in = False
+
+    def end(self) -> None:
+        assert not self.ended, "a program waits once"
+        self.ended = True
+        self._case.query.copy_(self._query)
+        for place, written in zip(self._places, self._written, strict=True):
+            place[self._newest] = written
+
+    def let_next_in(self) -> None:
+        assert self.ended, "the next kernel is let in before this one has waited"
+        assert not self.next_let_in, "the next kernel is let in before the program's last piece"
+        self.next_let_in = True
+
+    def begin(self) -> None:
+        """Another program begins: nothing is written yet."""
+        self.ended = self.next_let_in = False
+        self._case.query.fill_(float("nan"))
+        for place in self._places:
+            place[self._newest] = 255  # a NaN in 16 and in 8 bits
+
+    def ask(self, addresses: Any) -> None:
+        assert not self.ended, "what is asked for after the wait is asked for too late"
+        self.asked.update(int(address) for address in np.unique(addresses.handle.data))
+
+
+def check_asked(case: DecodeCase, asked: set[int]) -> None:
+    """Only keys and values of the rows' own contexts are asked for, and of both."""
+    own = {
+        int(case.blocks(row)[at // BLOCK_SIZE]) * BLOCK_SIZE + at % BLOCK_SIZE
+        for row, length in enumerate(case.lengths)
+        for at in range(length)
+    }
+    places = 0
+    for cache in (case.keys, case.values):
+        start, size = cache.data_ptr(), cache[0, 0].numel() * cache.element_size()
+        offsets = [address - start for address in asked if 0 <= address - start < cache.nbytes]
+        tokens = {offset // size for offset in offsets}
+        assert tokens, "nothing is asked for"
+        assert tokens <= own, f"tokens {sorted(tokens - own)} are no row's"
+        places += len(offsets)
+    assert places == len(asked), "an address outside the cache is asked for"
+
+
+def run(shape: Shape, dtype: torch.dtype, name: str) -> None:
+    way = WAYS[name]
+    case = make_case(LENGTHS, shape, dtype, torch.device("cpu"), 20, torch.float16)
+    expected = case.expected()
+    before = KernelBefore(case)
+    kernels.gdc_wait, kernels.gdc_launch_dependents = before.end, before.let_next_in
+    kernels.prefetch = before.ask
+    place = type(interpreter.interpreter_builder).set_grid_idx
+
+    def begin_program(*index: int) -> None:
+        before.begin()
+        place(interpreter.interpreter_builder, *index)
+
+    interpreter.interpreter_builder.set_grid_idx = begin_program
+    for cut in CUTS:
+        pieces = cut if cut is None or way.even else cut + len(LENGTHS)
+        found = case.attended(way, pieces)
+        error = worst_error(found, expected)
+        assert error < 1e-2, f"{shape} {dtype} {name} cut {cut}: relative error {error}"
+        assert not case.scratch.arrived.any(), "a counter of arrivals was left behind"
+    if way.early:
+        check_asked(case, before.asked)
+    assert way.early or not before.asked
+
+
+def mend_interpreter() -> None:
+    """NumPy from 2.4 on makes no number of an array that holds one, as the interpreter of Triton 3.6 asks of it."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+def main() -> None:
+    mend_interpreter()
+    kernels._overlap = lambda _device: {"OVERLAP": True}
+    for shape, dtype in CASES:
+        for name, way in WAYS.items():
+            if way.stages == DecodeWay().stages:  # which are nothing to the interpreter
+                run(shape, dtype, name)
+                print(*shape, dtype, name, "exact")
+
+
+if __name__ == "__main__":
+    main()
