@@ -8,6 +8,7 @@
 #   B  32 × (256 + 8,192)      E  256 × (256 + 512)      sync       A, C and E with lookahead 0
 #   C  ragged, 512 at once     F  A in FP8               idle       gaps between kernels and which they are, by
 #   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C and E; idle-long: and B
+#   attention  the decode kernel back to back and in its place, in all its ways (no service)
 #   http   E through HTTP beside the SDK, from 8 client processes, with $GATEWAYS (default 1 and 2) gateways on a port
 #   peer-A peer-B peer-C peer-E  transformers' continuous batching, its best configuration found (needs $PEER, the script)
 #
@@ -23,7 +24,7 @@ while getopts r: option; do
   case $option in r) REPEATS=$OPTARG ;; *) exit 2 ;; esac
 done
 shift $((OPTIND - 1))
-(( $# )) || { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
+(( $# )) || { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
 
 tandem=("$PYTHON" -P -c 'import sys; from tandem.launch.cli import main; sys.exit(main())')
 model=(--model bench/shapes/llama-3.1-8b --load-format dummy --dtype bfloat16 --max-model-len 16384
@@ -145,6 +146,10 @@ for figure in "$@"; do
       done
       ;;
     start) need; stop_service; running=; need; offline start-first-token --num-warmups 0 --num-prompts 1 --prompt-tokens 16 --output-tokens 1 ;;
+    attention)
+      stop_service; running=
+      "$PYTHON" -P -m tandem.bench.attention --variants all --out "$prefix-attention.json" || echo "attention FAILED"
+      ;;
     idle) watch_idle short ;;
     idle-long) watch_idle long ;;
     peer-A) stop_service; running=; peer A --batch 32 --prompt-len 256 --max-new-tokens 1024 --repeat 2 ;;

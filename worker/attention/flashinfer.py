@@ -9,6 +9,7 @@ one stream, so all wrappers share one. Decoding rows need no such plan, and so c
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -107,6 +108,30 @@ class Cut:
     """[S + 1] int32; None: a program for each piece."""
 
 
+class Cuts:
+    """How a way of the decode kernel has contexts cut for layers of some kinds."""
+
+    def __init__(self, way: DecodeWay, groups: Sequence[Variant], multiprocessors: int) -> None:
+        programs = way.programs * multiprocessors
+        # No more spans than run at once.
+        self._kinds = {group: SpanKind(max(1, programs // group.kv_heads), group.window) for group in groups}
+        self.cutting: EqualPieces | EvenSpans = (
+            EvenSpans(tuple(dict.fromkeys(self._kinds.values())))
+            if way.even
+            else EqualPieces(-(-programs // min(group.kv_heads for group in groups)))
+        )
+
+    def of(self, written: Tensor, rows: int) -> dict[Variant, Cut]:
+        """For each kind of layers its part of what `cutting` has written for so many rows: [N] int32, device."""
+        if isinstance(self.cutting, EqualPieces):
+            return dict.fromkeys(self._kinds, Cut(written.view(PIECE_COLUMNS, -1), None))
+        places = {group: self.cutting.places(kind, rows) for group, kind in self._kinds.items()}
+        return {
+            group: Cut(written[pieces].view(PIECE_COLUMNS, -1), written[spans])
+            for group, (pieces, spans) in places.items()
+        }
+
+
 class FlashInferAttention(AttentionBackend):
     """See the module. `problem` must have been None."""
 
@@ -138,18 +163,13 @@ class FlashInferAttention(AttentionBackend):
             for _ in range(lanes)
         ]
         self._way = way or DECODE[cache.keys[0].dtype.itemsize]
-        self._programs = self._way.programs * torch.cuda.get_device_properties(device).multi_processor_count
-        self._cutting: EqualPieces | EvenSpans = (
-            EvenSpans(tuple(dict.fromkeys(map(self._kind, groups))))
-            if self._way.even
-            else EqualPieces(-(-self._programs // min(group.kv_heads for group in groups)))
-        )
+        self._cuts = Cuts(self._way, groups, torch.cuda.get_device_properties(device).multi_processor_count)
         self._scratches: list[Scratch] = []
         """The last is the largest; captured graphs may hold on to those before."""
 
     @property
     def cutting(self) -> Cutting:
-        return self._cutting
+        return self._cuts.cutting
 
     def begin(self, batch: Batch) -> FlashInferStep:
         decoding, rows = batch.decode_rows, batch.num_rows
@@ -178,22 +198,12 @@ class FlashInferAttention(AttentionBackend):
                     kv_data_type=self.cache.keys[0].dtype,
                 )
                 planned[group] = prefill
-        scratch, cuts = None, {}
+        scratch: Scratch | None = None
+        cuts: dict[Variant, Cut] = {}
         if batch.pieces is not None:
-            cuts = {group: self._cut(group, batch.pieces, decoding) for group in self._lanes[batch.lane]}
+            cuts = self._cuts.of(batch.pieces, decoding)
             scratch = self._scratch(max(cut.pieces.shape[1] for cut in cuts.values()), decoding)
         return FlashInferStep(self.cache, batch, self.variants, planned, self._way, cuts, scratch)
-
-    def _kind(self, group: Variant) -> SpanKind:
-        """No more spans than run at once."""
-        return SpanKind(max(1, self._programs // group.kv_heads), group.window)
-
-    def _cut(self, group: Variant, written: Tensor, rows: int) -> Cut:
-        """The part of what `cutting` has written for so many rows that layers of `group` go by."""
-        if isinstance(self._cutting, EqualPieces):
-            return Cut(written.view(PIECE_COLUMNS, -1), None)
-        pieces, spans = self._cutting.places(self._kind(group), rows)
-        return Cut(written[pieces].view(PIECE_COLUMNS, -1), written[spans])
 
     def _scratch(self, pieces: int, rows: int) -> Scratch:
         from .kernels import Scratch
