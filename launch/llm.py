@@ -190,7 +190,6 @@ class LLM:
 _ONLY: dict[str, Any] = {
     "tensor_parallel_size": 1,
     "pipeline_parallel_size": 1,
-    "trust_remote_code": False,
     "tokenizer": None,
     "tokenizer_mode": "auto",
     "skip_tokenizer_init": False,

@@ -92,6 +92,7 @@ def weight_files(source: ModelSource, folder: Path, progress: Progress) -> list[
 
 def read_config(source: ModelSource, folder: Path) -> PretrainedConfig:
     """The model's config, checked by `check_config`."""
+    _require_trust(source, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (ValueError, OSError, KeyError, ImportError) as error:
@@ -100,6 +101,23 @@ def read_config(source: ModelSource, folder: Path) -> PretrainedConfig:
         raise LoadError(f"{source.model}: its config is not a transformers config but a {type(config).__name__}")
     check_config(config)
     return config
+
+
+def _require_trust(source: ModelSource, folder: Path) -> None:
+    """LoadError if only code that comes with the model can build it, and nobody has said that it may run."""
+    if source.trust_remote_code:
+        return
+    try:
+        given = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError):
+        return  # transformers says what is wrong
+    code = given.get("auto_map") if isinstance(given, dict) else None
+    if isinstance(code, dict) and given.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        names = ", ".join(map(str, code.values()))
+        raise LoadError(
+            f"{source.model} can only be built by Python code that comes with it ({names}). Read that code, and if it "
+            "may do whatever you may, pass --trust-remote-code (trust_remote_code=True to LLM)"
+        )
 
 
 def check_config(config: PretrainedConfig) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tandem import LLM, ConfigurationError, InvalidRequest, SamplingParams
+from tandem.launch.supervisor import ChildDied
+
+from support.remote_code import MARK, save_with_code
 
 
 def test_llm(capfd: pytest.CaptureFixture[str]) -> None:
     as_vllm_has_it: dict[str, Any] = {"tensor_parallel_size": 1, "tokenizer": None, "tokenizer_mode": "auto"}
+    as_vllm_has_it["trust_remote_code"] = False
     with LLM(device="cpu", threads=1, max_model_len=2048, **as_vllm_has_it) as llm:
         prompts_in_order(llm, capfd)
         chats(llm)
@@ -60,7 +66,7 @@ def chats(llm: LLM) -> None:
     [
         ({"max_modellen": 5}, "max-model-len"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
-        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"trust_remote_code": "perhaps"}, "trust-remote-code"),
         ({"tokenizer": "other"}, "tokenizer: 'other' is not supported; only None is"),
         ({"quantization": "awq"}, "quantization"),
         ({"swap_space": 4}, "swap_space"),
@@ -72,3 +78,24 @@ def chats(llm: LLM) -> None:
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         LLM(**options)
+
+
+def test_code_of_a_model_runs_only_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))  # the worker keeps a copy of the code there
+    folder = tmp_path / "model"
+    own = save_with_code(folder)
+    options: dict[str, Any] = {"model": str(folder), "device": "cpu", "threads": 1, "max_model_len": 64}
+    with pytest.raises(ChildDied, match=r"modeling_doubled\.DoubledForCausalLM.*--trust-remote-code"):
+        LLM(**options)
+    assert not (folder / MARK).exists()
+    with LLM(**options, trust_remote_code=True) as llm:
+        prompt = [5, 6, 7, 8]
+        (found,) = llm.generate(prompt, temperature=0.0, max_tokens=8, ignore_eos=True, use_tqdm=False)
+    assert (folder / MARK).exists()
+    known = list(prompt)
+    for token in found.outputs[0].token_ids:
+        with torch.no_grad():
+            logits = own(torch.tensor([known])).logits[0, -1]
+        assert token == int(logits.argmax())
+        known.append(token)
+    assert len(known) == len(prompt) + 8

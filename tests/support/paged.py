@@ -32,7 +32,8 @@ def load(folder: Path | str, **changes: Any) -> PagedModel:
         "lanes": 2,
         "progress": quiet,
     }
-    return load_model(ModelSource(str(folder)), **{**options, **changes})
+    source = ModelSource(str(folder), trust_remote_code=changes.pop("trust_remote_code", False))
+    return load_model(source, **{**options, **changes})
 
 
 def load_tiny(arch: str, folder: Path, **changes: Any) -> tuple[PagedModel, PreTrainedModel]:

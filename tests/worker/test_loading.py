@@ -1,6 +1,7 @@
 """From a folder to a model and a tokenizer; and everything that is refused, by name."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig
+from transformers import AutoConfig, dynamic_module_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tandem.worker.loading import (
@@ -23,6 +24,7 @@ from tandem.worker.loading import (
 from tandem.worker.model import PagedModel, load_model
 
 from support.paged import Sequences, load, quiet, random_tokens
+from support.remote_code import MARK, save_with_code
 from support.tiny_models import EOS, VOCAB, save_tiny, tiny_config, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -89,6 +91,33 @@ def test_dummy_weights_need_only_a_config_and_follow_the_seed(tmp_path: Path) ->
     assert not torch.equal(one[weight], other[weight])
     assert float(one[weight].std()) == pytest.approx(0.3, rel=0.1)
     assert tokenizer_files(ModelSource(str(tmp_path))) == {}
+
+
+def test_code_that_comes_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "model"
+    own = save_with_code(folder)
+    with pytest.raises(LoadError, match=r"modeling_doubled\.DoubledForCausalLM.*--trust-remote-code"):
+        load(folder)
+    with pytest.raises(LoadError, match="--trust-remote-code"):
+        dummy(folder, 1)
+    assert not (folder / MARK).exists()
+    sequences = Sequences(load(folder, trust_remote_code=True))
+    assert (folder / MARK).exists()
+    tokens = random_tokens(12, VOCAB, 0)
+    sequences.add(tokens)
+    with torch.no_grad():
+        expected = own(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(sequences.step([(0, 12)])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_code_that_is_not_needed_is_not_run(tmp_path: Path) -> None:
+    """transformers knows the architecture itself."""
+    save_with_code(tmp_path)
+    edit_config(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"])
+    assert load(tmp_path).vocab_size == VOCAB
+    assert not (tmp_path / MARK).exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
