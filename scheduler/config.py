@@ -47,6 +47,15 @@ class SchedulerConfig(BaseModel):
             "times what its step should take.",
         ),
     ] = 10.0
+    worker_lease_limit: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=86_400,
+            description="Seconds that a worker's lease is at most, however long its steps should take; --worker-lease "
+            "if that is more.",
+        ),
+    ] = 120.0
     max_waiting_requests: Annotated[
         int, Field(ge=1, le=1_000_000, description="Requests that may wait; more are refused at once.")
     ] = 10_000

@@ -42,6 +42,7 @@ from .events import (
     Suspect,
     Trouble,
 )
+from .leases import WorkerLeases
 from .requests import Request
 from .worker_port import WorkerPort
 
@@ -90,9 +91,8 @@ class Service:
             config.delivery_interval_s,
             config.max_n,
         )
-        self.workers = WorkerPort(
-            self.epoch, config.worker_lease, self._post, self._loop, self._core, self.clients.serve_model
-        )
+        leases = WorkerLeases(config.worker_lease, config.worker_lease_limit)
+        self.workers = WorkerPort(self.epoch, leases, self._post, self._loop, self._core, self.clients.serve_model)
         self.clients.workers = self.workers
         self._track = tracer.track("scheduler", "commit", "plan")
         self.workers.track = tracer.track("scheduler's socket for workers", "receive result", "send plan")

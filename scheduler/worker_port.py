@@ -52,6 +52,7 @@ from .events import (
     WorkerLost,
 )
 from .files import FileStore
+from .leases import WorkerLeases
 from .logprobs import StepLogprobs
 from .peers import WorkerPeer, require_given_route
 
@@ -59,12 +60,6 @@ log = logging.getLogger(__name__)
 
 RECEIVE, SEND = range(2)
 """Kinds of spans of the track."""
-EXPECTED_STEPS = 10
-"""While a step is computed, a worker's lease is longer by so many times what the step should take, going by those
-before it, but at most the largest that the worker tried; that one, if none was like it. Machines have bad moments, and
-attention over a long context takes longer than over a short one."""
-LONGEST_STEPS = 2
-"""It is never less than so many times the largest step that the worker tried."""
 PROBE_AFTER_S = 1.0
 """A worker that was silent for so long is sent something: only by sending is noticed that its connection has ended."""
 LAST_WORDS_S = 0.02
@@ -92,14 +87,14 @@ class WorkerPort:
     def __init__(
         self,
         epoch: int,
-        lease_s: float,
+        leases: WorkerLeases,
         post: Callable[[Event], None],
         loop: asyncio.AbstractEventLoop,
         core: Core,
         serve_model: Callable[[ModelDescription, FileStore], None],
     ) -> None:
         self._epoch = epoch
-        self._lease_s = lease_s
+        self._leases = leases
         self._post = post
         self._loop = loop
         self._clock = loop.time
@@ -336,8 +331,22 @@ class WorkerPort:
         )
         self._post(WorkerJoined(peer.registration, hello.model, limits, peer.lived_on))
         log.info(
-            "worker %s (pid %d) joined: %d blocks of %d", hello.name, hello.pid, hello.num_blocks, hello.block_size
+            "worker %s (pid %d) joined: %d blocks of %d; its lease is %.1f s, and %.1f s in its largest step",
+            hello.name,
+            hello.pid,
+            hello.num_blocks,
+            hello.block_size,
+            self._leases.seconds(hello.longest_step_s, 0.0),
+            self._leases.seconds(hello.longest_step_s, None),
         )
+        if self._leases.cut(hello.longest_step_s):
+            log.warning(
+                "worker %s took %.1f s for its largest step when it tried, and is lost after %.1f s in one; if the "
+                "machine was not just busy then, lower --max-num-batched-tokens or raise --worker-lease-limit",
+                hello.name,
+                hello.longest_step_s,
+                self._leases.seconds(hello.longest_step_s, None),
+            )
 
     # --- what workers are told -------------------------------------------------------------------------------------
 
@@ -423,12 +432,11 @@ class WorkerPort:
 
     def _lease(self, peer: WorkerPeer) -> float:
         """How long the worker may show no progress now: nothing is heard during a step."""
-        longest, expected = peer.hello.longest_step_s, 0.0
         replica = self._core.replica(peer.registration)
-        if replica is not None and replica.in_flight:
-            # A step in which the process was stopped, or the machine busy, must not make the next one's time endless.
-            expected = longest if replica.expected_step_s is None else min(replica.expected_step_s, longest)
-        return max(self._lease_s + EXPECTED_STEPS * expected, LONGEST_STEPS * longest)
+        return self._leases.seconds(
+            peer.hello.longest_step_s,
+            0.0 if replica is None or not replica.in_flight else replica.expected_step_s,
+        )
 
     def _watch(self, peer: WorkerPeer) -> None:
         """A process that ends is lost at once, and not when its lease ends."""

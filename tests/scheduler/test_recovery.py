@@ -23,6 +23,7 @@ from tandem.protocol.messages import (
     WorkerWelcome,
 )
 from tandem.protocol.process import open_process, started_at
+from tandem.scheduler.leases import WorkerLeases
 
 from support.peers import VOCAB, keyed_scene, scene
 from support.simulated_worker import continuation
@@ -175,3 +176,46 @@ def test_a_step_that_was_interrupted_does_not_make_the_lease_endless() -> None:
             await client.wait(lambda: client.ended(1) and client.ended(2))
 
     asyncio.run(script())
+
+
+@pytest.mark.parametrize(
+    ("longest", "expected", "lease"),
+    [
+        (0.0, 0.0, 10.0),
+        (0.5, 0.0, 10.0),
+        (0.5, 0.02, 10.2),
+        (0.5, None, 15.0),
+        (0.5, 2_000.0, 15.0),  # no step takes longer than the largest
+        (20.0, 0.0, 40.0),  # never less than two of these
+        (30.0, None, 120.0),
+        (600.0, None, 120.0),
+    ],
+)
+def test_leases(longest: float, expected: float | None, lease: float) -> None:
+    leases = WorkerLeases(least_s=10.0, limit_s=120.0)
+    assert leases.seconds(longest, expected) == pytest.approx(lease)
+    assert leases.cut(longest) == (longest > 60)
+    assert WorkerLeases(200.0, 120.0).seconds(longest, expected) == 200.0
+
+
+def test_no_worker_hangs_longer_than_the_limit(caplog: pytest.LogCaptureFixture) -> None:
+    """What it measured on a starved machine would give it a hundred minutes."""
+
+    async def script() -> None:
+        async with scene(worker_lease=0.2, worker_lease_limit=0.5) as made:
+            client, worker = made.client(), made.worker(1, manual=True, longest_step_s=600.0)
+            await worker.hello()
+            await worker.expect(WorkerWelcome)
+            await client.hello()
+            await client.send(AskStats())
+            (before,) = (await client.expect(Stats)).workers
+            assert before.lease_s == 0.5
+            await client.submit(1, [1, 2], 6)
+            await worker.expect(StepPlan, 2)  # and nothing comes of them
+            await client.expect(Suspected)
+            await made.worker(2).hello()
+            assert (await client.wait(lambda: client.ended(1))).attempts == 2
+
+    asyncio.run(script())
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("raise --worker-lease-limit" in message for message in told)
