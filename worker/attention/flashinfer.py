@@ -57,7 +57,8 @@ DECODE: Final = {2: DecodeWay(programs=2), 1: DecodeWay(programs=4, warps=2)}
 """By the bytes of a cached number: what was found best. Smaller numbers take a program more arithmetic for each byte.
 
 To be measured on a GPU yet (`python -m tandem.bench.attention`), for numbers of two bytes: DecodeWay(programs=3,
-even=True, early=True), DecodeWay(programs=4, stages=2, even=True, early=True), DecodeWay(programs=2, early=True)."""
+even=True, early=True), DecodeWay(programs=4, stages=2, even=True, early=True), DecodeWay(programs=2, early=True). So
+many programs fit with head dimension 128; as compiled for sm_90, 2 with even spans fit with 256, and 5 with 64."""
 
 
 def problem(spec: tuple[LayerKV, ...], dtype: torch.dtype, device: torch.device) -> str | None:
