@@ -258,7 +258,8 @@ def _model(config: WorkerConfig, probed: dict[str, Any]) -> Iterator[Finding]:
     yield Finding(
         "steps",
         f"up to {config.max_num_seqs} requests and {config.max_num_batched_tokens:,} tokens, {config.lookahead} queued "
-        f"ahead; {'compiled, in CUDA graphs' if probed['compiles'] else 'operation by operation'}",
+        f"ahead; {'compiled' if probed['compiles'] else 'operation by operation'}"
+        f"{', in CUDA graphs' if probed['captures'] else ''}",
     )
 
 

@@ -58,7 +58,7 @@ class WorkerConfig(BaseModel):
     ] = "auto"
     batch_invariant: Annotated[
         bool,
-        Field(description="Tokens and logprobs are the same bits however a request was batched (CPU; slower)."),
+        Field(description="Tokens and logprobs are the same bits however a request was batched; slower."),
     ] = False
     threads: Annotated[
         int, Field(ge=0, le=1024, description="CPU threads of the computation; 0: one less than there are cores.")

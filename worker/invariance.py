@@ -1,6 +1,7 @@
 """Batch-invariant mode: a token's bits do not depend on what else is in its batch.
 
-Three things make them depend on it, and this is what is done about each:
+On CUDA nearly every library kernel makes them depend on it; `row_kernels` tells what is done about that. On a CPU three
+things do, and this is what is done about each:
 
 - A matrix product rounds differently for different numbers of rows. Here every product with weights is cut into tiles
   of `ROW_TILE` rows, each the same product of the same shape, filled up with rows of zeros. A TorchFunctionMode does
@@ -10,15 +11,14 @@ Three things make them depend on it, and this is what is done about each:
   between vectors, not inside one.
 - Attention sums over the context. Reference attention does so per query, in tiles of fixed size and order.
 
-Experts are run one after the other (transformers' "eager" implementation): a token's experts are added up in ascending
-order, whoever else they serve. What cannot be proved is checked at load: `check_tiles` here, and whole steps in
-`PagedModel`. Bits are the same for one device, library version and number of threads, not across those.
+There, experts are run one after the other (transformers' "eager" implementation): a token's experts are added up in
+ascending order, whoever else they serve. What cannot be proved is checked at load: `check_tiles` here, and whole steps
+in `PagedModel`. Bits are the same for one device, library version and number of threads, not across those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -30,10 +30,10 @@ from torch.overrides import TorchFunctionMode
 
 from .batch import Batch
 from .loading import LoadError
+from .row_kernels import LetsThrough, RowKernels
 
 ROW_TILE: Final = 16
 MAX_THREADS: Final = 2
-EXPERTS_IMPLEMENTATION: Final = "eager"
 
 _MATMULS: Final = frozenset(
     {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.linalg.matmul}
@@ -65,21 +65,19 @@ def configure_threads(requested: int) -> int:
     return threads
 
 
-class RowTiles(TorchFunctionMode):
+def mode_for(device: torch.device) -> RowTiles | RowKernels:
+    """What makes a model's own code batch-invariant while it is active."""
+    return RowKernels() if device.type == "cuda" else RowTiles()
+
+
+def experts_implementation(device: torch.device) -> str | None:
+    """How transformers shall run a mixture of experts; None: as it does by itself, which on CUDA is by grouped
+    products. Those the mode knows, and they add up a token's experts in its own order."""
+    return None if device.type == "cuda" else "eager"
+
+
+class RowTiles(LetsThrough, TorchFunctionMode):
     """While active, products with weights are computed by tiles of ROW_TILE rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._own_work = False
-
-    @contextmanager
-    def own_work(self) -> Iterator[None]:
-        """Let products through: those inside are invariant by construction (attention)."""
-        self._own_work = True
-        try:
-            yield
-        finally:
-            self._own_work = False
 
     def __torch_function__(
         self,
@@ -167,21 +165,31 @@ def check_tiles(module: nn.Module) -> None:
     """LoadError unless, for every shape of weight matrix in `module`, a row's bits depend neither on its place in a
     tile nor on the tile's other rows."""
     for weight in _weight_shapes(module):
+        product, tile_rows = _product_of(weight)
         generator = torch.Generator(device="cpu").manual_seed(0)
         first, second = (
-            torch.randn(ROW_TILE, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+            torch.randn(tile_rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
             for _ in range(2)
         )
-        expected = tiled_product(first, weight.t(), None)
-        for row in range(ROW_TILE):
-            tile = second.clone()
-            tile[row] = first[0]
-            if not torch.equal(tiled_product(tile, weight.t(), None)[row], expected[0]):
-                raise LoadError(
-                    f"batch-invariant mode does not work here: in a product of {ROW_TILE} x {weight.shape[1]} with "
-                    f"{weight.shape[1]} x {weight.shape[0]} ({weight.dtype}, {weight.device}) a row's bits depend on "
-                    "its place in the tile; try another dtype or number of threads"
-                )
+        expected = product(first[:1], weight.t(), None)[0]
+        tiles = second.repeat(tile_rows, 1, 1)
+        tiles.diagonal(dim1=0, dim2=1).copy_(first[0][:, None])
+        same = torch.stack([(product(tile, weight.t(), None)[row] == expected).all() for row, tile in enumerate(tiles)])
+        if not same.all():
+            raise LoadError(
+                f"batch-invariant mode does not work here: in a product of {tile_rows} x {weight.shape[1]} with "
+                f"{weight.shape[1]} x {weight.shape[0]} ({weight.dtype}, {weight.device}) a row's bits depend on "
+                "its place in the tile; try another dtype or number of threads"
+            )
+
+
+def _product_of(weight: Tensor) -> tuple[Callable[[Tensor, Tensor, Tensor | None], Tensor], int]:
+    """How the mode multiplies by a weight [N, K], and the rows of its tiles."""
+    if weight.device.type != "cuda":
+        return tiled_product, ROW_TILE
+    from . import invariant_kernels
+
+    return invariant_kernels.product, invariant_kernels.tiling(weight.shape[0], weight.dtype).rows
 
 
 def _weight_shapes(module: nn.Module) -> list[Tensor]:

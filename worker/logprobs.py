@@ -6,7 +6,10 @@ is how many tokens of the vocabulary are at least as likely.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,12 +18,19 @@ from torch import Tensor
 
 from .sampler import ordered_bits
 
+_LOG_SOFTMAX: Final = partial(torch.log_softmax, dim=-1)
 
-def tell(logits: Tensor, tokens: Tensor, likeliest: int) -> Tensor:
+
+def tell(
+    logits: Tensor,
+    tokens: Tensor,
+    likeliest: int,
+    log_softmax: Callable[[Tensor], Tensor] = _LOG_SOFTMAX,
+) -> Tensor:
     """int32 [N, 3 + 2 · likeliest]: rank, log-probability (float32 bits) and id of each token, then ids and
     log-probabilities of the row's likeliest ones, of equals the lowest ids first. logits float32 [N, vocab], tokens
     [N]."""
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = log_softmax(logits)
     tokens = tokens.to(torch.int64)[:, None]
     own = logprobs.gather(-1, tokens)
     rank = (logprobs >= own).sum(-1, keepdim=True)

@@ -117,7 +117,7 @@ def _free_cuda_bytes(
     torch.cuda.empty_cache()
     before, total = torch.cuda.mem_get_info(model.device)
     peak = _peak_bytes(model, lambda: run_largest_step(config, model, max_model_len))
-    if model.compiled:  # CUDA graphs keep the memory of the largest of their steps to themselves
+    if model.capturable and not config.enforce_eager:  # graphs keep the memory of their largest steps to themselves
         peak += _peak_bytes(model, lambda: run_largest_graphs(config, model)) + GRAPH_BYTES
     peak += table_bytes(config.max_num_seqs, model.vocab_size)
     used = total - before

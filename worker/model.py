@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from . import inspection, invariance, rope
 from .attention import flashinfer, registry
 from .attention.base import AttentionBackend, AttentionStep
+from .attention.invariant import InvariantAttention
 from .attention.ops import OperatorRouter
 from .attention.reference import ReferenceAttention
 from .attention.sharing import Cutting
@@ -60,6 +61,9 @@ class PagedModel:
         self.device = device
         self.lanes = lanes
         self.batch_invariant = batch_invariant
+        self._by_row_kernels = batch_invariant and device.type == "cuda"
+        self._fills_up = batch_invariant and not self._by_row_kernels
+        """Steps are filled up to whole tiles of rows; see `invariance`."""
         self.module = module
         self.quantization: Quantization | None = None
         self.kv_dtype = FP8 if kv_cache_dtype == "fp8" else dtype
@@ -84,6 +88,12 @@ class PagedModel:
     def compiled(self) -> bool:
         """Forward passes and greedy sampling run compiled code."""
         return self._compiled is not None
+
+    @property
+    def capturable(self) -> bool:
+        """Steps of decoding rows can become CUDA graphs: their kernels do not depend on anything that the host reads
+        from the device, as it may in a model's own code (batch-invariant mode refuses a model that does)."""
+        return self.compiled or self._by_row_kernels
 
     def compile(self) -> None:
         """Compiles the trunk, and the head with greedy sampling, for any number of tokens.
@@ -128,7 +138,13 @@ class PagedModel:
                 self._cache, dtype=self.dtype, lanes=self.lanes, device=self.device
             )
         else:
-            self._backend = ReferenceAttention(self._cache, per_query=self.batch_invariant)
+            self._backend = self._plain_attention(self._cache)
+
+    def _plain_attention(self, cache: KVCache) -> AttentionBackend:
+        """That takes a cache of any shape."""
+        if self.attention_backend == "invariant":
+            return InvariantAttention(cache)
+        return ReferenceAttention(cache, per_query=self.batch_invariant)
 
     def release_kv_cache(self) -> None:
         """Gives the cache's memory up; the model computes nothing until another is allocated."""
@@ -169,10 +185,26 @@ class PagedModel:
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """The model's head over rows [N, hidden]: [N, vocab_size] float32, soft caps and scales as the model does."""
         count = hidden_rows.shape[0]
-        with invariance.RowTiles() if self.batch_invariant else nullcontext():
-            rows = invariance.pad_rows(hidden_rows) if self.batch_invariant else hidden_rows
+        with invariance.mode_for(self.device) if self.batch_invariant else nullcontext():
+            rows = invariance.pad_rows(hidden_rows) if self._fills_up else hidden_rows
             logits: Tensor = self._head(inputs_embeds=rows.unsqueeze(0), use_cache=False).logits
             return logits[0, :count].float()
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Of each row of float32 logits [N, vocab], in batch-invariant mode whatever the other rows are."""
+        if self._by_row_kernels:
+            from . import invariant_kernels
+
+            return invariant_kernels.softmax(logits, torch.float32)
+        return torch.softmax(logits, dim=-1)
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """The logarithm of `softmax`."""
+        if self._by_row_kernels:
+            from . import invariant_kernels
+
+            return invariant_kernels.softmax(logits, torch.float32, log=True)
+        return torch.log_softmax(logits, dim=-1)
 
     @torch.no_grad()
     def greedy(self, hidden_rows: Tensor) -> Tensor:
@@ -195,10 +227,11 @@ class PagedModel:
         if not self.batch_invariant:
             router = registry.LayerRouter(backend.begin(batch), self._layer_of)
             return inspection.run_trunk(self._trunk, batch.token_ids, batch.positions, router)
-        batch = invariance.pad_batch(batch, cache.scratch_block)
-        tiles = invariance.RowTiles()
-        router = registry.LayerRouter(backend.begin(batch), self._layer_of, around=tiles.own_work)
-        with tiles:
+        if self._fills_up:
+            batch = invariance.pad_batch(batch, cache.scratch_block)
+        mode = invariance.mode_for(self.device)
+        router = registry.LayerRouter(backend.begin(batch), self._layer_of, around=mode.own_work)
+        with mode:
             return inspection.run_trunk(self._trunk, batch.token_ids, batch.positions, router)[:count]
 
     def _check(self) -> int:
@@ -221,7 +254,7 @@ class PagedModel:
         """Run steps over a small cache of their own: each probe sequence's hidden rows [PROBE_TOKENS, hidden]."""
         blocks, block_size = inspection.PROBE_BLOCKS, inspection.PROBE_BLOCK_SIZE
         cache = KVCache(self.kv_spec, blocks, block_size, dtype=self.dtype, device=self.device)
-        backend = ReferenceAttention(cache, per_query=self.batch_invariant)
+        backend = self._plain_attention(cache)
         found: list[list[Tensor]] = [[] for _ in range(inspection.PROBE_SEQUENCES)]
         for step in steps:
             rows = self._run(backend, cache, step.batch(cache.scratch_block))
@@ -276,8 +309,14 @@ def trunk_and_head(module: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
 def choose_backend(
     wanted: BackendName, spec: tuple[LayerKV, ...], dtype: torch.dtype, device: torch.device, batch_invariant: bool
-) -> Literal["flashinfer", "reference"]:
+) -> Literal["flashinfer", "reference", "invariant"]:
     """The attention backend of a model. Raises LoadError if the wanted one cannot serve it."""
+    if batch_invariant and device.type == "cuda":
+        if wanted != "auto":
+            raise LoadError(
+                f"attention backend {wanted!r} cannot be used: it is not batch-invariant on CUDA; use 'auto'"
+            )
+        return "invariant"
     problem = "it is not batch-invariant" if batch_invariant else flashinfer.problem(spec, dtype, device)
     if wanted == "flashinfer" and problem is not None:
         raise LoadError(f"attention backend 'flashinfer' cannot be used: {problem}; use 'auto' or 'reference'")
@@ -318,7 +357,7 @@ def load_model(
     config = read_config(source, folder)
     weights = [] if source.load_format == "dummy" else weight_files(source, folder, progress)
     dtype = resolve_dtype(dtype, config, device, weights)
-    experts = invariance.EXPERTS_IMPLEMENTATION if batch_invariant else None
+    experts = invariance.experts_implementation(device) if batch_invariant else None
     if source.load_format == "dummy":
         progress("making random weights", 0.0)
         module = dummy_module(source, config, dtype, device, experts)

@@ -162,11 +162,11 @@ class Pipeline:
         self._launcher.launch(lambda: self._start(flight), waits=waits)
 
     def capture(self, sizes: Sequence[int], progress: Callable[[str, float], None]) -> None:
-        """Captures CUDA graphs of decode steps of these numbers of rows, and of what lies between the attention of
-        other steps. Nothing may be in flight."""
+        """Captures CUDA graphs of decode steps of these numbers of rows, and, if the model is compiled, of what lies
+        between the attention of other steps. Nothing may be in flight."""
         self._graphs = DecodeGraphs(self._state, sizes, progress)
         pieces = piece_sizes(self._max_tokens)
-        if pieces:
+        if pieces and self._model.compiled:
             self._model.capture_pieces(pieces, self._graphs.pool, progress)
         self.reset()
 

@@ -107,7 +107,8 @@ def _look_at_model(config: WorkerConfig, device: torch.device, found: dict[str, 
         and config.kv_cache_memory_bytes is None,
         "attention_backend": backend,
         "why_not_flashinfer": None if backend == "flashinfer" else _why_not(config, spec, dtype, device),
-        "compiles": device.type == "cuda" and not config.enforce_eager,
+        "captures": device.type == "cuda" and not config.enforce_eager,
+        "compiles": device.type == "cuda" and not config.enforce_eager and not config.batch_invariant,
     }
     found["num_blocks"] = fit_blocks(config, per_block, max_model_len, lambda: _room(config, device, weight_bytes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import socket
@@ -59,7 +60,7 @@ def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSi
             nvtx=config.nvtx,
         )
         try:
-            if model.compiled:
+            if model.capturable and not config.enforce_eager:
                 largest = config.max_cudagraph_capture_size or min(config.max_num_seqs, LARGEST_GRAPH)
                 pipeline.capture(graph_sizes(largest), status.progress)
             status.ready(name=hello.name, num_blocks=hello.num_blocks)
@@ -93,6 +94,8 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         load_format=config.load_format,
         seed=config.seed or 0,
     )
+    if device.type == "cuda" and (config.batch_invariant or not config.enforce_eager):
+        keep_compiled_code()
     model = load_model(
         source,
         dtype=config.dtype,
@@ -105,9 +108,8 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         kv_cache_dtype=config.kv_cache_dtype,
     )
     weight_bytes, bandwidth = weight_bytes_per_step(model), copy_bandwidth(device)
-    if device.type == "cuda" and not config.enforce_eager:
+    if device.type == "cuda" and not config.enforce_eager and not config.batch_invariant:
         status.progress("compiling the model", 0.0)
-        keep_compiled_code()
         model.compile()
     max_model_len = choose_max_model_len(config, model)
     num_blocks = min(MAX_BLOCKS, count_blocks(config, model, max_model_len, status.progress))
@@ -137,7 +139,7 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
 
 
 def _set_threads(config: WorkerConfig, device: torch.device) -> None:
-    if config.batch_invariant:
+    if config.batch_invariant and device.type == "cpu":
         invariance.configure_threads(config.threads)
     elif config.threads:
         torch.set_num_threads(config.threads)
@@ -150,8 +152,11 @@ def _set_threads(config: WorkerConfig, device: torch.device) -> None:
 def choose_device(config: WorkerConfig) -> torch.device:
     """Where the worker computes. Raises ConfigurationError for options that do not fit the machine."""
     device = _named_device(config)
-    if config.batch_invariant and device.type != "cpu":
-        raise ConfigurationError("--batch-invariant is kept on a CPU only so far; leave it out, or add --device cpu")
+    if config.batch_invariant and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigurationError(
+            "--batch-invariant on a GPU needs the package triton, which comes with torch's builds for CUDA; leave it "
+            "out, or add --device cpu"
+        )
     return device
 
 

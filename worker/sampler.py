@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -72,19 +73,22 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
+_SOFTMAX: Final = partial(torch.softmax, dim=-1)
+
+
+def sample(logits: Tensor, columns: SamplingColumns, softmax: Callable[[Tensor], Tensor] = _SOFTMAX) -> Tensor:
     """One token per row of float32 logits [N, vocab]: [N] int64. Does not wait for the device."""
     is_greedy = columns.temperature < GREEDY_BELOW
     scaled = logits / torch.where(is_greedy, 1.0, columns.temperature)[:, None]
+    probabilities = softmax(scaled)
     bits = _random_bits(columns.seed, columns.sample_index, columns.position)
     if DRAW_BY_KERNEL and logits.is_cuda:
         from . import drawing
 
-        probabilities = torch.softmax(scaled, dim=-1)
         drawn = drawing.draw(scaled, probabilities, is_greedy, columns.top_k, columns.top_p, columns.min_p, bits)
         tokens = drawn.tokens
     else:
-        tokens = _draw(_weights(scaled, columns), bits)
+        tokens = _draw(_weights(scaled, probabilities, columns), bits)
     return torch.where(is_greedy, greedy(logits), tokens)
 
 
@@ -112,10 +116,9 @@ def _random_bits(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor
     return _shift_right(state, 64 - _RANDOM_BITS)
 
 
-def _weights(scaled: Tensor, columns: SamplingColumns) -> Tensor:
+def _weights(scaled: Tensor, probabilities: Tensor, columns: SamplingColumns) -> Tensor:
     """[N, vocab] int64: how likely each token is to be drawn, 0 for those that are filtered out. Never 0 for a whole
     row, unless its logits hold NaN."""
-    probabilities = torch.softmax(scaled, dim=-1)
     weights = (probabilities * 2.0**WEIGHT_BITS).to(torch.int64)
     if columns.min_p is not None:
         least = probabilities.amax(dim=-1) * columns.min_p

@@ -279,13 +279,13 @@ class DeviceState:
                 any_top_k=step.any_top_k,
                 any_top_p=step.any_top_p,
             )
-            tokens = sample(logits, columns)
+            tokens = sample(logits, columns, self.model.softmax)
         if features is not None:
             self.adjustments.note(features, slots, position, tokens)
             if staged is not None and len(features.told_rows):
                 rows = staged.told_rows.to(torch.int64)
                 likeliest = int(features.told_entries.max()) - 1
-                lane.told = lane.take(tell(given[rows], tokens[rows], likeliest))
+                lane.told = lane.take(tell(given[rows], tokens[rows], likeliest, self.model.log_softmax))
         return tokens
 
     def _tell_prompts(self, staged: StagedFeatures, hidden: Tensor, lane: Lane) -> None:
@@ -293,7 +293,7 @@ class DeviceState:
         piece = min(PROMPT_PIECE, self.slots)
         likeliest = staged.likeliest
         parts = [
-            tell(self.model.logits(hidden[index.to(torch.int64)]), target, likeliest)
+            tell(self.model.logits(hidden[index.to(torch.int64)]), target, likeliest, self.model.log_softmax)
             for index, target in zip(staged.prompt_index.split(piece), staged.prompt_target.split(piece), strict=True)
         ]
         lane.prompt_told = lane.take(torch.cat(parts))

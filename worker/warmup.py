@@ -112,8 +112,9 @@ def run_largest_graphs(config: WorkerConfig, model: PagedModel) -> None:
     model.allocate_kv_cache(1, config.block_size)
     rows = np.ones(config.max_num_seqs, np.int32)
     model.greedy(model.hidden(scratch_batch(model, rows, config.block_size, len(rows), 0)))
-    tokens = np.ones(max(piece_sizes(config.max_num_batched_tokens), default=1), np.int32)
-    model.hidden(scratch_batch(model, tokens, config.block_size, 0, 0))
+    if model.compiled:
+        tokens = np.ones(max(piece_sizes(config.max_num_batched_tokens), default=1), np.int32)
+        model.hidden(scratch_batch(model, tokens, config.block_size, 0, 0))
 
 
 def largest_steps(config: WorkerConfig, model: PagedModel, max_model_len: int, tokens: int) -> Iterator[Batch]:
@@ -187,7 +188,7 @@ def run_step(model: PagedModel, batch: Batch) -> None:
     masks = torch.full((rows, mask_words(model.vocab_size)), -1, dtype=torch.int32, device=device)
     seen = torch.zeros((rows, model.vocab_size), dtype=torch.int16, device=device)
     ones = torch.ones(rows, device=device)
-    tell(logits, batch.token_ids[:1].expand(rows), MAX_LOGPROBS)
+    tell(logits, batch.token_ids[:1].expand(rows), MAX_LOGPROBS, model.log_softmax)
     logits = penalise(take_away(logits, masks), seen, ones, ones, ones)
     sample(
         logits,
@@ -199,4 +200,5 @@ def run_step(model: PagedModel, batch: Batch) -> None:
             sample_index=torch.zeros(rows, dtype=torch.int32, device=device),
             position=torch.zeros(rows, dtype=torch.int32, device=device),
         ),
+        model.softmax,
     )

@@ -8,7 +8,7 @@ import torch
 from tandem.worker.inspection import make_batch
 from tandem.worker.sampler import SamplingColumns, sample, uniform
 
-from support.cuda import no_waiting
+from support.cuda import no_waiting, replayed
 from support.paged import Sequences, compute_randomly, load, load_tiny, random_tokens
 from support.tiny_models import ARCHITECTURES, VOCAB, save_flashinfer_sized
 
@@ -73,25 +73,8 @@ def test_a_step_waits_for_nothing(backend: str, tmp_path: Path) -> None:
 
 
 def test_a_reference_decode_step_can_be_captured(tmp_path: Path) -> None:
-    """Captured once with some lengths and blocks, replayed with others."""
     model, _ = load_tiny("gemma2", tmp_path, device="cuda")
-    model.allocate_kv_cache(40, 16)
-    tokens = torch.tensor(random_tokens(300, VOCAB, 0), device="cuda")
-    table = list(range(20))
-    model.hidden(make_batch([(tokens, table, 0, 290)], 0, 16, 40, model.device))
-    static, *batches = [
-        make_batch([(tokens, table, at, at + 1), (tokens, table, at + 1, at + 2)], 2, 16, 40, model.device)
-        for at in (250, 3, 140, 250)
-    ]
-    expected = [model.logits(model.hidden(batch)) for batch in batches]
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = model.logits(model.hidden(static))
-    for batch, wanted in zip(batches, expected, strict=True):
-        for name in ("token_ids", "positions", "kv_slots", "row_of_token", "block_tables", "kv_lens"):
-            getattr(static, name).copy_(getattr(batch, name))
-        graph.replay()
+    for captured, wanted in replayed(model):
         torch.testing.assert_close(captured, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -15,7 +15,7 @@ from tandem.worker.inspection import make_batch
 from tandem.worker.loading import ModelSource
 from tandem.worker.model import PagedModel, load_model
 
-from support.tiny_models import save_tiny
+from support.tiny_models import VOCAB, save_tiny
 
 
 def quiet(_what: str, _share: float) -> None:
@@ -115,3 +115,31 @@ def compute_randomly(sequences: Sequences, seed: int, forget: float = 0.0) -> li
             for offset, row in enumerate(logits):
                 found[sequence][starts[sequence] + offset] = row
     return [torch.stack([rows[at] for at in range(len(rows))]) for rows in found]
+
+
+def check_any_batch(model: PagedModel, own: PreTrainedModel, tolerance: float | None) -> None:
+    """In batch-invariant mode: whole prompts in turn, token by token, and in random pieces and company with some
+    forgotten on the way, over blocks of 8 and of 16: the same bits; and, but for the tolerance, what transformers' own
+    model gives (None: not compared)."""
+    prompts = [random_tokens(length, VOCAB, number) for number, length in enumerate((1, 2, 15, 16, 17, 41, 140))]
+
+    def sequences(block_size: int) -> Sequences:
+        made = Sequences(model, block_size=block_size, seed=block_size)
+        for prompt in prompts:
+            made.add(prompt)
+        return made
+
+    alone = sequences(16)
+    expected = [alone.step([(s, len(prompt))])[s] for s, prompt in enumerate(prompts)]
+    for prompt, logits in zip(prompts, expected, strict=True):
+        if tolerance is not None:
+            with torch.no_grad():
+                exact = own(torch.tensor([prompt])).logits[0]
+            torch.testing.assert_close(logits.cpu(), exact, rtol=tolerance, atol=tolerance)
+    one_by_one = sequences(8)
+    tokens = [one_by_one.step([(5, 1)])[5] for _ in prompts[5]]
+    assert torch.equal(torch.cat(tokens), expected[5])
+    for block_size in (8, 16):
+        mixed = compute_randomly(sequences(block_size), seed=block_size, forget=0.05)
+        for logits, wanted in zip(mixed, expected, strict=True):
+            assert torch.equal(logits, wanted)

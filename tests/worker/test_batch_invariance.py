@@ -10,35 +10,14 @@ from torch import Tensor, nn
 from tandem.worker.invariance import MAX_THREADS, ROW_TILE, RowTiles, check_tiles, configure_threads, tiled_product
 from tandem.worker.loading import LoadError
 
-from support.paged import Sequences, compute_randomly, load_tiny, random_tokens
+from support.paged import Sequences, check_any_batch, load_tiny, random_tokens
 from support.tiny_models import ARCHITECTURES, VOCAB
-
-LENGTHS = (1, 2, 15, 16, 17, 41, 140)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_chunks_company_preemption_and_block_size_leave_the_bits(arch: str, tmp_path: Path) -> None:
     model, own = load_tiny(arch, tmp_path, batch_invariant=True)
-    prompts = [random_tokens(length, VOCAB, number) for number, length in enumerate(LENGTHS)]
-
-    def sequences(block_size: int) -> Sequences:
-        made = Sequences(model, block_size=block_size, seed=block_size)
-        for prompt in prompts:
-            made.add(prompt)
-        return made
-
-    alone = sequences(16)
-    expected = [alone.step([(s, len(prompt))])[s] for s, prompt in enumerate(prompts)]
-    for prompt, logits in zip(prompts, expected, strict=True):
-        with torch.no_grad():
-            torch.testing.assert_close(logits, own(torch.tensor([prompt])).logits[0], rtol=1e-4, atol=1e-4)
-    one_by_one = sequences(8)
-    tokens = [one_by_one.step([(5, 1)])[5] for _ in prompts[5]]
-    assert torch.equal(torch.cat(tokens), expected[5])
-    for block_size in (8, 16):
-        mixed = compute_randomly(sequences(block_size), seed=block_size, forget=0.05)
-        for logits, wanted in zip(mixed, expected, strict=True):
-            assert torch.equal(logits, wanted)
+    check_any_batch(model, own, tolerance=1e-4)
 
 
 def test_without_the_mode_bits_do_differ(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""Triton's kernels without a GPU: by its interpreter. Import this before anything that imports triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any, Final
+
+AVAILABLE: Final = importlib.util.find_spec("triton") is not None
+VARIABLE: Final = "TRITON_INTERPRET"
+ON: Final = os.environ.get(VARIABLE) == "1"
+"""Kernels of this process are interpreted. That must be so from its beginning, since triton looks only once."""
+
+
+def mend() -> None:
+    """Scalars become loop bounds: they are arrays of one element, which NumPy since 2.4 does not take for a number. And
+    products of bfloat16 take the numbers, not their bits."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    own_patch, own_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patch(tensor: Any, scope: Any) -> None:
+        own_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return own_dot(self, widened(a), widened(b), *others)
+
+    interpreter._patch_lang_tensor = patch
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+if ON and AVAILABLE:
+    mend()
