@@ -22,7 +22,7 @@ import zmq
 
 from .codec import MAX_MESSAGE_BYTES
 from .errors import ConfigurationError
-from .wires import Wire, wire_of
+from .wires import Wire, unwatch, wire_of
 
 if TYPE_CHECKING:
     from .keys import PeerKeys, ServerKeys
@@ -344,6 +344,7 @@ class LoopSocket:
             self._loop.remove_reader(self._fd)
             if self._pending is not None:
                 self._pending.cancel()
+            unwatch(self._socket)
             self._socket.close(linger_ms)
 
     def _read_soon(self) -> None:

@@ -76,8 +76,8 @@ class Event:
 
 
 def monitor(watched: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
-    """A PAIR from which `read_event` reads what happens below `watched`; close it after that. To be called before
-    `watched` connects. It never fills: ZeroMQ's own thread would wait for room."""
+    """A PAIR from which `read_event` reads what happens below `watched`. To be called before `watched` connects. It
+    never fills: ZeroMQ's own thread would wait for room. Close it after `unwatch`."""
     endpoint = f"inproc://monitor-{id(watched):x}-{int(watched.get(zmq.FD))}"
     watched.monitor(endpoint, events)
     reader: zmq.Socket[bytes] = watched.context.socket(zmq.PAIR)
@@ -85,6 +85,13 @@ def monitor(watched: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     reader.set(zmq.RCVHWM, 0)
     reader.connect(endpoint)
     return reader
+
+
+def unwatch(watched: zmq.Socket[bytes]) -> None:
+    """Ends the monitor of a socket, if it has one, before it is closed. A socket lives on in ZeroMQ's threads for a
+    while after `close`; one of its events for a reader that is closed by then would stop the thread that serves every
+    socket of the context, and with it Context.term, for ever."""
+    watched.disable_monitor()
 
 
 def read_event(frames: list[bytes]) -> Event:

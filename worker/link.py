@@ -34,7 +34,7 @@ from ..protocol.messages import (
 )
 from ..protocol.tracing import OFF, Track
 from ..protocol.transport import LINGER_MS, Address, open_dealer, require_private
-from ..protocol.wires import HANDSHAKE_EVENTS, Event, Handshakes, monitor, read_event
+from ..protocol.wires import HANDSHAKE_EVENTS, Event, Handshakes, monitor, read_event, unwatch
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class Link:
             self.inbox.put(Failure(error))
         finally:
             if self._dealer is not None:
+                unwatch(self._dealer)
                 self._dealer.close(LINGER_MS)
             if self._monitor is not None:
                 self._monitor.close(0)

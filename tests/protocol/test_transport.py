@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -24,9 +27,12 @@ from tandem.protocol.transport import (
     open_dealer,
     open_router,
 )
+from tandem.protocol.wires import HANDSHAKE_EVENTS, monitor
 
 from support.deadlines import DEADLINE_S
 from support.peers import until
+
+WATCHED = HANDSHAKE_EVENTS | int(zmq.EVENT_DISCONNECTED)
 
 
 @pytest.fixture
@@ -192,6 +198,37 @@ def test_a_peer_that_does_not_read_and_one_that_is_gone_are_told_apart(
         assert router.send([route, data]) is Sent.GONE
 
     asyncio.run(run())
+
+
+def test_sockets_whose_handshakes_fail_while_they_are_closed_stop_no_other(
+    context: zmq.Context[zmq.Socket[bytes]],
+) -> None:
+    """ZeroMQ's thread has something to tell of each when nobody listens any more."""
+    turned_away = socket.create_server(("127.0.0.1", 0))
+
+    def turn_away() -> None:
+        with contextlib.suppress(OSError):  # it was shut down
+            while True:
+                turned_away.accept()[0].close()
+
+    async def run() -> None:
+        readers: list[zmq.Socket[bytes]] = []
+        for _ in range(2_000):
+            watched = open_dealer(context, endpoint, None, lambda dealer: readers.append(monitor(dealer, WATCHED)))
+            dealer, reader = LoopSocket(watched, lambda _: None), readers.pop()
+            assert reader.poll(int(DEADLINE_S * 1000)), "the context's thread stands still"
+            dealer.close(0)
+            reader.close(0)
+
+    endpoint = f"tcp://127.0.0.1:{turned_away.getsockname()[1]}"
+    thread = threading.Thread(target=turn_away)
+    thread.start()
+    try:
+        asyncio.run(run())
+    finally:
+        turned_away.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        turned_away.close()
 
 
 def test_missing_parents_are_made_private_too_and_impossible_ones_are_a_clear_error(folder: Path) -> None:
