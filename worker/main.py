@@ -6,9 +6,12 @@ Little is imported here, so that signals and a bad address are answered at once:
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from ..protocol.errors import ConfigurationError, TandemError
@@ -53,7 +56,8 @@ def _serve(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> N
         link = Link(address, peer_keys(address, "workers", config.keys, config.insecure), track)
         try:
             status.progress("importing torch and transformers", 0.0)
-            from .process import serve
+            with _collector_at_rest():
+                from .process import serve
 
             serve(config, status, link, stopping, tracer)
         finally:
@@ -61,6 +65,18 @@ def _serve(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> N
             tracer.write()
     finally:
         log_writer.close()
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """The cycle collector does not run, and looks at what was made meanwhile no more: three thousand modules, of which
+    nothing becomes garbage. It took a third of the time that importing them takes."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _explain(error: BaseException, status: StatusPipe) -> int:
