@@ -11,7 +11,8 @@ from ..protocol.codec import decode, encode
 from ..protocol.messages import PROTOCOL_VERSION, AskStats, ClientHello, Goodbye, Stats, UnknownPeer, Welcome
 from ..protocol.transport import Address, open_dealer
 
-DEADLINE_MS = 60_000
+DEADLINE_MS = 300_000
+PAUSE_S = 0.01
 
 
 class Observer:
@@ -37,12 +38,13 @@ class Observer:
                 self._greet()
                 self._socket.send(encode(AskStats()))
 
-    def wait_until(self, condition: Callable[[Stats], bool], seconds: float = 120.0) -> Stats:
-        """Asks again until it holds. Every answer takes a turn of the scheduler's loop, so this paces itself."""
+    def wait_until(self, condition: Callable[[Stats], bool], seconds: float = 300.0) -> Stats:
+        """Asks again until it holds, with a pause that leaves the processor to whom it waits for."""
         deadline = time.monotonic() + seconds
         while not condition(found := self.stats()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"did not come true in {seconds:g} s; last: {found}")
+            time.sleep(PAUSE_S)
         return found
 
     def close(self) -> None:

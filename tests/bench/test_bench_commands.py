@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from tandem.launch.embedded import EmbeddedSystem
-
 from support.commands import gone, tandem
 from support.deadlines import DEADLINE_S
+from support.systems import embedded
 
 TINY = ["--prompt-tokens", "8", "--output-tokens", "6", "--num-warmups", "2"]
 
@@ -22,7 +21,7 @@ TINY = ["--prompt-tokens", "8", "--output-tokens", "6", "--num-warmups", "2"]
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A running service of the built-in model, with a short context so that requests can be too long."""
-    with EmbeddedSystem({"device": "cpu", "threads": 1, "max_model_len": 256}) as system:
+    with embedded({"device": "cpu", "threads": 1, "max_model_len": 256}) as system:
         yield system.address
 
 

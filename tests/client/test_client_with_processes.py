@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from tandem import AsyncClient, Client, InvalidRequest, RequestCancelled, SamplingParams
-from tandem.launch.embedded import EmbeddedSystem
 
+from support.systems import embedded
 from support.tiny_models import EOS, VOCAB, save_tiny
 
 PROMPTS = ["Hello", "a somewhat longer prompt, with punctuation!", "x"]
@@ -20,7 +20,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     save_tiny("llama", folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
     options = {"model": str(folder), "device": "cpu", "threads": 1, "batch_invariant": True, "max_model_len": 256}
-    with EmbeddedSystem(options) as system:
+    with embedded(options) as system:
         yield system.address
 
 

@@ -11,7 +11,7 @@ from chaos.service import ChaosService, chaos_service
 
 from tandem import AsyncClient
 
-from support.deadlines import DEADLINE_S
+from support.asking import asked_until
 from support.tiny_models import VOCAB, save_tiny
 
 STREAMS = 12
@@ -36,22 +36,28 @@ async def disturb(service: ChaosService) -> None:
     wanted = specs(11, STREAMS, VOCAB)
     expected = await undisturbed(service.direct, wanted, **service.access)
     async with AsyncClient(service.direct, insecure=True) as observer:
-        async with asyncio.timeout(DEADLINE_S):
-            while len((await observer.stats()).workers) < 2:
-                pass
+
+        async def all_are_there() -> bool:
+            return len((await observer.stats()).workers) == 2
+
+        async def one_is_back() -> bool:
+            assert not load.wrong
+            return (await observer.stats()).restarted_workers == 1
+
+        async def one_is_given_up() -> bool:
+            assert not load.wrong
+            return stopped.name not in {worker.name for worker in (await observer.stats()).workers}
+
+        await asked_until(all_are_there)
         load = Load(service.address, wanted, expected, 1, STREAMS)
         running = asyncio.create_task(load.run())
         killed, stopped = service.workers
         await load.progress(10 * STREAMS)
         killed.send(signal.SIGKILL)
-        async with asyncio.timeout(DEADLINE_S):
-            while (await observer.stats()).restarted_workers < 1:
-                assert not load.wrong
+        await asked_until(one_is_back)
         await load.progress(10 * STREAMS)
         stopped.send(signal.SIGSTOP)
-        async with asyncio.timeout(DEADLINE_S):
-            while stopped.name in {worker.name for worker in (await observer.stats()).workers}:
-                assert not load.wrong
+        await asked_until(one_is_given_up)
         load.stopping = True
         await running  # on what is left
         assert load.wrong == []

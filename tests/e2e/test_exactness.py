@@ -13,7 +13,6 @@ from support.tiny_models import ARCHITECTURES, save_tiny
 SYSTEMS = {f"tight-{lookahead}": {**TIGHT, "lookahead": lookahead} for lookahead in (0, 1, 2)}
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "arch", ["llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES if arch != "llama")]
 )

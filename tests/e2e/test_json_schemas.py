@@ -12,11 +12,11 @@ import jsonschema
 import pytest
 
 from tandem import AsyncClient
-from tandem.launch.embedded import EmbeddedSystem
 
 from support.commands import tandem
 from support.profiles import examples
 from support.schemas import bounded_schema
+from support.systems import embedded
 
 MAX_TOKENS = 400
 AT_ONCE = 32
@@ -24,7 +24,7 @@ AT_ONCE = 32
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with EmbeddedSystem({"device": "cpu", "max_num_seqs": AT_ONCE}) as system:
+    with embedded({"device": "cpu", "max_num_seqs": AT_ONCE}) as system:
         yield system.address
 
 

@@ -12,11 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from tandem.client import Client
 from tandem.client.stats import Stats
 from tandem.gateway.metrics import page
-from tandem.launch.embedded import EmbeddedSystem
 from tandem.launch.status import Status
 from tandem.protocol.errors import RequestTimeout
 
+from support.asking import ask_until
 from support.commands import tandem, terminal
+from support.systems import embedded
 
 ENDED = {"length": 6.0, "abort": 1.0}
 
@@ -24,7 +25,7 @@ ENDED = {"length": 6.0, "abort": 1.0}
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A system that has answered six requests of 3 + 8 tokens, cancelled one, and refused one."""
-    with EmbeddedSystem({"device": "cpu", "threads": 1}) as system:
+    with embedded({"device": "cpu", "threads": 1}) as system:
         with Client(system.address) as client:
             prompts = [[10 + i, 11, 12] for i in range(6)]
             client.generate(prompts, temperature=0, max_tokens=8, ignore_eos=True)
@@ -33,8 +34,7 @@ def address() -> Iterator[str]:
                 stream.cancel()
             with pytest.raises(Exception, match="vocabulary"):
                 client.generate([10**6], temperature=0)
-            while client.stats().running:
-                pass
+            ask_until(lambda: not client.stats().running)
         yield system.address
 
 
@@ -123,7 +123,7 @@ def test_a_request_is_one_log_line_when_it_ends() -> None:
 
     loud = {"log_level": "info", "log_format": "json"}
     with (
-        EmbeddedSystem({"device": "cpu", "threads": 1, "name": "w", **loud}, loud, listener=Lines()) as system,
+        embedded({"device": "cpu", "threads": 1, "name": "w", **loud}, loud, listener=Lines()) as system,
         Client(system.address) as client,
     ):
         client.generate([[5, 6, 7], [8, 9]], temperature=0, max_tokens=3, ignore_eos=True)

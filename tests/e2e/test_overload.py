@@ -13,9 +13,9 @@ import pytest
 from tandem import AsyncClient, Overloaded
 from tandem.bench import overload
 from tandem.client.results import Completion
-from tandem.launch.embedded import EmbeddedSystem
 
 from support.observe import Observer, settled
+from support.systems import embedded
 from support.tiny_models import save_tiny
 
 SLOTS = 4
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def address(model: str) -> Iterator[str]:
     options = {"model": model, "device": "cpu", "threads": 1, "max_model_len": 256, "max_num_seqs": SLOTS}
-    with EmbeddedSystem(options, {"max_waiting_requests": WAITING}) as system:
+    with embedded(options, {"max_waiting_requests": WAITING}) as system:
         yield system.address
 
 

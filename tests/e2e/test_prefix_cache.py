@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from tandem import AsyncClient
-from tandem.launch.embedded import EmbeddedSystem
 
 from support.observe import Observer, settled
+from support.systems import embedded
 
 BLOCK = 16
 TURNS = 10
@@ -21,13 +21,13 @@ OPTIONS = {"device": "cpu", "batch_invariant": True, "max_model_len": 1_024, "ma
 
 @pytest.fixture(scope="module")
 def cached() -> Iterator[str]:
-    with EmbeddedSystem(OPTIONS) as system:
+    with embedded(OPTIONS) as system:
         yield system.address
 
 
 @pytest.fixture(scope="module")
 def uncached() -> Iterator[str]:
-    with EmbeddedSystem(OPTIONS, {"enable_prefix_caching": False}) as system:
+    with embedded(OPTIONS, {"enable_prefix_caching": False}) as system:
         yield system.address
 
 

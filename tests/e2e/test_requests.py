@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tandem import AsyncClient, InvalidRequest, RequestCancelled
-from tandem.launch.embedded import EmbeddedSystem
 
 from support.observe import Observer, settled
+from support.systems import embedded
 from support.tiny_models import VOCAB, save_tiny
 
 MAX_MODEL_LEN = 900
@@ -31,7 +31,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "max_num_batched_tokens": 32_768,
         "lookahead": 2,
     }
-    with EmbeddedSystem(options) as system:
+    with embedded(options) as system:
         yield system.address
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from tandem import AsyncClient, Completion, InvalidRequest, RequestTimeout
-from tandem.launch.embedded import EmbeddedSystem
 from tandem.protocol.messages import Stats
 from tandem.protocol.sampling import sample_seed
 
 from support.observe import Observer, settled
+from support.systems import embedded
 from support.tiny_models import VOCAB, save_tiny
 
 BLOCK = 8
@@ -33,7 +33,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "block_size": BLOCK,
         "num_gpu_blocks_override": 512,
     }
-    with EmbeddedSystem(options) as system:
+    with embedded(options) as system:
         yield system.address
 
 

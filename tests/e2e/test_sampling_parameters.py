@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from tandem import AsyncClient, Completion, SamplingParams
-from tandem.launch.embedded import EmbeddedSystem
 
 from support.observe import run_until_preempted
 from support.reference_sampling import continuation, log_softmax
+from support.systems import embedded
 from support.tiny_models import EOS, VOCAB, save_tiny
 
 PROMPT = [7 + index % 50 for index in range(21)]
@@ -72,7 +72,7 @@ def model(folder: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def address(folder: Path, model: PreTrainedModel) -> Iterator[str]:
-    with EmbeddedSystem({**COMMON, "model": str(folder), "max_num_seqs": 8}) as system:
+    with embedded({**COMMON, "model": str(folder), "max_num_seqs": 8}) as system:
         yield system.address
 
 
@@ -140,7 +140,7 @@ def test_after_preemptions_the_bits_are_the_same(
     folder: Path, undisturbed: dict[str, Completion], lookahead: int
 ) -> None:
     tight = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 16, "block_size": 8, "lookahead": lookahead}
-    with EmbeddedSystem({**COMMON, "model": str(folder), "max_num_seqs": 8, **tight}) as system:
+    with embedded({**COMMON, "model": str(folder), "max_num_seqs": 8, **tight}) as system:
         run_until_preempted(system.address, lambda: same(asyncio.run(crowd(system.address)), undisturbed))
 
 
@@ -184,7 +184,7 @@ def test_prompt_logprobs(address: str, folder: Path, model: PreTrainedModel) -> 
         assert position.token.rank == int((expected >= expected[prompt[index]]).sum())
         assert [one.token_id for one in position.top] == np.argsort(-expected, kind="stable")[:3].tolist()
     tight = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 24, "block_size": 8}
-    with EmbeddedSystem({**COMMON, "model": str(folder), "max_num_seqs": 4, **tight}) as system:
+    with embedded({**COMMON, "model": str(folder), "max_num_seqs": 4, **tight}) as system:
         run_until_preempted(system.address, lambda: done.extend(asyncio.run(ask(system.address, 6))))
     for other in done:
         assert other.prompt_logprobs == first.prompt_logprobs

@@ -17,7 +17,6 @@ import pytest
 import zmq
 
 from tandem import AsyncClient, InvalidRequest, RequestFailed, StructuredOutputsParams
-from tandem.launch.embedded import EmbeddedSystem
 from tandem.protocol.messages import Submit, Tokens, Welcome
 from tandem.protocol.sampling import SamplingParams
 
@@ -25,6 +24,7 @@ from support.hostile_grammars import HOSTILE
 from support.observe import Observer, run_until_preempted, settled
 from support.peers import ScriptedClient
 from support.structured import GRAMMARS, Constrained, constrained_requests, reference
+from support.systems import embedded
 from support.tiny_models import VOCAB, save_tiny
 from support.workload import send_staggered
 
@@ -65,7 +65,7 @@ def test_a_crowd_gets_what_a_plain_loop_gives_with_preemptions(case: Case, looka
         async with AsyncClient(address) as client:
             return await send_staggered(client, case.requests)
 
-    with EmbeddedSystem(options(case, lookahead=lookahead, num_gpu_blocks_override=24)) as system:
+    with embedded(options(case, lookahead=lookahead, num_gpu_blocks_override=24)) as system:
 
         def attempt() -> None:
             assert asyncio.run(run(system.address)) == case.expected
@@ -79,7 +79,7 @@ def test_a_crowd_gets_what_a_plain_loop_gives_with_preemptions(case: Case, looka
 
 @pytest.fixture(scope="module")
 def address(case: Case) -> Iterator[str]:
-    with EmbeddedSystem(options(case)) as system:
+    with embedded(options(case)) as system:
         yield system.address
 
 
@@ -152,9 +152,9 @@ def test_sampled_tokens_do_not_depend_on_the_batch(case: Case) -> None:
         async with AsyncClient(address) as client:
             return await asyncio.gather(*(one(client, *request) for request in sampled_requests()))
 
-    with EmbeddedSystem(options(case, batch_invariant=True, lookahead=0)) as system:
+    with embedded(options(case, batch_invariant=True, lookahead=0)) as system:
         expected = asyncio.run(run(system.address, at_once=1))
-    with EmbeddedSystem(options(case, batch_invariant=True, lookahead=2, num_gpu_blocks_override=16)) as system:
+    with embedded(options(case, batch_invariant=True, lookahead=2, num_gpu_blocks_override=16)) as system:
 
         def attempt() -> None:
             assert asyncio.run(run(system.address, at_once=8)) == expected

@@ -10,10 +10,10 @@ import pytest
 
 from tandem import AsyncClient
 from tandem.client.completion import CompletionStream
-from tandem.launch.embedded import EmbeddedSystem
 from tandem.protocol.messages import Stats
 
 from support.observe import Observer, settled
+from support.systems import embedded
 from support.tiny_models import VOCAB, save_tiny
 
 SLOTS = 16
@@ -34,7 +34,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "max_num_seqs": SLOTS,
         "max_num_batched_tokens": BUDGET,
     }
-    with EmbeddedSystem(options, data_parallel_size=2) as system:
+    with embedded(options, data_parallel_size=2) as system:
         yield system.address
 
 

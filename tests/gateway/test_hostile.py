@@ -12,8 +12,10 @@ import pytest
 
 from tandem import Client
 
+from support.asking import ask_until
 from support.deadlines import DEADLINE_S
 from support.gateway import Served, gateway
+from support.observe import settled
 
 LIMIT = 50_000
 VALUES = 22_000
@@ -237,11 +239,7 @@ def running(strict: Served) -> int:
 
 def wait_until_free(strict: Served) -> None:
     with Client(strict.address) as client:
-        for _ in range(200_000):
-            stats = client.stats()
-            if not stats.running and not stats.waiting:
-                return
-    raise TimeoutError("a request that nobody waits for still runs")
+        ask_until(lambda: settled(client.stats()))
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -251,8 +249,7 @@ def test_a_client_that_leaves_takes_its_request_along(strict: Served, stream: bo
         if stream:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         else:
-            while not running(strict):
-                pass
+            ask_until(lambda: running(strict))
     wait_until_free(strict)
 
 

@@ -16,9 +16,11 @@ import pytest
 
 from tandem.launch.embedded import EmbeddedSystem
 
+from support.asking import ask_until
 from support.commands import tandem
 from support.deadlines import DEADLINE_S
-from support.gateway import Served, events, gateway
+from support.gateway import Served, events, gateway, wait_until_ready
+from support.systems import embedded
 
 LONG = {"prompt": [5], "max_tokens": 400, "ignore_eos": True, "temperature": 0, "stream": True}
 
@@ -118,7 +120,7 @@ def test_options_that_cannot_work(flags: list[str], words: str) -> None:
 
 def test_health_when_the_worker_or_the_scheduler_is_frozen() -> None:
     with (
-        EmbeddedSystem({"device": "cpu", "threads": 1}) as system,
+        embedded({"device": "cpu", "threads": 1}) as system,
         gateway(system.address, "--health-stall-s", "0.5") as (found, _),
     ):
         with streaming(found, {**LONG, "max_tokens": 4_000}) as answer:
@@ -140,23 +142,26 @@ def child_of(system: EmbeddedSystem, part: str) -> psutil.Process:
 
 def check_health_while_frozen(found: Served, process: psutil.Process, words: str) -> None:
     """It is told while nothing moves, and over once that goes on."""
+
+    def complaint() -> httpx.Response | None:
+        answer = found.get("/health")
+        return None if answer.status_code == 200 else answer
+
     process.suspend()
     try:
-        while (sick := found.get("/health")).status_code == 200:
-            pass
+        sick = ask_until(complaint)
         assert sick.status_code == 503
         assert words in sick.json()["error"]["message"]
         assert sick.headers["retry-after"]
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):  # the launcher may have put another in its place by now
             process.resume()
-    while found.get("/health").status_code != 200:
-        pass
+    wait_until_ready(found)
 
 
 def test_open_streams_wait_for_the_service_as_long_as_was_said() -> None:
     with (
-        EmbeddedSystem({"device": "cpu", "threads": 1}) as system,
+        embedded({"device": "cpu", "threads": 1}) as system,
         gateway(system.address, "--reconnect-timeout", "0.5") as (found, _),
         streaming(found, {**LONG, "max_tokens": 4_000}) as answer,
     ):

@@ -14,6 +14,7 @@ from tandem.gateway.listening import listen, reserve
 from tandem.launch.gateways import Gateways
 from tandem.protocol.errors import ConfigurationError
 
+from support.asking import ask_until
 from support.commands import tandem
 from support.deadlines import DEADLINE_S
 from support.gateway import Served, gateway, service
@@ -38,11 +39,12 @@ def await_count(served: Served, requests: int) -> str:
         f'http_requests_total{{handler="/version",method="GET",status="200"}} {requests}.0',
         "http_requests_in_progress 1.0",
     )
-    for _ in range(20_000):
-        page = served.get("/metrics").text
-        if all(f"{line}\n" in page for line in wanted):
-            return page
-    raise TimeoutError(f"it never said {wanted}, but:\n{page}")
+
+    def page() -> str | None:
+        found = served.get("/metrics").text
+        return found if all(f"{line}\n" in found for line in wanted) else None
+
+    return ask_until(page)
 
 
 def test_several_share_a_port_count_together_and_replace_each_other(tmp_path: Path) -> None:
@@ -60,8 +62,7 @@ def test_several_share_a_port_count_together_and_replace_each_other(tmp_path: Pa
         victim = psutil.Process(next(iter(configs)))
         victim.send_signal(signal.SIGKILL)
         victim.wait(DEADLINE_S)
-        while len(processes(several)) < 3:  # the launcher sees to that
-            pass
+        ask_until(lambda: len(processes(several)) == 3)  # the launcher sees to that
         for _ in range(50):
             assert several.get("/version").status_code == 200
         several.require_healthy()

@@ -21,7 +21,7 @@ from support.identity import Case, cases, check_cell
 from support.paged import check_any_batch, load, load_tiny, random_tokens
 from support.tiny_models import ARCHITECTURES, VOCAB, save_tiny
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.gpu
 
 COUNTS = (1, 2, 3, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 299, 300)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tandem import AsyncClient, Completion
-from tandem.launch.embedded import EmbeddedSystem
 
 from support.observe import run_until_preempted
+from support.systems import embedded
 from support.tiny_models import VOCAB
 
 MAX_MODEL_LEN = 128
@@ -59,12 +59,12 @@ def check_systems(common: Mapping[str, Any], tight: Mapping[str, Mapping[str, An
     """One after the other in a roomy system, all at once in it, and all at once in each of the tight ones until
     requests are preempted: all get the same. `common`: options of all systems."""
     common = {**common, "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 8}
-    with EmbeddedSystem({**common, **ROOMY}) as system:
+    with embedded({**common, **ROOMY}) as system:
         expected = asyncio.run(alone(system.address))
         assert asyncio.run(crowd(system.address)) == expected
     assert len({tokens for tokens, _ in expected}) == len(expected)
     for name, options in tight.items():
-        with EmbeddedSystem({**common, **options}) as system:
+        with embedded({**common, **options}) as system:
 
             def attempt(name: str = name) -> None:
                 assert asyncio.run(crowd(system.address)) == expected, name

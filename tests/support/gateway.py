@@ -15,10 +15,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from support.asking import ask_until
 from support.commands import Command, tandem
-from support.deadlines import DEADLINE_S
+from support.deadlines import DEADLINE_S, LONG_LEASE_S
 
 MODEL = "tandem-builtin"
+LONG_LEASES = [f"--{whose}-lease={LONG_LEASE_S}" for whose in ("scheduler", "worker", "client")]
+PATIENT = [f"--reconnect-timeout={DEADLINE_S}"]
 
 
 @dataclass
@@ -64,10 +67,10 @@ class Served:
 
 @contextmanager
 def service(*more: str) -> Iterator[Served]:
-    """`tandem serve` with the built-in model."""
+    """`tandem serve` with the built-in model, and leases that nobody loses."""
     runtime = tempfile.mkdtemp(prefix="td-")
     environment = {"XDG_RUNTIME_DIR": runtime, "TANDEM_API_KEY": ""}
-    flags = ["--port", "0", "--device", "cpu", "--threads", "1", "--log-level", "warning", *more]
+    flags = ["--port", "0", "--device", "cpu", "--threads", "1", "--log-level", "warning", *LONG_LEASES, *more]
     try:
         with tandem("serve", *flags, environment=environment) as command:
             command.wait_for("Ctrl-C ends it.")
@@ -82,7 +85,7 @@ def service(*more: str) -> Iterator[Served]:
 def gateway(address: str, *more: str, keys: str = "") -> Iterator[tuple[Served, Command]]:
     """`tandem gateway` beside a running service."""
     environment = {"TANDEM_API_KEY": keys}
-    with tandem("gateway", "--scheduler", address, "--port", "0", *more, environment=environment) as command:
+    with tandem("gateway", "--scheduler", address, "--port", "0", *PATIENT, *more, environment=environment) as command:
         command.wait_for("HTTP at ")
         served = Served(_url(command, "HTTP at "), address)
         wait_until_ready(served)
@@ -90,11 +93,8 @@ def gateway(address: str, *more: str, keys: str = "") -> Iterator[tuple[Served, 
 
 
 def wait_until_ready(served: Served) -> None:
-    """Asks until it is healthy; every question waits for its answer, so this paces itself."""
-    for _ in range(20_000):
-        if served.get("/health").status_code == 200:
-            return
-    raise TimeoutError("the gateway never became healthy")
+    """Until it is healthy."""
+    ask_until(lambda: served.get("/health").status_code == 200)
 
 
 def _url(command: Command, mark: str = "HTTP      ") -> str:

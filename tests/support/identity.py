@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tandem import AsyncClient
-from tandem.launch.embedded import EmbeddedSystem
 
 from support.observe import Observer, run_until_preempted, settled
+from support.systems import embedded
 from support.tiny_models import ARCHITECTURES, save_tiny
 from support.workload import Wanted, mixed_requests, reference, send_staggered
 
@@ -87,7 +87,7 @@ def check_cell(case: Case, cell: Cell, **options: Any) -> None:
         async with AsyncClient(address) as client:
             return await send_staggered(client, case.requests)
 
-    with EmbeddedSystem(options) as system:
+    with embedded(options) as system:
 
         def attempt() -> None:
             assert asyncio.run(run(system.address)) == case.expected

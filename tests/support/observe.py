@@ -9,6 +9,8 @@ from collections.abc import Callable
 from tandem.bench.observer import Observer
 from tandem.protocol.messages import Stats
 
+from support.deadlines import DEADLINE_S
+
 __all__ = ["Observer", "run_until_preempted", "settled"]
 
 
@@ -18,7 +20,7 @@ def settled(stats: Stats) -> bool:
     return free and not stats.running and not stats.waiting
 
 
-def run_until_preempted(address: str, attempt: Callable[[], None], seconds: float = 120.0) -> Stats:
+def run_until_preempted(address: str, attempt: Callable[[], None], seconds: float = DEADLINE_S) -> Stats:
     """Runs `attempt`, which checks what came of it, until it has made the scheduler preempt; the settled Stats then.
 
     Whether requests meet in a tight cache depends on how fast this machine lets them arrive, so that one run of them

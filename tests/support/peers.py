@@ -41,7 +41,7 @@ from tandem.protocol.wires import HANDSHAKE_EVENTS, monitor, read_event
 from tandem.scheduler.config import SchedulerConfig
 from tandem.scheduler.service import Service
 
-from support.deadlines import DEADLINE_S
+from support.deadlines import DEADLINE_S, LONG_LEASE_S
 from support.simulated_worker import SimulatedWorker
 
 VOCAB = 50
@@ -262,7 +262,8 @@ class Scene:
 
 @asynccontextmanager
 async def scene(**options: Any) -> AsyncIterator[Scene]:
-    """A scheduler service of its own on the running loop. An exception in one of its callbacks fails the test."""
+    """A scheduler service of its own on the running loop. Leases are long unless `options` say otherwise. An exception
+    in one of its callbacks fails the test."""
     folder = Path(tempfile.mkdtemp(prefix="ts-"))
     try:
         async with _scene(folder, {"address": f"ipc://{folder}/run", **options}) as made:
@@ -291,6 +292,7 @@ async def keyed_scene(**options: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def _scene(folder: Path, options: dict[str, Any]) -> AsyncIterator[Scene]:
+    options = {"worker_lease": LONG_LEASE_S, "client_lease": LONG_LEASE_S, **options}
     failures: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, details: failures.append(details))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

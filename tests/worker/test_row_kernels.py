@@ -74,7 +74,6 @@ def test_attention_goes_by_its_own_rules() -> None:
 
 
 @pytest.mark.skipif(not triton_interpreter.AVAILABLE or triton_interpreter.ON, reason="starts itself with Triton")
-@pytest.mark.timeout(900)
 def test_all_of_it_in_the_interpreter() -> None:
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
