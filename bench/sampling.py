@@ -134,16 +134,16 @@ def measure(load: Load, repeats: int) -> dict[str, dict[str, float]]:
     }
     took: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     chosen: dict[tuple[str, str], Tensor] = {}
-    before = sampler.DRAW_BY_KERNEL
+    before = sampler.BY_KERNELS
     try:
         for turn in range(WARM_UPS + repeats):
             for (name, way), run in runs.items():
-                sampler.DRAW_BY_KERNEL = way == "kernel"
+                sampler.BY_KERNELS = way == "kernel"
                 seconds, chosen[name, way] = _timed(run, device)
                 if turn >= WARM_UPS:
                     took[name, way].append(seconds * 1e3)
     finally:
-        sampler.DRAW_BY_KERNEL = before
+        sampler.BY_KERNELS = before
     for name in cases:
         if ("kernel" in ways(device)) and not torch.equal(chosen[name, "kernel"], chosen[name, "plain"]):
             raise RuntimeError(f"{name}: the kernel draws other tokens than plain torch")

@@ -9,15 +9,19 @@ penalties and bad words see every token up to the last, which the host has not s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..protocol.sampling import MAX_BAD_SEQUENCE_TOKENS, MAX_BAD_SEQUENCES, MAX_LOGIT_BIASES
+from . import sampler
 from .features import NO_TOKEN, FeatureJoins, StepFeatures, mask_words
 from .staging import Lane
+
+if TYPE_CHECKING:
+    from .adjusting import Tables
 
 MAX_COUNT: Final = 16_383
 """A token that was generated more often counts as if it had been so often."""
@@ -192,6 +196,13 @@ class Adjustments:
     def apply(self, features: StepFeatures, logits: Tensor, slots: Tensor, position: Tensor) -> Tensor:
         """The logits [N, vocab] that the rows' tokens are chosen from: slots [N] int64, position [N]: how many tokens
         each has generated."""
+        if sampler.BY_KERNELS and logits.is_cuda:
+            from . import adjusting
+
+            return adjusting.adjust(
+                logits, slots, position, self._tables(), masks=features.masks, penalties=features.penalties,
+                biases=features.biases, sequences=features.sequences,
+            )  # fmt: skip
         given = logits
         if features.masks:
             late = torch.where((position < self._min_tokens[slots])[:, None], self._late[slots], -1)
@@ -219,11 +230,37 @@ class Adjustments:
 
     def note(self, features: StepFeatures, slots: Tensor, position: Tensor, tokens: Tensor) -> None:
         """Takes in the tokens [N] that were chosen."""
+        if sampler.BY_KERNELS and tokens.is_cuda:
+            from . import adjusting
+
+            if features.penalties or features.sequences:
+                adjusting.note(
+                    slots, position, tokens, self._tables(), penalties=features.penalties,
+                    sequences=features.sequences > 0, most=2 * MAX_COUNT,
+                )  # fmt: skip
+            return
         if features.penalties:
             seen = self._seen[slots, tokens]
             self._seen[slots, tokens] = torch.where(seen < 2 * MAX_COUNT, seen + 2, seen)
         if features.sequences:
             self._recent[slots, position.to(torch.int64) % MAX_BAD_SEQUENCE_TOKENS] = tokens.to(torch.int32)
+
+    def _tables(self) -> Tables:
+        from .adjusting import Tables
+
+        return Tables(
+            seen=self._seen,
+            repetition=self._repetition,
+            presence=self._presence,
+            frequency=self._frequency,
+            min_tokens=self._min_tokens,
+            allowed=self._allowed,
+            late=self._late,
+            bias_token=self._bias_token,
+            bias=self._bias,
+            sequences=self._sequences,
+            recent=self._recent,
+        )
 
 
 def _enter(table: Tensor, slots: Tensor, flat: Tensor) -> None:

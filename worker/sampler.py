@@ -16,9 +16,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-DRAW_BY_KERNEL = False
-"""On CUDA one kernel (drawing.py) takes the place of what follows the softmax: the same tokens in a few passes over
-memory. Off until it has been run and measured on a GPU; the tests in tests/gpu run both."""
+BY_KERNELS = False
+"""On CUDA kernels take the place of what follows the softmax (drawing.py) and of adjustments (adjusting.py): the same
+tokens in a few passes over memory. Off until both have been run and measured on a GPU; the tests in tests/gpu run
+both."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (vLLM's limit): dividing by them would overflow."""
 WEIGHT_BITS: Final = 36
@@ -82,7 +83,7 @@ def sample(logits: Tensor, columns: SamplingColumns, softmax: Callable[[Tensor],
     scaled = logits / torch.where(is_greedy, 1.0, columns.temperature)[:, None]
     probabilities = softmax(scaled)
     bits = _random_bits(columns.seed, columns.sample_index, columns.position)
-    if DRAW_BY_KERNEL and logits.is_cuda:
+    if BY_KERNELS and logits.is_cuda:
         from . import drawing
 
         drawn = drawing.draw(scaled, probabilities, is_greedy, columns.top_k, columns.top_p, columns.min_p, bits)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..protocol.sampling import MAX_LOGPROBS
-from .adjustments import penalise, take_away
+from ..protocol.sampling import MAX_BAD_SEQUENCES, MAX_LOGIT_BIASES, MAX_LOGPROBS
+from .adjustments import Adjustments
 from .batch import Batch
 from .config import WorkerConfig
-from .features import mask_words
+from .features import NOTHING, StepFeatures
 from .loading import LoadError
 from .logprobs import tell
 from .model import PagedModel
@@ -26,6 +26,17 @@ CPU_TRIAL_S: Final = 0.4
 """A step that should take longer on a CPU is not tried."""
 CPU_FIRST_TOKENS: Final = 16
 CPU_GROWTH: Final = 4
+EVERYTHING: Final = StepFeatures(
+    draws=True,
+    penalties=True,
+    min_p=True,
+    masks=True,
+    biases=MAX_LOGIT_BIASES,
+    sequences=MAX_BAD_SEQUENCES,
+    told_rows=NOTHING,
+    told_entries=NOTHING,
+    prompt=None,
+)
 
 
 def warm_up(config: WorkerConfig, model: PagedModel, progress: Callable[[str, float], None]) -> None:
@@ -185,12 +196,11 @@ def run_step(model: PagedModel, batch: Batch) -> None:
     hidden_rows = model.hidden(batch)[last]
     logits = model.logits(hidden_rows)
     model.greedy(hidden_rows)
-    masks = torch.full((rows, mask_words(model.vocab_size)), -1, dtype=torch.int32, device=device)
-    seen = torch.zeros((rows, model.vocab_size), dtype=torch.int16, device=device)
-    ones = torch.ones(rows, device=device)
+    ones, slots = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
     tell(logits, batch.token_ids[:1].expand(rows), MAX_LOGPROBS, model.log_softmax)
-    logits = penalise(take_away(logits, masks), seen, ones, ones, ones)
-    sample(
+    adjustments, position = Adjustments(1, model.vocab_size, device), torch.zeros_like(slots, dtype=torch.int32)
+    logits = adjustments.apply(EVERYTHING, logits, slots, position)
+    tokens = sample(
         logits,
         SamplingColumns(
             temperature=ones,
@@ -198,7 +208,8 @@ def run_step(model: PagedModel, batch: Batch) -> None:
             top_p=torch.full((rows,), 0.5, device=device),
             seed=torch.zeros(rows, dtype=torch.int64, device=device),
             sample_index=torch.zeros(rows, dtype=torch.int32, device=device),
-            position=torch.zeros(rows, dtype=torch.int32, device=device),
+            position=position,
         ),
         model.softmax,
     )
+    adjustments.note(EVERYTHING, slots, position, tokens)

@@ -26,9 +26,9 @@ def test_every_case_chooses_tokens_that_exist_and_the_switch_is_left_as_it_was(
         tokens = case()
         assert tokens.shape == (3,)
         assert ((tokens >= 0) & (tokens < 200)).all()
-    monkeypatch.setattr(sampler, "DRAW_BY_KERNEL", True)
+    monkeypatch.setattr(sampler, "BY_KERNELS", True)
     found = measure(load, 1)
-    assert sampler.DRAW_BY_KERNEL
+    assert sampler.BY_KERNELS
     assert list(found) == ["product", "greedy", *CASES]
 
 

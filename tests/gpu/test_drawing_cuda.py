@@ -95,12 +95,12 @@ def test_the_kernel_keeps_and_draws_what_plain_torch_does(
     assert not differ.nonzero().flatten().tolist()
 
     plain = sample(logits, columns)
-    monkeypatch.setattr(sampler, "DRAW_BY_KERNEL", True)
+    monkeypatch.setattr(sampler, "BY_KERNELS", True)
     assert torch.equal(sample(logits, columns), plain)
 
 
 def test_the_kernel_draws_the_same_in_any_company_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "DRAW_BY_KERNEL", True)
+    monkeypatch.setattr(sampler, "BY_KERNELS", True)
     top_k, top_p, min_p = every_combination()
     logits = logits_of("normal", len(top_k), 128_256)
     columns = columns_of(len(top_k), top_k, top_p, min_p)
@@ -122,12 +122,12 @@ def test_the_kernel_draws_the_same_in_any_company_without_waiting(monkeypatch: p
         assert sample(logits[own], alone).item() == together[row].item()
     unused = replace(columns, top_k=torch.zeros_like(top_k), top_p=torch.ones_like(top_p), min_p=None)
     unfiltered = sample(logits, unused)
-    monkeypatch.setattr(sampler, "DRAW_BY_KERNEL", False)
+    monkeypatch.setattr(sampler, "BY_KERNELS", False)
     assert torch.equal(unfiltered, sample(logits, unused))
 
 
 def test_rows_that_hold_no_numbers_end_and_disturb_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "DRAW_BY_KERNEL", True)
+    monkeypatch.setattr(sampler, "BY_KERNELS", True)
     logits = logits_of("normal", 6, 3000)
     columns = columns_of(
         6,

@@ -125,7 +125,7 @@ def test_the_kernel_is_only_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     logits, given = torch.randn(9, 100), columns(9, top_k=20, top_p=0.8, min_p=0.01, seed=torch.arange(9))
     plain = sample(logits, given)
-    monkeypatch.setattr(sampler, "DRAW_BY_KERNEL", True)
+    monkeypatch.setattr(sampler, "BY_KERNELS", True)
     assert torch.equal(sample(logits, given), plain)
 
 
