@@ -28,8 +28,8 @@ _SAFE: Final = frozenset(
         "all amax amin any arange argmax argmin cat constant_pad_nd copy_ embedding empty empty_like "
         "empty_strided fill_ flip floor_divide floor_divide_ full full_like gather glu histc index index_copy "
         "index_copy_ index_put index_put_ index_select lift_fresh linspace log_sigmoid_forward masked_fill_ "
-        "new_empty new_full new_ones new_zeros ones ones_like polar prelu repeat _reshape_alias scalar_tensor "
-        "scatter scatter_ stack _to_copy tril triu _unsafe_view zero_ zeros zeros_like"
+        "max.dim min.dim new_empty new_full new_ones new_zeros ones ones_like polar prelu repeat "
+        "_reshape_alias scalar_tensor scatter scatter_ stack _to_copy tril triu _unsafe_view zero_ zeros zeros_like"
     ).split()
 )
 """Names of operations that move numbers, make them, compare them, count them (histc), or are elementwise though torch
@@ -82,8 +82,8 @@ class RowKernels(LetsThrough, TorchDispatchMode):
 
 @cache
 def _is_safe(func: OpOverload) -> bool:
-    name = func.name().partition("::")[2].partition(".")[0]
-    return func.is_view or torch.Tag.pointwise in func.tags or name in _SAFE
+    name = func.name().partition("::")[2]
+    return func.is_view or torch.Tag.pointwise in func.tags or name in _SAFE or name.partition(".")[0] in _SAFE
 
 
 def _counts(values: Tensor, options: Mapping[str, Any]) -> bool:

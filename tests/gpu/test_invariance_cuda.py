@@ -24,6 +24,7 @@ from support.tiny_models import ARCHITECTURES, VOCAB, save_tiny
 pytestmark = pytest.mark.gpu
 
 COUNTS = (1, 2, 3, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 299, 300)
+CUDA = torch.device("cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -96,15 +97,21 @@ def test_sums_and_softmax_of_a_row_are_the_same_in_any_batch(width: int) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("small", [False, True], ids=["cache as queries", "cache in 8 bits"])
 @pytest.mark.parametrize(
-    ("query_heads", "kv_heads", "dim", "window", "softcap"),
-    [(32, 8, 128, None, None), (28, 4, 64, 100, None), (8, 8, 256, 65, 30.0), (20, 1, 96, None, 5.0)],
+    ("query_heads", "kv_heads", "dim", "value_dim", "window", "softcap"),
+    [
+        (32, 8, 128, 128, None, None),
+        (28, 4, 64, 64, 100, None),
+        (8, 8, 256, 256, 65, 30.0),
+        (20, 1, 96, 96, None, 5.0),
+        (16, 16, 192, 128, None, None),
+    ],
 )
 def test_a_query_attends_to_the_same_bits_decoding_and_in_any_chunk(
-    query_heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None, small: bool,
+    query_heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None, softcap: float | None, small: bool,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     torch.manual_seed(1)
-    cached = Cached((1, 63, 64, 65, 300, 1_111), query_heads, kv_heads, dim, dtype, small, torch.device("cuda"))
+    cached = Cached((1, 63, 64, 65, 300, 1_111), query_heads, kv_heads, dim, dtype, small, CUDA, value_dim)
     options: dict[str, Any] = {"scale": dim**-0.5, "window": window, "softcap": softcap}
     whole = [cached.attend([(row, 0, length)], 0, **options) for row, length in enumerate(cached.lengths)]
     for row, got in enumerate(whole):

@@ -26,17 +26,17 @@ class Cached:
         dtype: torch.dtype,
         small: bool,
         device: torch.device,
+        value_dim: int | None = None,
     ) -> None:
-        """`small`: the cache is in 8 bits."""
+        """`small`: the cache is in 8 bits. `value_dim`: of values, if another than that of keys."""
         self.lengths = tuple(lengths)
-        width = -(-max(lengths) // BLOCK_SIZE)
-        blocks = len(lengths) * width
-        self.tables = torch.randperm(blocks, device=device).to(torch.int32).view(len(lengths), width)
+        blocks = len(lengths) * -(-max(lengths) // BLOCK_SIZE)
+        self.tables = torch.randperm(blocks, device=device).to(torch.int32).view(len(lengths), -1)
         self.keys, self.values = (
-            torch.randn(blocks, BLOCK_SIZE, kv_heads, dim, device=device)
+            torch.randn(blocks, BLOCK_SIZE, kv_heads, width, device=device)
             .to(dtype)
             .to(torch.float8_e4m3fn if small else dtype)
-            for _ in range(2)
+            for width in (dim, value_dim or dim)
         )
         self.queries = [torch.randn(length, query_heads, dim, device=device).to(dtype) for length in lengths]
 
@@ -47,7 +47,7 @@ class Cached:
         device = self.tables.device
         query = torch.cat([self.queries[row][start:end] for row, start, end in spans])
         lengths = torch.tensor([end - start for _, start, end in spans], device=device)
-        out = torch.full_like(query, float("nan"))
+        out = query.new_full((*query.shape[:2], self.values.shape[3]), float("nan"))
         attend(
             query,
             self.keys,
@@ -68,5 +68,5 @@ def dense(cached: Cached, row: int, *, scale: float, window: int | None, softcap
     length, query = cached.lengths[row], cached.queries[row].float()
     blocks = cached.tables[row].long()
     key, value = (kept[blocks].flatten(0, 1)[:length].float() for kept in (cached.keys, cached.values))
-    (_, query_heads, dim), kv_heads = query.shape, key.shape[1]
-    return dense_attention(LayerKV(0, query_heads, kv_heads, dim, dim, window, scale, softcap), query, key, value)
+    (_, query_heads, dim), (_, kv_heads, value_dim) = query.shape, value.shape
+    return dense_attention(LayerKV(0, query_heads, kv_heads, dim, value_dim, window, scale, softcap), query, key, value)

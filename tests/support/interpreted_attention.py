@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 
 from tandem.worker.attention.flashinfer import DecodeWay
 
+from support import triton_interpreter
 from support.decode_cases import BLOCK_SIZE, WAYS, DecodeCase, Shape, make_case, worst_error
 
 kernels: Any = importlib.import_module("tandem.worker.attention.kernels")
@@ -111,19 +112,8 @@ def run(shape: Shape, dtype: torch.dtype, name: str) -> None:
     assert way.early or not before.asked
 
 
-def mend_interpreter() -> None:
-    """NumPy from 2.4 on makes no number of an array that holds one, as the interpreter of Triton 3.6 asks of it."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
-
 def main() -> None:
-    mend_interpreter()
+    assert triton_interpreter.ON, "needs TRITON_INTERPRET=1"
     kernels._overlap = lambda _device: {"OVERLAP": True}
     for shape, dtype in CASES:
         for name, way in WAYS.items():

@@ -14,14 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tandem.worker
 from tandem.worker import invariance
+from tandem.worker.inspection import make_batch
 from tandem.worker.loading import LoadError
 from tandem.worker.row_kernels import RowKernels
 
-from support import triton_interpreter
+from support import plain_kernels, triton_interpreter
 from support.attention import Cached, dense
-from support.paged import Sequences, load_tiny, random_tokens
-from support.tiny_models import ARCHITECTURES, VOCAB
+from support.paged import Sequences, load, load_tiny, random_tokens
+from support.tiny_models import ARCHITECTURES, VOCAB, tiny_config
+from support.zoo import ZOO, zoo_model
 
 interpreted = pytest.mark.skipif(
     not (triton_interpreter.AVAILABLE and triton_interpreter.ON),
@@ -30,6 +33,9 @@ interpreted = pytest.mark.skipif(
 compiled = pytest.mark.skipif(
     not triton_interpreter.AVAILABLE or triton_interpreter.ON, reason="runs with Triton's compiler"
 )
+OF_A_KIND = ("deepseek_v3: latent attention", "gpt2: learned positions", "jetmoe", "olmo")
+LACKING = {"jetmoe": "aten::index_add", "phimoe: windows told by masks alone": "aten::max"}
+"""JetMoE adds experts up by atomic operations, PhiMoE asks for the last position of the batch."""
 QUICK = ("gemma2", "qwen3_moe")
 some_architectures = pytest.mark.parametrize(
     "arch",
@@ -71,6 +77,34 @@ def test_attention_goes_by_its_own_rules() -> None:
     mode = RowKernels()
     with torch.no_grad(), mode, mode.own_work():
         assert (torch.ones(2, 3, 4) @ torch.ones(2, 4, 5)).sum() == 2 * 3 * 5 * 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*ARCHITECTURES, *(name if name in OF_A_KIND else pytest.param(name, marks=pytest.mark.slow) for name in ZOO)],
+)
+def test_what_architectures_ask_for_is_known(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With plain torch in the kernels' place."""
+    config = tiny_config(name) if name in ARCHITECTURES else ZOO[name]()
+    zoo_model(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    model.allocate_kv_cache(4, 16)
+    tokens = torch.tensor(random_tokens(37, VOCAB, 0))
+
+    def logits() -> Tensor:
+        batch = make_batch([(tokens, [2, 0, 1], 0, 37)], 0, 16, model.scratch_block, model.device)
+        return model.logits(model.hidden(batch))
+
+    expected = logits()
+    monkeypatch.setitem(sys.modules, "tandem.worker.invariant_kernels", plain_kernels)
+    monkeypatch.setattr(tandem.worker, "invariant_kernels", plain_kernels, raising=False)
+    monkeypatch.setattr(invariance, "mode_for", lambda _device: RowKernels())
+    monkeypatch.setattr(model, "batch_invariant", True)
+    if name in LACKING:
+        with pytest.raises(LoadError, match=LACKING[name]):
+            logits()
+    else:
+        torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not triton_interpreter.AVAILABLE or triton_interpreter.ON, reason="starts itself with Triton")
@@ -151,20 +185,21 @@ def test_reductions_are_torchs_whatever_the_rows(name: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("query_heads", "kv_heads", "dim", "window", "softcap", "dtype", "small"),
+    ("query_heads", "kv_heads", "dim", "value_dim", "window", "softcap", "dtype", "small"),
     [
-        (4, 2, 32, None, None, torch.float32, False),
-        (7, 1, 24, 20, 5.0, torch.float32, False),
-        (4, 1, 16, 70, None, torch.bfloat16, False),
-        (2, 2, 16, None, None, torch.float32, True),
+        (4, 2, 32, 32, None, None, torch.float32, False),
+        (7, 1, 24, 16, 20, 5.0, torch.float32, False),
+        (20, 1, 16, 16, 5, None, torch.float32, False),
+        (4, 1, 16, 16, 70, None, torch.bfloat16, False),
+        (2, 2, 16, 16, None, None, torch.float32, True),
     ],
 )
 def test_a_query_attends_to_the_same_bits_decoding_and_in_any_chunk(
-    query_heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None, dtype: torch.dtype,
-    small: bool,
+    query_heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None, softcap: float | None,
+    dtype: torch.dtype, small: bool,
 ) -> None:  # fmt: skip
     torch.manual_seed(1)
-    cached = Cached((1, 33, 80), query_heads, kv_heads, dim, dtype, small, torch.device("cpu"))
+    cached = Cached((1, 33, 80), query_heads, kv_heads, dim, dtype, small, torch.device("cpu"), value_dim)
     options: dict[str, Any] = {"scale": dim**-0.5, "window": window, "softcap": softcap}
     whole = [cached.attend([(row, 0, length)], 0, **options) for row, length in enumerate(cached.lengths)]
     exactness = 1e-4 if dtype == torch.float32 else 2e-2

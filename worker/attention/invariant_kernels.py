@@ -75,7 +75,7 @@ def attend(
     if not programs:
         return
     small = keys.dtype == torch.float8_e4m3fn
-    _attend[(kv_heads * parts, programs)](
+    _attend[(programs, kv_heads * parts)](
         aligned(query), keys, values, tables, lines, row_of_token, positions, out,
         tables.shape[1], tokens, decode_rows, scale * (_LOG2_E if softcap is None else 1.0), window or 0,
         1.0 if softcap is None else float(softcap),
@@ -99,13 +99,13 @@ def _attend(
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     HALF: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) // PARTS
-    program = tl.program_id(1)
+    program = tl.program_id(0)
+    head = tl.program_id(1) // PARTS
     chunk = decode_rows + (program - decode_rows) * (QUERIES // HEADS)
     first = tl.where(program < decode_rows, program, chunk)
     last = tl.where(program < decode_rows, program, tl.minimum(chunk + QUERIES // HEADS, tokens) - 1)
     q = tl.arange(0, QUERIES)
-    g = tl.program_id(0) % PARTS * HEADS + q % HEADS
+    g = tl.program_id(1) % PARTS * HEADS + q % HEADS
     d = tl.arange(0, WIDTH)
     e = tl.arange(0, VALUE_WIDTH)
     t = tl.arange(0, TILE)
