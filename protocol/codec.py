@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any, get_type_hints
 
 import msgpack
@@ -37,8 +38,9 @@ _COLUMN_DTYPES: dict[Any, np.dtype[Any]] = {
     messages.Floats: np.dtype("<f4"),
 }
 
-_FieldPlan = tuple[str, Any, Callable[[Any], Any]]
-"""A field's name, its default (MISSING if it has none) and what turns its value into what msgpack takes."""
+_FieldPlan = tuple[str, Any, Any, Callable[[Any], Any]]
+"""A field's name, its default and that as msgpack takes it (MISSING if it has none), and what turns its value into what
+msgpack takes."""
 
 
 def encode(message: object) -> bytes:
@@ -120,7 +122,7 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 def _refuse_other_version(cls: type, values: Any) -> None:
     """Before the fields are checked: another version's greeting may have other fields."""
-    if any(name == "version" for name, _, _ in _PLANS[cls]) and isinstance(values, dict):
+    if any(name == "version" for name, *_ in _PLANS[cls][0]) and isinstance(values, dict):
         version = values.get("version")
         if version != messages.PROTOCOL_VERSION:
             raise VersionMismatch(
@@ -131,11 +133,11 @@ def _refuse_other_version(cls: type, values: Any) -> None:
 
 def _to_map(message: object) -> dict[str, Any]:
     out = {}
-    for name, default, pack in _PLANS[type(message)]:
-        value = getattr(message, name)
+    plan, values_of = _PLANS[type(message)]
+    for (name, default, packed_default, pack), value in zip(plan, values_of(message), strict=True):
         if value is not default:
             packed = pack(value)
-            if packed or default is MISSING or packed != default:
+            if packed or packed_default is MISSING or packed != packed_default:
                 out[name] = packed
     return out
 
@@ -158,18 +160,22 @@ def _plain(value: Any) -> Any:
     return _to_map(value) if type(value) in _PLANS else value
 
 
-def _plan(cls: type) -> list[_FieldPlan]:
+def _plan(cls: type) -> tuple[list[_FieldPlan], Callable[[Any], tuple[Any, ...]]]:
+    """What is to be known of each field, and what gets the values of all of them."""
     hints = get_type_hints(cls, include_extras=True)
-    return [_field_plan(f, hints[f.name]) for f in fields(cls)]
+    names = [f.name for f in fields(cls)]
+    values_of = (
+        attrgetter(*names) if len(names) > 1 else lambda message: tuple(getattr(message, name) for name in names)
+    )
+    return [_field_plan(f, hints[f.name]) for f in fields(cls)], values_of
 
 
 def _field_plan(f: Field[Any], hint: Any) -> _FieldPlan:
+    default = f.default_factory() if f.default_factory is not MISSING else f.default
     dtype = _COLUMN_DTYPES.get(hint)
     if dtype is not None:
-        empty = b"" if f.default_factory is not MISSING else MISSING
-        return f.name, empty, _column_packer(dtype)
-    default = f.default_factory() if f.default_factory is not MISSING else f.default
-    return f.name, default, _plain
+        return f.name, default, MISSING if default is MISSING else b"", _column_packer(dtype)
+    return f.name, default, default, _plain
 
 
 _CLASSES: tuple[type, ...] = (
@@ -181,4 +187,4 @@ _CLASSES: tuple[type, ...] = (
         if isinstance(cls, type) and is_dataclass(cls) and cls.__module__ == messages.__name__
     ),
 )
-_PLANS: dict[type, list[_FieldPlan]] = {cls: _plan(cls) for cls in _CLASSES}
+_PLANS = {cls: _plan(cls) for cls in _CLASSES}

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from .structured import StructuredOutputsParams
 
 MAX_STOP_TOKEN_IDS = 128
-"""A request may name at most this many stop tokens; they are compared in one matrix for all rows."""
+"""A request may name at most this many stop tokens."""
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 256

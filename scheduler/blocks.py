@@ -22,14 +22,16 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
+
+from .records import record
 
 BYTES_PER_TOKEN = 4
 GONE = -1
 """In a run, instead of a block that was given away."""
 EVICTED_AT_ONCE = 256
-"""A pool of so many blocks gives one away beyond need when it must give any, one of twice as many two, and so on: it is
-cheaper to look for several at once."""
+"""A pool of so many blocks may give one away beyond need when it must give any, one of twice as many two, and so on: it
+is cheaper to look for several at once, and to forget at once what became idle together."""
 MOST_STALE = 64
 """So many blocks that are idle no more, or as many as are, may stand among those that are."""
 
@@ -65,14 +67,21 @@ def root(salt: str) -> Place:
     return Run(salt, (salt, -1, b""), b"", [], closed=True), -1
 
 
-class Match(NamedTuple):
+@record
+class Match:
     """The longest chain of READY blocks that holds a sequence's first tokens."""
 
     blocks: list[int]
     place: Place
     """Of the last of them, or the root."""
-    pending: bool
+    pending: bool = False
     """The block that follows is being computed for another row."""
+    ends: bool = False
+    """Nothing that was looked for follows; else there was nothing more to look for, or it is `pending`."""
+
+
+def _unused(block: int) -> ValueError:
+    return ValueError(f"block {block} is given back, but nobody uses it")
 
 
 class BlockPool:
@@ -121,7 +130,7 @@ class BlockPool:
         if count > len(free):
             if count > self.available:
                 raise ValueError(f"{count} blocks asked for, {self.available} of {self.total} are available")
-            self._evict(min(self._num_idle, count - len(free) + self.total // EVICTED_AT_ONCE))
+            self._evict(count - len(free), count - len(free) + self.total // EVICTED_AT_ONCE)
         border = len(free) - count
         taken = free[border:]
         del free[border:]
@@ -152,25 +161,30 @@ class BlockPool:
 
         Raises ValueError if nobody uses one of them, and changes nothing of this sequence and those behind it then.
         """
-        users, runs = self._users, self._run
+        users, runs, free = self._users, self._run, self._free
         for blocks in sequences:
-            for block in blocks:
-                if users[block] <= 0:
-                    unused = [block for block in blocks if users[block] <= 0]
-                    raise ValueError(f"blocks given back that nobody uses: {unused}")
             if self._pending and not self._pending.isdisjoint(blocks):
+                for block in blocks:
+                    if users[block] <= 0:
+                        raise _unused(block)
                 self._give_up([block for block in blocks if block in self._pending])
             stamp = self._stamp - 1
             idle = []
-            for block in blocks:
-                if users[block] > 1:
-                    users[block] -= 1
-                elif runs[block] is None:
-                    users[block] = 0
-                    self._free.append(block)
+            rest = iter(blocks)
+            for block in rest:
+                count = users[block]
+                if count == 1:
+                    if runs[block] is not None:
+                        users[block] = stamp
+                        idle.append(block)
+                    else:
+                        users[block] = 0
+                        free.append(block)
+                elif count > 1:
+                    users[block] = count - 1
                 else:
-                    users[block] = stamp
-                    idle.append(block)
+                    self._keep(blocks[: len(blocks) - 1 - len(list(rest))], stamp)
+                    raise _unused(block)
             if idle:
                 self._stamp = stamp
                 self._idle.append((stamp, idle))
@@ -179,10 +193,23 @@ class BlockPool:
         if self._num_entries > 2 * self._num_idle + MOST_STALE:
             self._drop_stale()
 
+    def _keep(self, blocks: Sequence[int], stamp: int) -> None:
+        """Undoes that these blocks, of the sequence that is being given back with that stamp, were."""
+        users = self._users
+        for block in reversed(blocks):
+            if users[block] == stamp:
+                users[block] = 1
+            else:
+                users[block] += 1
+                if users[block] == 1:
+                    self._free.pop()
+
     def _give_up(self, blocks: list[int]) -> None:
         """These will never be computed. They have one user, who leaves."""
         self._pending.difference_update(blocks)
-        self._forget(blocks)
+        self._cut_off(blocks)
+        self.cached -= len(blocks)
+        self.generation += 1
 
     def _drop_stale(self) -> None:
         """Keeps of `_idle` what counts."""
@@ -196,44 +223,63 @@ class BlockPool:
         users = self._users
         return [block for stamp, blocks in self._idle for block in reversed(blocks) if users[block] == stamp]
 
-    def _evict(self, count: int) -> None:
-        self.evictions += count
-        self._num_idle -= count
-        users = self._users
-        stale = self._num_entries > self._num_idle + count
-        while count:
+    def _evict(self, least: int, most: int) -> None:
+        """Makes `least` idle blocks free, or up to `most` where that saves parting what became idle together."""
+        users, runs, index, free = self._users, self._run, self._index, self._free
+        stale = self._num_entries > self._num_idle
+        evicted = 0
+        while evicted < least or (self._idle and evicted + len(self._idle[0][1]) <= most):
             stamp, blocks = self._idle[0]
-            if len(blocks) > count:
-                popped = blocks[-count:]
-                del blocks[-count:]
+            if evicted + len(blocks) > most:
+                popped = blocks[evicted - least :]
+                del blocks[evicted - least :]
             else:
                 popped = blocks
                 self._idle.popleft()
             self._num_entries -= len(popped)
             if stale:
                 popped = [block for block in popped if users[block] == stamp]
-            if popped:
-                self._forget(popped)
-                self._free += popped
-                count -= len(popped)
+                if not popped:
+                    continue
+            run = runs[popped[0]]
+            if run is not None and run.blocks == popped:  # all that there is of it
+                del index[run.key]
+                run.blocks, run.tokens, run.closed = [], b"", True
+                for block in popped:
+                    runs[block] = None
+            else:
+                self._cut_off(popped)
+            free += popped
+            evicted += len(popped)
+        self._num_idle -= evicted
+        self.evictions += evicted
+        self.cached -= evicted
+        self.generation += 1
 
     # --- contents --------------------------------------------------------------------------------------------------
 
     def match(self, tokens: bytes, place: Place, most: int) -> Match:
         """The longest chain behind `place` for `tokens` (int32, as bytes), `most` blocks at most."""
-        size, pending = self._piece, self._pending
+        size, pending, index = self._piece, self._pending, self._index
         found: list[int] = []
+        run, at = place
         for offset in range(0, most * size, size):
-            following = self._behind(place, tokens[offset : offset + size])
-            if following is None:
-                break
-            run, at = following
-            block = run.blocks[at]
+            piece = tokens[offset : offset + size]
+            blocks, next_at = run.blocks, at + 1
+            # As `_behind` does it.
+            if next_at < len(blocks) and blocks[next_at] != GONE and run.tokens.startswith(piece, next_at * size):
+                at = next_at
+            else:
+                branch = index.get((run.name, at, piece))
+                if branch is None:
+                    return Match(found, place, False, True)
+                run, at, blocks = branch, 0, branch.blocks
+            block = blocks[at]
             if block in pending:
-                return Match(found, place, True)
+                return Match(found, place, pending=True)
             found.append(block)
-            place = following
-        return Match(found, place, False)
+            place = run, at
+        return Match(found, place)
 
     def _behind(self, place: Place, piece: bytes) -> Place | None:
         """Where the block stands that holds `piece` behind a place; None if none does."""
@@ -251,35 +297,40 @@ class BlockPool:
 
         Contents that another block holds already stay where they are, and the chain goes on from there.
         """
+        if not blocks:
+            return place
+        run, at = place
+        if not run.closed and at + 1 == len(run.blocks):  # nothing has ever followed
+            return self.file(tokens, place, blocks, ready)
         size = self._piece
-        self.generation += 1
         for i in range(len(blocks)):
-            run, at = place
-            if run.closed or at + 1 < len(run.blocks):  # else nothing has ever followed
-                following = self._behind(place, tokens[i * size : (i + 1) * size])
-                if following is not None:
-                    place = following
-                    continue
-            return self._file(tokens[i * size :], place, blocks[i:], ready)
+            following = self._behind(place, tokens[i * size : (i + 1) * size])
+            if following is None:
+                return self.file(tokens[i * size :], place, blocks[i:], ready)
+            place = following
         return place
 
-    def _file(self, tokens: bytes, place: Place, blocks: list[int], ready: bool) -> Place:
-        """Enters blocks the first of which nothing equals, so that nothing equals those behind it either."""
+    def file(self, tokens: bytes, place: Place, blocks: list[int], ready: bool) -> Place:
+        """As `enter` blocks, one at least, of which nothing equals the first, so that nothing equals those behind it
+        either: as a match says that `ends` at `place`, if nothing was entered since."""
         run, at = place
         if at + 1 == len(run.blocks) and not run.closed:
             run.tokens += tokens
             run.blocks += blocks
+            at += len(blocks)
         else:
             self._next_name += 1
             key = run.name, at, tokens[: self._piece]
-            run = self._index[key] = Run(self._next_name, key, tokens, blocks)
+            run = self._index[key] = Run(self._next_name, key, tokens, blocks.copy())
+            at = len(blocks) - 1
         runs = self._run
         for block in blocks:
             runs[block] = run
         if not ready:
             self._pending.update(blocks)
         self.cached += len(blocks)
-        return run, len(run.blocks) - 1
+        self.generation += 1
+        return run, at
 
     def computed(self, blocks: Sequence[int]) -> None:
         """A plan was made that completes these blocks: those that are PENDING become READY."""
@@ -287,7 +338,7 @@ class BlockPool:
         self._pending.difference_update(blocks)
         self.generation += before - len(self._pending)
 
-    def _forget(self, blocks: list[int]) -> None:
+    def _cut_off(self, blocks: list[int]) -> None:
         """These can be found no more. As a rule they are the end of a run, in its order."""
         runs = self._run
         run = runs[blocks[0]]
@@ -298,8 +349,6 @@ class BlockPool:
                 self._cut_out(block)
         for block in blocks:
             runs[block] = None
-        self.cached -= len(blocks)
-        self.generation += 1
 
     def _cut_out(self, block: int) -> None:
         run = self._run[block]

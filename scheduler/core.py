@@ -9,7 +9,7 @@ seen yet is not accepted before one has.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from ..protocol.messages import NO_INTS, NO_LONGS, Ended, ModelDescription
 from ..protocol.structured import StructuredOutputsParams
 from .blocks import Match
 from .deadlines import Deadlines
-from .door import Invalid, find_fault
+from .door import Invalid, find_fault, highest_token, is_plain
 from .events import (
     Accept,
     Cancelled,
@@ -58,6 +58,10 @@ POISONOUS = (
     "a worker died while it ran this request and nothing else; it had been suspected of two workers' deaths before, so "
     "it is not tried again"
 )
+SHORT = 4_096
+"""Tokens of prompts that are looked at together, so that nothing large is copied."""
+NOBODYS: dict[int, Request] = {}
+"""The open requests of a client that has none."""
 INTERNAL = "an error inside the scheduler; its log has the details"
 ADMISSION_WINDOW = 8
 """If the first in the queue finds no room, so many of those behind it are looked at."""
@@ -93,7 +97,7 @@ class Core:
         self.model: ModelDescription | None = None
         """What the first worker brought; all others bring the same."""
 
-    def handle(self, events: Iterable[Event], now: float) -> list[Instruction]:
+    def handle(self, events: Sequence[Event], now: float) -> list[Instruction]:
         """Takes in events in order, ends what is late, then plans every step that can be planned. `now` is in seconds
         of any monotonic clock. To be called at `next_deadline` too, without events.
 
@@ -103,15 +107,17 @@ class Core:
         self.plan(now, out)
         return out
 
-    def take_in(self, events: Iterable[Event], now: float) -> list[Instruction]:
+    def take_in(self, events: Sequence[Event], now: float) -> list[Instruction]:
         """The first part of `handle`, to which `plan` must follow."""
         out: list[Instruction] = []
+        prompts = [event.prompt for event in events if type(event) is Submitted and 0 < len(event.prompt) <= SHORT]
+        highest = highest_token(prompts) if len(prompts) > 1 else None
         for event in events:
             match event:
                 case StepDone():
                     self._step_done(event, now, out)
                 case Submitted():
-                    self._submitted(event, now, out)
+                    self._submitted(event, now, out, highest if len(event.prompt) <= SHORT else None)
                 case Cancelled():
                     self._cancelled(event.client, event.ticket, now, out)
                 case ClientLost():
@@ -162,10 +168,10 @@ class Core:
 
     # --- clients ---------------------------------------------------------------------------------------------------
 
-    def _submitted(self, event: Submitted, now: float, out: list[Instruction]) -> None:
-        """Whatever the door did not foresee fails this submission, and nothing else."""
+    def _submitted(self, event: Submitted, now: float, out: list[Instruction], highest: int | None = None) -> None:
+        """Whatever the door did not foresee fails this submission, and nothing else. `highest`: see `find_fault`."""
         try:
-            self._take_in(event, now, out)
+            self._take_in(event, now, out, highest)
         except Exception as error:  # noqa: BLE001
             story = f"submission of ticket {event.ticket} by client {event.client} failed: {error!r}"
             out.append(Trouble(story))
@@ -176,9 +182,9 @@ class Core:
                 else:
                     out.append(Reject(client=event.client, ticket=ticket, code="internal", message=INTERNAL))
 
-    def _take_in(self, event: Submitted, now: float, out: list[Instruction]) -> None:
-        model = self.model
-        rejected = self._turned_away(event, model, now)
+    def _take_in(self, event: Submitted, now: float, out: list[Instruction], highest: int | None) -> None:
+        model, plain = self.model, is_plain(event.sampling)
+        rejected = self._turned_away(event, model, now, plain, highest)
         if rejected is not None or model is None:
             # Refused as a whole: every ticket hears the same.
             out.extend(replace(rejected, ticket=event.ticket + i) for i in range(event.n) if rejected is not None)
@@ -191,7 +197,7 @@ class Core:
                 out.extend(replace(fault, ticket=event.ticket + i) for fault in unfit for i in range(event.n))
                 return
         for i in range(event.n):
-            self._accept(make_request(event, i, model, self._next_number, now), event, now, out)
+            self._accept(make_request(event, i, model, self._next_number, now, plain), event, now, out)
             self._next_number += 1
         self.counters.resumptions += event.resumed
 
@@ -233,30 +239,38 @@ class Core:
             if event.timeout_s is not None:
                 self._deadlines.add(now + event.timeout_s, request)
 
-    def _turned_away(self, event: Submitted, model: ModelDescription | None, now: float) -> Reject | None:
+    def _turned_away(
+        self, event: Submitted, model: ModelDescription | None, now: float, plain: bool, highest: int | None
+    ) -> Reject | None:
         """The refusal of a submission that is invalid or more than the service may hold."""
         if model is None:
             return self._refusals.overloaded(event, "no worker has joined yet", "workers", 1, 0, now)
-        open_here = self._requests.get(event.client, {})
-        taken = event.ticket if event.ticket in open_here else None
-        if event.n > 1:
-            taken = next((event.ticket + i for i in range(event.n) if event.ticket + i in open_here), None)
-        held_here = 0
-        for other in (held.event for held in self._grammars.held_of(event.client)):
-            held_here += other.n
-            if other.ticket < event.ticket + event.n and event.ticket < other.ticket + other.n:
-                taken = max(event.ticket, other.ticket)
+        open_here, grammars = self._requests.get(event.client, NOBODYS), self._grammars
+        taken, held_here = None, 0
+        if event.n > 1 or event.ticket in open_here or grammars.held:
+            taken, held_here = self._find_taken(event, open_here)
         if taken is not None:
             fault: Invalid | None = Invalid(
                 f"ticket {taken} is in use by another open request of this client", "ticket", "unused", str(taken)
             )
         else:
-            fault = find_fault(event, model, self._policy.max_n)
-        if fault is None:
-            waiting = self.waiting + self._grammars.held
-            tokens = self._queue.tokens + self._quarantine.waiting.tokens + self._grammars.held_tokens
-            return self._refusals.over_limits(event, len(open_here) + held_here, waiting, tokens, now)
-        return invalid(event, fault)
+            fault = find_fault(event, model, self._policy.max_n, plain, highest)
+        if fault is not None:
+            return invalid(event, fault)
+        waiting = len(self._queue.by_number) + len(self._quarantine.waiting.by_number) + grammars.held
+        tokens = self._queue.tokens + self._quarantine.waiting.tokens + grammars.held_tokens
+        return self._refusals.over_limits(event, len(open_here) + held_here, waiting, tokens, now)
+
+    def _find_taken(self, event: Submitted, open_here: dict[int, Request]) -> tuple[int | None, int]:
+        """A ticket of a submission that its client uses already, or None; and how many requests of that client wait for
+        a verdict on their grammar."""
+        taken = next((event.ticket + i for i in range(event.n) if event.ticket + i in open_here), None)
+        held_here = 0
+        for other in (held.event for held in self._grammars.held_of(event.client)):
+            held_here += other.n
+            if other.ticket < event.ticket + event.n and event.ticket < other.ticket + other.n:
+                taken = max(event.ticket, other.ticket)
+        return taken, held_here
 
     def _cancelled(self, client: int, ticket: int, now: float, out: list[Instruction]) -> None:
         request = self._requests.get(client, {}).get(ticket)
@@ -415,7 +429,7 @@ class Core:
         self.counters.generation_tokens += len(commit.token)
         self.counters.more_tokens(len(commit.token) - len(commit.first), now - replica.committed_at)
         replica.committed_at = now
-        for slot in commit.first.tolist():
+        for slot in commit.first:
             request = replica.rows.request[slot]
             if request is not None:
                 self.counters.first_token(request, now)
@@ -432,16 +446,17 @@ class Core:
 
     def _finish(self, replica: Replica, commit: Commit, now: float) -> tuple[tuple[int, Ended], ...]:
         """Ends the requests whose last token a commit has brought, or that cannot go on."""
-        ends = [(slot, "stop", "") for slot in commit.stopped.tolist()]
-        ends += [(slot, "length", "") for slot in commit.exhausted.tolist()]
+        ends = [(slot, "stop", "") for slot in commit.stopped]
+        ends += [(slot, "length", "") for slot in commit.exhausted]
         ends += [(slot, "error", error) for slot, error in commit.failed]
         slots = [slot for slot, _, _ in ends]
-        requests, known = replica.rows.owners(slots), replica.rows.known[slots].tolist()
+        columns = np.array(slots)
+        requests, known = replica.rows.owners(slots), replica.rows.known[columns].tolist()
         replica.release(slots)
-        return tuple(
-            (request.client, self._forget(request, reason, tokens, now, error))
-            for request, tokens, (_, reason, error) in zip(requests, known, ends, strict=True)
-        )
+        ended = []
+        for request, tokens, (_, reason, error) in zip(requests, known, ends, strict=True):
+            ended.append((request.client, self._forget(request, reason, tokens, now, error)))
+        return tuple(ended)
 
     # --- planning --------------------------------------------------------------------------------------------------
 
@@ -471,8 +486,8 @@ class Core:
         meanwhile. Lets the worker go when it has none."""
         rows = replica.rows
         elsewhere = [other for other in self._replicas.values() if not other.draining]
-        slots = np.flatnonzero(rows.number >= 0)
-        for slot in slots[np.argsort(rows.number[slots])].tolist() if elsewhere else ():
+        slots = np.flatnonzero(rows.identity >= 0)
+        for slot in slots[np.argsort(rows.identity[slots])].tolist() if elsewhere else ():
             request = rows.request[slot]
             if request is None or rows.phase[slot] == ENDING:
                 continue  # its end is in flight
@@ -520,12 +535,16 @@ class Core:
     def _place(self, request: Request, now: float, out: list[Instruction]) -> bool:
         """Gives a request the best place that there is room for; False if there is none, or if the best one is worth
         waiting for, because another row there computes the prompt's next block."""
-        offers = [(r, match) for r in self._replicas.values() if (match := r.offer(request)) is not None]
+        offers = []
+        for replica in self._replicas.values():
+            match = replica.offer(request)
+            if match is not None:
+                offers.append((replica, match))
         if not offers:
             return False
-        replica, match = (
-            offers[0] if len(offers) == 1 else min(offers, key=lambda offer: offer[0].cost(request, offer[1]))
-        )
+        replica, match = offers[0]
+        if len(offers) > 1:
+            replica, match = min(offers, key=lambda offer: offer[0].cost(request, offer[1]))
         if match.pending:
             return False
         self._queue.remove(request)

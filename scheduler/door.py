@@ -10,19 +10,19 @@ from operator import attrgetter
 import numpy as np
 
 from ..protocol.messages import MAX_SAMPLES, ModelDescription
-from ..protocol.sampling import MAX_PROMPT_LOGPROBS_ENTRIES, SamplingParams, text_fields
+from ..protocol.sampling import MAX_PROMPT_LOGPROBS_ENTRIES, SAMPLING_FIELDS, SamplingParams, text_fields
 from ..protocol.structured import problem
 from .events import IntColumn, Submitted
 
 LAST_TICKET = 2**63 - 1
 """Tickets lie below."""
 
-_particular = attrgetter(
-    "structured_outputs", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words_token_ids", "min_tokens",
-    "prompt_logprobs",
-)  # fmt: skip
-"""What `_bad_sampling` looks at beside the seed and the parameters about text."""
+_particular = attrgetter(*(
+    name for name in SAMPLING_FIELDS
+    if name not in ("temperature", "top_k", "top_p", "seed", "max_tokens", "ignore_eos")
+))  # fmt: skip
 _NOTHING_PARTICULAR = _particular(SamplingParams())
+_biggest = np.maximum.reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,30 @@ class Invalid:
     value: str
 
 
-def find_fault(request: Submitted, model: ModelDescription, max_n: int) -> Invalid | None:
+def is_plain(sampling: SamplingParams) -> bool:
+    """All parameters are at their defaults but those that every row has columns for."""
+    return bool(_particular(sampling) == _NOTHING_PARTICULAR)
+
+
+def highest_token(prompts: list[IntColumn]) -> int:
+    """Of all these prompts, which have a token at least; negative ones count as the higher."""
+    # As bytes they are put together in a quarter of the time.
+    return int(_biggest(np.frombuffer(b"".join([prompt.tobytes() for prompt in prompts]), np.uint32)))
+
+
+def find_fault(
+    request: Submitted, model: ModelDescription, max_n: int, plain: bool, highest: int | None
+) -> Invalid | None:
     """The first thing wrong with a submission, or None. Types and ranges of its fields were checked when it was
-    decoded."""
+    decoded. `plain`: what `is_plain` says of its sampling parameters; `highest`: no token of the prompt is higher, as
+    `highest_token` counts; None if that is not known."""
     return (
         (_bad_count(request, max_n) if request.n > 1 or request.sample or request.ticket >= LAST_TICKET else None)
-        or _bad_prompt(request.prompt, model)
+        or _bad_length(request.prompt, model)
+        or (_bad_tokens("prompt", request.prompt, model) if highest is None or highest >= model.vocab_size else None)
         or (_bad_tokens("generated", request.generated, model) if len(request.generated) else None)
-        or _bad_sampling(request.sampling, len(request.prompt), model)
+        or (_no_seed(request.sampling) if request.sampling.seed is None else None)
+        or (None if plain else _bad_sampling(request.sampling, len(request.prompt), model))
         or (_bad_resumption(request, model) if len(request.generated) else None)
     )
 
@@ -62,7 +78,7 @@ def _bad_count(request: Submitted, max_n: int) -> Invalid | None:
     return None
 
 
-def _bad_prompt(prompt: IntColumn, model: ModelDescription) -> Invalid | None:
+def _bad_length(prompt: IntColumn, model: ModelDescription) -> Invalid | None:
     longest = model.max_model_len - 1
     if not len(prompt):
         return Invalid("the prompt is empty; give at least one token", "prompt", "at least 1 token", "0 tokens")
@@ -74,12 +90,12 @@ def _bad_prompt(prompt: IntColumn, model: ModelDescription) -> Invalid | None:
             f"{longest} tokens",
             f"{len(prompt)} tokens",
         )
-    return _bad_tokens("prompt", prompt, model)
+    return None
 
 
 def _bad_tokens(field: str, tokens: IntColumn, model: ModelDescription) -> Invalid | None:
     # As unsigned numbers, negative ones are the largest: one pass is enough.
-    if not len(tokens) or int(tokens.view(np.uint32).max()) < model.vocab_size:
+    if not len(tokens) or _biggest(tokens.view(np.uint32)) < model.vocab_size:
         return None
     outside = int(tokens[(tokens < 0) | (tokens >= model.vocab_size)][0])
     return Invalid(
@@ -90,20 +106,22 @@ def _bad_tokens(field: str, tokens: IntColumn, model: ModelDescription) -> Inval
     )
 
 
+def _no_seed(sampling: SamplingParams) -> Invalid | None:
+    if not sampling.temperature > 0:
+        return None
+    return Invalid(
+        "seed is missing; a client draws one before it first sends a sampled request",
+        "seed",
+        "0 to 2^63 - 1",
+        "none",
+    )
+
+
 def _bad_sampling(sampling: SamplingParams, prompt_length: int, model: ModelDescription) -> Invalid | None:
     about_text = text_fields(sampling)
     if about_text:
         field = about_text[0]
         return Invalid(f"{field} is about text, which is the client's to watch", field, "not sent", "sent")
-    if sampling.temperature > 0 and sampling.seed is None:
-        return Invalid(
-            "seed is missing; a client draws one before it first sends a sampled request",
-            "seed",
-            "0 to 2^63 - 1",
-            "none",
-        )
-    if _particular(sampling) == _NOTHING_PARTICULAR:
-        return None
     return (
         _bad_structure(sampling, model)
         or _outside_vocabulary(sampling, model.vocab_size)

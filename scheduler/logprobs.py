@@ -51,8 +51,8 @@ class PromptPart:
     """Tokens of a prompt that a step tells the log-probabilities of, `entries` of each."""
 
     slot: int
-    number: int
-    attempt: int
+    identity: int
+    """Of the attempt that owns the slot."""
     position: int
     """Of the first."""
     count: int

@@ -21,8 +21,8 @@ LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 5
 """Bounds for what a user waits for."""
 TOKENS = tuple(float(2**power) for power in range(21))
 BYTES = tuple(float(2**power) for power in range(6, 26))
-MOST_ENDINGS = 256
-"""Requests that have ended are entered in the histograms when they are so many."""
+MOST_ENDINGS = 1_024
+"""Requests that have ended, or got their first token, are entered in the histograms when they are so many."""
 NAN = float("nan")
 DEPTHS = tuple(float(depth) for depth in range(9))
 
@@ -98,12 +98,10 @@ class Counters:
         self.iteration_tokens = Histogram("iteration_tokens_total", TOKENS)
         self.plan_time = Histogram("plan_time_seconds", SHORT_S)
         self.plan_bytes = Histogram("plan_bytes", BYTES)
-        self._by_ending = (
-            self.latency, self.request_prompt_tokens, self.request_generation_tokens, self.queue_time,
-            self.inference_time, self.prefill_time, self.decode_time, self.time_per_output_token,
-        )  # fmt: skip
+        self._first_tokens: list[float] = []
+        """Seconds until the first token, of requests that are not in the histogram yet."""
         self._endings: list[tuple[float, ...]] = []
-        """What each request that has ended brings to these histograms, NaN where nothing: entered for many at once."""
+        """Of each request that has ended, what `enter_pending` takes, NaN where nothing."""
 
     def first_token(self, request: Request, now: float) -> None:
         """A request got the first token of an attempt; its own first one or, after a preemption or the loss of a
@@ -111,7 +109,9 @@ class Counters:
         if request.first_token_at is None:
             request.first_token_at = now
             self.prompt_tokens += request.prompt_length
-            self.time_to_first_token.observe(now - request.submitted_at)
+            self._first_tokens.append(now - request.submitted_at)
+            if len(self._first_tokens) >= MOST_ENDINGS:
+                self.enter_pending()
         elif request.last_token_at is not None:
             self.inter_token_latency.observe(now - request.last_token_at)
 
@@ -123,42 +123,50 @@ class Counters:
     def ended(self, request: Request, reason: str, known: int, now: float) -> None:
         """A request ended, knowing so many tokens."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
-        generated = known - request.prompt_length
-        queued = inference = prefill = decode = per_token = NAN
         started, first = request.started_at, request.first_token_at
-        if started is not None:
-            queued, inference = started - request.submitted_at, now - started
-            if first is not None:
-                prefill, decode = first - started, now - first
-                if generated - request.resumed > 1:
-                    per_token = decode / (generated - request.resumed - 1)
         self._endings.append(
             (
-                now - request.submitted_at,
+                now,
+                request.submitted_at,
+                NAN if started is None else started,
+                NAN if first is None else first,
                 request.prompt_length,
-                generated,
-                queued,
-                inference,
-                prefill,
-                decode,
-                per_token,
+                known,
+                request.resumed,
             )
         )
         if len(self._endings) >= MOST_ENDINGS:
-            self.enter_endings()
+            self.enter_pending()
 
-    def enter_endings(self) -> None:
-        """To be called before a histogram of requests that have ended is read."""
-        if self._endings:
-            for histogram, values in zip(self._by_ending, np.array(self._endings, np.float64).T, strict=True):
-                histogram.observe_all(values)
-            self._endings.clear()
+    def enter_pending(self) -> None:
+        """To be called before a histogram of requests is read."""
+        if self._first_tokens:
+            self.time_to_first_token.observe_all(np.array(self._first_tokens))
+            self._first_tokens.clear()
+        if not self._endings:
+            return
+        now, submitted, started, first, prompt, known, resumed = np.array(self._endings, np.float64).T
+        self._endings.clear()
+        generated, decode = known - prompt, now - first
+        later = generated - resumed - 1
+        per_token = np.divide(decode, later, out=np.full(len(now), NAN), where=later > 0)
+        for histogram, observed in (
+            (self.latency, now - submitted),
+            (self.request_prompt_tokens, prompt),
+            (self.request_generation_tokens, generated),
+            (self.queue_time, started - submitted),
+            (self.inference_time, now - started),
+            (self.prefill_time, first - started),
+            (self.decode_time, decode),
+            (self.time_per_output_token, per_token),
+        ):
+            histogram.observe_all(observed)
 
     def refuse(self, code: str) -> None:
         self.refusals[code] = self.refusals.get(code, 0) + 1
 
     def histograms(self) -> tuple[messages.Histogram, ...]:
-        self.enter_endings()
+        self.enter_pending()
         return tuple(value.message() for value in vars(self).values() if isinstance(value, Histogram))
 
 

@@ -23,29 +23,29 @@ class WaitingQueue:
     def __init__(self, aging_s: float) -> None:
         self._aging_s = aging_s
         self._heap: list[_Entry] = []
-        self._waiting: dict[int, _Entry] = {}
-        """By request number. Entries of the heap that are not here are dropped when they come up."""
+        self.by_number: dict[int, _Entry] = {}
+        """All that wait, by request number. Entries of the heap that are not here are dropped when they come up."""
         self.tokens = 0
         """Known tokens of all waiting requests together."""
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self.by_number)
 
     def __iter__(self) -> Iterator[Request]:
-        return (entry[3] for entry in self._waiting.values())
+        return (entry[3] for entry in self.by_number.values())
 
     def push(self, request: Request) -> None:
         rank = request.submitted_at + request.priority * self._aging_s
         entry = (not request.goes_first, rank, request.number, request)
         heapq.heappush(self._heap, entry)
-        self._waiting[request.number] = entry
+        self.by_number[request.number] = entry
         self.tokens += len(request.known)
 
     def head(self) -> Request | None:
         """The request whose turn is next; it stays in the queue."""
         while self._heap:
             entry = self._heap[0]
-            if self._waiting.get(entry[2]) is entry:
+            if self.by_number.get(entry[2]) is entry:
                 return entry[3]
             heapq.heappop(self._heap)
         return None
@@ -58,21 +58,21 @@ class WaitingQueue:
         try:
             while heap and len(found) < most:
                 entry = heapq.heappop(heap)
-                if self._waiting.get(entry[2]) is entry:
+                if self.by_number.get(entry[2]) is entry:
                     found.append(entry)
                     yield entry[3]
         finally:
             if heap is self._heap:  # else `remove` has made a new one of all that wait
                 for entry in found:
-                    if self._waiting.get(entry[2]) is entry:
+                    if self.by_number.get(entry[2]) is entry:
                         heapq.heappush(heap, entry)
 
     def remove(self, request: Request) -> bool:
         """Takes a request out, wherever it stands; False if it was not waiting."""
-        if self._waiting.pop(request.number, None) is None:
+        if self.by_number.pop(request.number, None) is None:
             return False
         self.tokens -= len(request.known)
-        if len(self._heap) > 2 * len(self._waiting) + 64:
-            self._heap = list(self._waiting.values())
+        if len(self._heap) > 2 * len(self.by_number) + 64:
+            self._heap = list(self.by_number.values())
             heapq.heapify(self._heap)
         return True

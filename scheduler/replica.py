@@ -17,21 +17,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ..protocol.errors import ProtocolError
-from ..protocol.messages import NO_LONGS, SUSPICIONS, StepPlan
+from ..protocol.messages import NO_INTS, NO_LONGS, SUSPICIONS, StepPlan
 from ..protocol.structured import StructuredOutputsParams
 from .blocks import BlockPool, Match
-from .events import IntColumn, LongColumn, WorkerLimits, record
+from .events import BoolColumn, IntColumn, LongColumn, WorkerLimits, record
 from .joining import rare_bytes, rare_columns
 from .logprobs import NOTHING_TOLD, Logprobs, PromptLogprobs, PromptPart, StepLogprobs
 from .pace import Pace
 from .policy import Policy
 from .requests import Request
-from .rows import DECODE, ENDING, FREE, PREFILL, Rows
+from .rows import ATTEMPT_BITS, DECODE, ENDING, FREE, PREFILL, Rows, identity_of
 
 HUGE_SHARE = 0.75
 """Of the tokens left in a step, what a prompt gets that does not fit in: those behind it shall not wait for its end."""
@@ -46,15 +47,18 @@ class Flight:
 
     step: int
     slot: LongColumn
-    number: LongColumn
-    attempt: IntColumn
+    """Those of rows that decode, then those whose chunk ends their known tokens."""
+    identity: LongColumn
+    """Of the attempt that owned each slot."""
+    ending: list[int]
+    """Where in `slot` stand rows that are at their limit with this token."""
     decode_rows: int
     chunk_tokens: int
     entries: IntColumn | None
     """Log-probabilities that each token comes with; None if none does."""
     prompts: list[PromptPart]
-    chunk_number: LongColumn
-    """Requests whose known tokens it computes."""
+    chunk_identity: LongColumn
+    """Of the attempts whose known tokens it computes."""
 
 
 @record
@@ -66,11 +70,11 @@ class Commit:
     ticket: LongColumn
     offset: IntColumn
     token: IntColumn
-    first: LongColumn
+    first: list[int]
     """Slots that got their first token since they were admitted."""
-    stopped: LongColumn
+    stopped: list[int]
     """Slots that sampled one of their stop tokens; still owned."""
-    exhausted: LongColumn
+    exhausted: list[int]
     """Slots that reached their limit without one; still owned."""
     failed: tuple[tuple[int, str], ...]
     """Slots whose grammar cannot be followed any further, and why; still owned. They have got no token."""
@@ -81,7 +85,7 @@ class Commit:
     @property
     def finishes(self) -> bool:
         """Rows are at their end."""
-        return bool(len(self.stopped) or len(self.exhausted) or self.failed)
+        return bool(self.stopped or self.exhausted or self.failed)
 
 
 class Replica:
@@ -150,7 +154,7 @@ class Replica:
         """
         if self.draining or self.reserved or self.alone is not None:
             return False
-        if not self.rows.has_free_slot or self._joining_bytes >= MAX_JOINING_BYTES:
+        if not self.rows.free or self._joining_bytes >= MAX_JOINING_BYTES:
             return False
         most = self.limits.max_num_batched_tokens
         return self._backlog < most or self._backlog - next(iter(self._prefilling.values()), 0) < most
@@ -167,7 +171,8 @@ class Replica:
         """Numbers of the requests that the steps in flight compute."""
         numbers: set[int] = set()
         for flight in self._flights:
-            numbers.update(flight.number.tolist(), flight.chunk_number.tolist())
+            for identities in (flight.identity, flight.chunk_identity):
+                numbers.update((identities >> ATTEMPT_BITS).tolist())
         return numbers
 
     def blocks_for(self, tokens: int) -> int:
@@ -178,7 +183,7 @@ class Replica:
         watermark left free; alone, it always fits."""
         if not self.accepts:
             return None
-        former = request.probes.get(self.worker)
+        former = request.probes.get(self.worker) if request.probes else None
         if former is not None and not former[1].pending and not self._fits(request, former[1]):
             return None  # as a rule nothing has been cached since that would help, and looking costs more than waiting
         match = self.match(request)
@@ -192,7 +197,7 @@ class Replica:
 
     def _fits(self, request: Request, match: Match) -> bool:
         found, pool = match.blocks, self.pool
-        needed = self.blocks_for(len(request.known)) - len(found)
+        needed = -(-len(request.known) // self.limits.block_size) - len(found)
         if found:
             needed += pool.idle_among(found)
         if self.rows.owned:
@@ -201,14 +206,16 @@ class Replica:
 
     def match(self, request: Request) -> Match:
         """What the prefix cache holds of it: never all, since its last token must be computed to get the next one."""
-        if not self._caching or request.tells_prompt:
-            return Match([], request.root, False)
-        probe = request.probes.get(self.worker)
-        if probe is not None and probe[0] == self.pool.generation:
-            return probe[1]
+        pool = self.pool
+        if not self._caching or (request.sampling.prompt_logprobs is not None and request.tells_prompt):
+            return Match([], request.root)
+        if request.probes:
+            probe = request.probes.get(self.worker)
+            if probe is not None and probe[0] == pool.generation:
+                return probe[1]
         most = (len(request.known) - 1) // self.limits.block_size
-        match = self.pool.match(request.known.tobytes(), request.root, most)
-        request.probes[self.worker] = (self.pool.generation, match)
+        match = pool.match(request.known.tobytes(), request.root, most)
+        request.probes[self.worker] = pool.generation, match
         return match
 
     # --- requests come and go --------------------------------------------------------------------------------------
@@ -216,41 +223,44 @@ class Replica:
     def admit(self, request: Request, match: Match) -> None:
         """Gives a request a slot and blocks for its known tokens; its `offer` said that there is room, and `match` came
         from it. Changes nothing if it raises."""
-        shared, block_size = len(match.blocks), self.limits.block_size
-        length = len(request.known)
+        pool, block_size, known = self.pool, self.limits.block_size, request.known
+        shared, length = len(match.blocks), len(known)
         if shared:
-            self.pool.share(match.blocks)
-        own = self.pool.take(self.blocks_for(length) - shared)
+            pool.share(match.blocks)
+        own = pool.take(-(-length // block_size) - shared)
         blocks = match.blocks + own
+        computed = shared * block_size
         try:
-            slot = self.rows.open(request, blocks, shared * block_size)
+            slot = self.rows.open(request, blocks, computed)
         except BaseException:
-            self.pool.give(blocks)
+            pool.give(blocks)
             raise
-        self._prefilling[slot] = length - shared * block_size
+        self._prefilling[slot] = length - computed
+        self._backlog += length - computed
         grammar = request.sampling.structured_outputs
         brings = 4 * length + (0 if grammar is None else grammar.size)
         if request.rare:
             brings += rare_bytes(request, self.limits.vocab_size)
         self._joining[slot] = brings
         self._joining_bytes += brings
-        self._backlog += length - shared * block_size
         if self._caching:
             full = length // block_size
-            tokens = request.known[shared * block_size : full * block_size].tobytes()
+            new, tokens = own[: full - shared], known[computed : full * block_size].tobytes()
+            # What the match says has been true until now: since then blocks were given away, and none was entered.
+            enter = pool.file if match.ends else pool.enter
             self.rows.filed[slot] = full
-            self.rows.place[slot] = self.pool.enter(tokens, match.place, own[: full - shared], ready=False)
+            self.rows.place[slot] = enter(tokens, match.place, new, ready=False)
             request.probes.clear()
             if request.cached_tokens is None:
-                request.cached_tokens = min(shared * block_size, request.prompt_length)
+                request.cached_tokens = min(computed, request.prompt_length)
 
     def release(self, slots: Sequence[int]) -> None:
         """Frees slots and their blocks, whatever their phases and with any step in flight. Results on their way lose
         their owners."""
         if not slots:
             return
-        rows = self.rows
-        for slot, phase in zip(slots, rows.phase[slots].tolist(), strict=True):
+        rows, columns = self.rows, np.array(slots)
+        for slot, phase in zip(slots, rows.phase[columns].tolist(), strict=True):
             if phase == ENDING:
                 continue  # it was named as leaving when its last token was planned
             if slot in self._prefilling:
@@ -259,17 +269,17 @@ class Replica:
                 self._joining_bytes -= self._joining.pop(slot)  # the worker never heard of it
             else:
                 self._leaving.append(slot)
-        blocks = [of_row.tolist() for of_row in rows.blocks(slots)]
+        blocks = [rows.blocks[slot] for slot in slots]
         if self._caching:
-            self._file_generated(slots, blocks)
-        rows.close(slots)
+            self._file_generated(columns, blocks)
+        rows.close(columns)
         self.pool.give(*blocks)
 
-    def _file_generated(self, slots: Sequence[int], blocks: list[list[int]]) -> None:
+    def _file_generated(self, slots: LongColumn, blocks: list[list[int]]) -> None:
         """Enters the blocks that have become full of committed tokens since the rows got their slots."""
         rows, block_size = self.rows, self.limits.block_size
         full = np.minimum(rows.known[slots], rows.planned[slots]) // block_size
-        for slot, end, of_row in zip(slots, full.tolist(), blocks, strict=True):
+        for slot, end, of_row in zip(slots.tolist(), full.tolist(), blocks, strict=True):
             filed = rows.filed[slot]
             if end > filed:
                 tokens = rows.history[slot, filed * block_size : end * block_size].tobytes()
@@ -277,7 +287,7 @@ class Replica:
 
     def slot_of(self, request: Request) -> int | None:
         """Where a request runs here, or None."""
-        found = np.flatnonzero(self.rows.number == request.number)
+        found = np.flatnonzero(self.rows.identity == identity_of(request))
         return int(found[0]) if len(found) else None
 
     def evict(self, slot: int) -> Request:
@@ -285,8 +295,9 @@ class Replica:
         request = self.rows.request[slot]
         if request is None:
             raise ValueError(f"slot {slot} is free")
+        before = len(request.known)
         request.known = self.rows.tokens(slot)
-        if self.rows.known[slot] > self.rows.entered[slot]:
+        if len(request.known) > before:
             request.last_token_at = self.committed_at
         request.attempt += 1
         self.release([slot])
@@ -295,7 +306,7 @@ class Replica:
     def evict_all(self) -> list[Request]:
         """Takes all its requests back, oldest first."""
         owned = np.flatnonzero(self.rows.phase != FREE)
-        return [self.evict(int(slot)) for slot in owned[np.argsort(self.rows.number[owned])]]
+        return [self.evict(int(slot)) for slot in owned[np.argsort(self.rows.identity[owned])]]
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -306,11 +317,11 @@ class Replica:
         The plan counts as sent: rows advance, and its result is awaited.
         """
         preempted: list[Request] = []
-        grown = self._grow(preempted)
-        if grown is None:
+        growth = self._grow(preempted)
+        if growth is None:
             return None, preempted
-        rows = self.rows
-        decoding = np.flatnonzero(rows.phase == DECODE)
+        decodes, grown, added = growth
+        decoding = decodes.nonzero()[0]
         chunk_slot: list[int] = []
         chunk_length: list[int] = []
         if self._prefilling:
@@ -319,33 +330,37 @@ class Replica:
         if not len(decoding) and not chunk_slot:
             return None, preempted
 
+        rows = self.rows
+        slots = lengths = NO_INTS
+        if chunk_slot:
+            slots, lengths = np.array(chunk_slot, np.int32), np.array(chunk_length, np.int32)
         plan = StepPlan(
             epoch=self._epoch,
             registration=self.worker,
             step=self._next_step,
             after_idle=self._idle,
-            leave=np.array(self._leaving, np.int32),
-            grow_slot=grown.astype(np.int32),
-            grow_block=rows.table[grown, rows.num_blocks[grown] - 1],
-            chunk_slot=np.array(chunk_slot, np.int32),
-            chunk_length=np.array(chunk_length, np.int32),
+            leave=np.array(self._leaving, np.int32) if self._leaving else NO_INTS,
+            grow_slot=grown.astype(np.int32) if added else NO_INTS,
+            grow_block=np.array(added, np.int32) if added else NO_INTS,
+            chunk_slot=slots,
+            chunk_length=lengths,
             **self._introductions(),
         )
         prompts = self._prompt_parts(chunk_slot, chunk_length) if rows.prompt_entries else []
-        sampled, ending = self._advance(decoding, chunk_slot, chunk_length)
+        sampled, ending = self._advance(decodes, decoding, slots, lengths)
         flight = Flight(
             step=self._next_step,
             slot=sampled,
-            number=rows.number[sampled],
-            attempt=rows.attempt[sampled],
+            identity=rows.identity[sampled],
+            ending=ending,
             decode_rows=len(decoding),
             chunk_tokens=sum(chunk_length),
             entries=rows.entries[sampled] if rows.telling else None,
             prompts=prompts,
-            chunk_number=rows.number[chunk_slot] if chunk_slot else NO_LONGS,
+            chunk_identity=rows.identity[slots] if chunk_slot else NO_LONGS,
         )
         self._flights.append(flight)
-        self._leaving = ending
+        self._leaving = sampled[ending].tolist() if ending else []
         self._joining = {}
         self._joining_bytes = 0
         self._next_step += 1
@@ -373,7 +388,7 @@ class Replica:
             raise ProtocolError(
                 f"worker {self.worker} sent {len(token)} tokens for step {step}, not {len(flight.slot)}"
             )
-        if len(token) and not 0 <= int(token.min()) <= int(token.max()) < self.limits.vocab_size:
+        if len(token) and int(token.view(np.uint32).max()) >= self.limits.vocab_size:  # negative ones are the largest
             raise ProtocolError(f"worker {self.worker} sent a token outside the vocabulary in step {step}")
         if not all(0 <= position < len(token) for position, _ in failed):
             raise ProtocolError(f"worker {self.worker} failed rows that step {step} has not sampled for")
@@ -383,29 +398,29 @@ class Replica:
         self._flights.popleft()
         self._pace.observe(flight.decode_rows, flight.chunk_tokens, busy_us / 1e6)
 
-        rows = self.rows
-        owned = (rows.number[flight.slot] == flight.number) & (rows.attempt[flight.slot] == flight.attempt)
+        rows, slot, first, ending = self.rows, flight.slot, flight.slot[flight.decode_rows :], flight.ending
+        owned = rows.identity[slot] == flight.identity
         failures: dict[int, str] = {}
-        for position, error in failed:
-            if owned[position]:
-                owned[position] = False
-                failures[int(flight.slot[position])] = error
-        slot, token = flight.slot[owned], token[owned]
-        position = rows.known[slot]
-        rows.history[slot, position] = token
-        rows.known[slot] = position + 1
-        offset = position - rows.prompt_length[slot]
+        for at, error in failed:
+            if owned[at]:
+                owned[at] = False
+                failures[int(slot[at])] = error
+        if np.count_nonzero(owned) < len(slot):
+            first = first[owned[flight.decode_rows :]]
+            places = np.cumsum(owned) - 1
+            ending = [int(places[at]) for at in ending if owned[at]]
+            slot, token = slot[owned], token[owned]
+        position = rows.append(slot, token)
         stopped = rows.stopped(slot, token)
-        exhausted = rows.known[slot] >= rows.limit[slot]
         return Commit(
             slot=slot,
             client=rows.client[slot],
             ticket=rows.ticket[slot],
-            offset=offset,
+            offset=position - rows.prompt_length[slot],
             token=token,
-            first=slot[position == rows.entered[slot]],
-            stopped=slot[stopped],
-            exhausted=slot[exhausted & ~stopped],
+            first=first.tolist(),
+            stopped=slot[stopped].tolist() if stopped else [],
+            exhausted=slot[[one for one in ending if one not in stopped]].tolist() if ending else [],
             failed=tuple(failures.items()),
             logprobs=None
             if told is None or flight.entries is None
@@ -422,7 +437,7 @@ class Replica:
             position += part.count
             value += part.count * part.entries
             request = self.rows.request[part.slot]
-            if request is None or (request.number, request.attempt) != (part.number, part.attempt):
+            if request is None or identity_of(request) != part.identity:
                 continue
             again = min(max(0, request.prompt_told - part.position), part.count)
             if again == part.count:
@@ -449,26 +464,34 @@ class Replica:
 
     # --- the passes of a plan --------------------------------------------------------------------------------------
 
-    def _grow(self, preempted: list[Request]) -> LongColumn | None:
-        """One more block for each decoding row that has filled its last; returns those slots.
+    def _grow(self, preempted: list[Request]) -> tuple[BoolColumn, LongColumn, list[int]] | None:
+        """One more block for each decoding row that has filled its last; returns for each slot whether it decodes, the
+        slots that got a block, and the blocks.
 
         None if blocks will come free with a result on its way, so that planning should wait for it.
         """
         rows = self.rows
         while True:
-            full = rows.planned == rows.num_blocks * self.limits.block_size
-            slots = np.flatnonzero(full & (rows.phase == DECODE))
+            decodes = rows.phase == DECODE
+            full = rows.planned == rows.room
+            full &= decodes
+            slots = full.nonzero()[0]
             if len(slots) <= self.pool.available:
                 break
-            candidates = np.flatnonzero((rows.phase == DECODE) | (rows.phase == PREFILL))
+            candidates = np.flatnonzero(decodes | (rows.phase == PREFILL))
             if len(candidates) == 1:
                 return None  # what it lacks is held by rows in ENDING
-            newest_of_lowest = np.lexsort((rows.number[candidates], rows.priority[candidates]))[-1]
+            owners = rows.owners(candidates.tolist())
+            newest_of_lowest = max(range(len(owners)), key=lambda one: (owners[one].priority, owners[one].number))
             preempted.append(self.evict(int(candidates[newest_of_lowest])))
-        if len(slots):
-            rows.table[slots, rows.num_blocks[slots]] = self.pool.take(len(slots))
-            rows.num_blocks[slots] += 1
-        return slots
+        if not len(slots):
+            return decodes, slots, []
+        added = self.pool.take(len(slots))
+        rows.room[slots] += self.limits.block_size
+        blocks = rows.blocks
+        for slot, block in zip(slots.tolist(), added, strict=True):
+            blocks[slot].append(block)
+        return decodes, slots, added
 
     def _chunks(self, budget: int) -> tuple[list[int], list[int]]:
         """Slots that compute known tokens in this step, and how many each; `budget` in all."""
@@ -492,47 +515,50 @@ class Replica:
             first = int(rows.planned[slot]) + 1
             count = min(first + length, int(rows.prompt_length[slot])) - first
             if slot in rows.prompt_entries and count > 0:
-                number, attempt = int(rows.number[slot]), int(rows.attempt[slot])
-                parts.append(PromptPart(slot, number, attempt, first, count, rows.prompt_entries[slot]))
+                identity = int(rows.identity[slot])
+                parts.append(PromptPart(slot, identity, first, count, rows.prompt_entries[slot]))
         return parts
 
     def _advance(
-        self, decoding: LongColumn, chunk_slot: list[int], chunk_length: list[int]
+        self, decodes: BoolColumn, decoding: LongColumn, slots: IntColumn, lengths: IntColumn
     ) -> tuple[LongColumn, list[int]]:
-        """Moves the rows past the step; returns the slots that sample in it, in the result's order, and those now in
-        ENDING."""
+        """Moves the rows past the step, in which `slots` compute chunks of these lengths; returns the slots that sample
+        in it, in the result's order, and where among them those stand that are now in ENDING."""
         rows = self.rows
-        planned = rows.planned[decoding] + 1
-        rows.planned[decoding] = planned
-        ending = decoding[planned >= rows.limit[decoding] - 1]
-        rows.phase[ending] = ENDING
-        if not chunk_slot:
-            return decoding, ending.tolist()
-        slots, lengths = np.array(chunk_slot), np.array(chunk_length, np.int32)
+        rows.planned += decodes
+        decodes &= rows.planned >= rows.last
+        at_end = decodes[decoding].nonzero()[0]
+        if len(at_end):
+            rows.phase[decoding[at_end]] = ENDING
+        ending: list[int] = at_end.tolist()
+        if not len(slots):
+            return decoding, ending
         before = rows.planned[slots]
         after = before + lengths
         rows.planned[slots] = after
         if self._caching:
-            self._complete_blocks(chunk_slot, before, after)
-        for slot, length in zip(chunk_slot, chunk_length, strict=True):
+            self._complete_blocks(slots.tolist(), before.tolist(), after.tolist())
+        prefilling = self._prefilling
+        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
             self._backlog -= length
-            self._prefilling[slot] -= length
-            if not self._prefilling[slot]:
-                del self._prefilling[slot]
+            if length == prefilling[slot]:
+                del prefilling[slot]
+            else:
+                prefilling[slot] -= length
         completed = slots[after == rows.known[slots]]
-        last = rows.limit[completed] <= rows.known[completed] + 1
-        at_end = completed[last]
+        last = (rows.planned[completed] >= rows.last[completed]).nonzero()[0]
         rows.phase[completed] = DECODE
-        rows.phase[at_end] = ENDING
-        return np.concatenate([decoding, completed]), [*ending.tolist(), *at_end.tolist()]
+        if len(last):
+            rows.phase[completed[last]] = ENDING
+            ending += (last + len(decoding)).tolist()
+        return np.concatenate([decoding, completed]), ending
 
-    def _complete_blocks(self, slots: list[int], before: IntColumn, after: IntColumn) -> None:
+    def _complete_blocks(self, slots: list[int], before: list[int], after: list[int]) -> None:
         """Chunks are planned that bring rows from so many tokens to so many."""
-        block_size, table = self.limits.block_size, self.rows.table
-        first, last = (before // block_size).tolist(), (after // block_size).tolist()
+        block_size, of_slot = self.limits.block_size, self.rows.blocks
         blocks: list[int] = []
-        for slot, start, end in zip(slots, first, last, strict=True):
-            blocks += table[slot, start:end].tolist()
+        for slot, start, end in zip(slots, before, after, strict=True):
+            blocks += of_slot[slot][start // block_size : end // block_size]
         self.pool.computed(blocks)
 
     def _introductions(self) -> dict[str, Any]:
@@ -542,19 +568,20 @@ class Replica:
         rows, slots = self.rows, list(self._joining)
         requests = rows.owners(slots)
         given = [request.sampling for request in requests]
-        columns = np.array(slots)
+        columns = np.array(slots, np.int32)
+        blocks = [rows.blocks[slot] for slot in slots]
         return {
-            "join_slot": columns.astype(np.int32),
-            "join_number": rows.number[columns],
-            "join_attempt": rows.attempt[columns],
+            "join_slot": columns,
+            "join_number": np.array([request.number for request in requests], np.int64),
+            "join_attempt": np.array([request.attempt for request in requests], np.int32),
             "join_prompt_length": rows.prompt_length[columns],
             "join_length": rows.known[columns],
             "join_computed": rows.planned[columns],
-            "join_num_blocks": rows.num_blocks[columns],
-            "join_token": np.concatenate([request.known for request in requests]),
-            "join_block": np.concatenate(rows.blocks(slots)),
+            "join_num_blocks": np.array([len(of_row) for of_row in blocks], np.int32),
+            "join_token": np.frombuffer(b"".join([request.known.tobytes() for request in requests]), np.int32),
+            "join_block": np.fromiter(chain.from_iterable(blocks), np.int32),
             "join_temperature": np.array([one.temperature for one in given], np.float32),
-            "join_top_k": np.array([max(0, one.top_k) for one in given], np.int32),
+            "join_top_k": np.maximum(np.array([one.top_k for one in given], np.int32), 0),
             "join_top_p": np.array([one.top_p for one in given], np.float32),
             "join_seed": np.array([request.seed for request in requests], np.int64),
             **_join_grammars(requests),
@@ -568,7 +595,7 @@ class Replica:
         and a block has several only where the prefix cache shares it."""
         rows = self.rows
         owned = np.flatnonzero(rows.phase != FREE)
-        self.pool.check([rows.table[slot, : rows.num_blocks[slot]].tolist() for slot in owned])
+        self.pool.check([rows.blocks[slot] for slot in owned.tolist()])
         alone = self.alone
         problems = [
             (
@@ -581,7 +608,7 @@ class Replica:
             ),
             (self.reserved and rows.owned > 0, "it is reserved and runs something"),
             (rows.owned != len(owned), f"{rows.owned} slots are counted as owned, {len(owned)} are"),
-            (len(set(rows.number[owned].tolist())) != len(owned), "a request owns two slots"),
+            (len(set((rows.identity[owned] >> ATTEMPT_BITS).tolist())) != len(owned), "a request owns two slots"),
             (
                 sorted(self._prefilling) != np.flatnonzero(rows.phase == PREFILL).tolist(),
                 "slots in PREFILL are misfiled",
@@ -592,11 +619,13 @@ class Replica:
                 f"what is left of prompts is miscounted: {self._prefilling}",
             ),
             (self._backlog != sum(self._prefilling.values()), f"the backlog is not {self._backlog}"),
-            (bool((rows.known[owned] > rows.limit[owned]).any()), "a row knows more tokens than its limit"),
+            (bool((rows.known[owned] > rows.last[owned] + 1).any()), "a row knows more tokens than its limit"),
             (
-                bool((rows.planned[owned] > rows.num_blocks[owned] * self.limits.block_size).any()),
-                "a row is planned past its blocks",
+                [len(rows.blocks[slot]) * self.limits.block_size for slot in owned.tolist()]
+                != rows.room[owned].tolist(),
+                "the room of rows is miscounted",
             ),
+            (bool((rows.planned[owned] > rows.room[owned]).any()), "a row is planned past its blocks"),
         ]
         for broken, story in problems:
             if broken:

@@ -44,7 +44,6 @@ class Request:
 
     def __init__(
         self,
-        *,
         number: int,
         client: int,
         ticket: int,
@@ -52,7 +51,7 @@ class Request:
         prompt_length: int,
         limit: int,
         sampling: SamplingParams,
-        stops: tuple[int, ...],
+        stops: frozenset[int],
         now: float,
         seed: int = 0,
         priority: int = 0,
@@ -116,20 +115,20 @@ class Request:
         return self.sampling.prompt_logprobs is not None and self.prompt_told < self.prompt_length
 
     def ended(self, reason: str, known: int, now: float, error: str = "") -> Ended:
-        """The message that ends it, having `known` tokens."""
-        started = now if self.started_at is None else self.started_at
-        first = 0.0 if self.first_token_at is None else self.first_token_at - self.submitted_at
-        return Ended(
-            ticket=self.ticket,
-            reason=reason,
-            error=error,
-            prompt_tokens=self.prompt_length,
-            completion_tokens=known - self.prompt_length,
-            cached_tokens=self.cached_tokens or 0,
-            queue_s=max(0.0, started - self.submitted_at),
-            first_token_s=max(0.0, first),
-            total_s=max(0.0, now - self.submitted_at),
-            attempts=self.attempt + 1,
+        """The message that ends it, having `known` tokens. `now` is of the clock that all its times are of, and no
+        earlier than any."""
+        submitted, started, first = self.submitted_at, self.started_at, self.first_token_at
+        return Ended(  # by position, which takes half the time
+            self.ticket,
+            reason,
+            error,
+            self.prompt_length,
+            known - self.prompt_length,
+            self.cached_tokens or 0,
+            (now if started is None else started) - submitted,
+            0.0 if first is None else first - submitted,
+            now - submitted,
+            self.attempt + 1,
         )
 
     def __repr__(self) -> str:

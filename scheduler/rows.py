@@ -6,38 +6,32 @@ A slot is FREE, or owned by one request that is in one of three phases:
     DECODE    every step computes one more token
     ENDING    its last token is planned; the slot is freed when that token is committed
 
-For an owned slot:  0 ≤ planned, prompt_length ≤ known ≤ limit;  blocks hold tokens [0, num_blocks · block_size).
+For an owned slot:  0 ≤ planned, prompt_length ≤ known ≤ last + 1;  planned ≤ room = len(blocks) · block_size.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
 from .blocks import Place, root
-from .events import BoolColumn, IntColumn, LongColumn, WorkerLimits
+from .events import IntColumn, LongColumn, WorkerLimits
 from .requests import Request
 
 FREE, PREFILL, DECODE, ENDING = range(4)
 
-NO_TOKEN = -1
-"""Fills `stops` beyond a row's own stop tokens: no sampled token equals it."""
-STOP_COLUMNS = 8
-"""Stop tokens of a row that are compared for all rows at once; a row with more keeps them in a set of its own."""
+FEW_STOP_TOKENS = 4
+"""So many are compared with a step's tokens; if there are more, each of its tokens is looked up."""
+ATTEMPT_BITS = 16
+"""Of an attempt, in an identity."""
 
 
-@lru_cache(maxsize=256)
-def _stop_row(stops: tuple[int, ...]) -> IntColumn:
-    """A row of `stops`, int32[STOP_COLUMNS], read-only: none of them if they do not all fit. Most requests have the
-    same."""
-    row: IntColumn = np.full(STOP_COLUMNS, NO_TOKEN, np.int32)
-    if len(stops) <= STOP_COLUMNS:
-        row[: len(stops)] = stops
-    row.flags.writeable = False
-    return row
+def identity_of(request: Request) -> int:
+    """Request number and attempt as one number. Of the attempt it holds the last ATTEMPT_BITS: results are told apart
+    by it while a few steps are in flight, and an attempt is at least a step."""
+    return request.number << ATTEMPT_BITS | request.attempt & (1 << ATTEMPT_BITS) - 1
 
 
 class Rows:
@@ -47,8 +41,8 @@ class Rows:
         slots = limits.max_num_seqs
         self.slots = slots
         self.phase = np.zeros(slots, np.uint8)
-        self.number = np.full(slots, -1, np.int64)
-        self.attempt = np.zeros(slots, np.int32)
+        self.identity = np.full(slots, -1, np.int64)
+        """Of the attempt that owns the slot (see `identity_of`); -1 for none."""
         self.client = np.zeros(slots, np.int64)
         self.ticket = np.zeros(slots, np.int64)
         self.prompt_length = np.zeros(slots, np.int32)
@@ -56,20 +50,20 @@ class Rows:
         """Committed tokens: prompt and output."""
         self.planned = np.zeros(slots, np.int32)
         """Tokens whose keys and values are computed once every plan sent so far is done."""
-        self.limit = np.zeros(slots, np.int32)
-        self.priority = np.zeros(slots, np.int32)
-        self.num_blocks = np.zeros(slots, np.int32)
-        self.table = np.zeros((slots, -(-limits.max_model_len // limits.block_size)), np.int32)
-        """[slot, i]: id of the block that holds tokens i · block_size and following."""
+        self.last = np.zeros(slots, np.int32)
+        """With so many tokens planned a row is ENDING: what is sampled then brings it to its limit."""
+        self.room = np.zeros(slots, np.int32)
+        """Tokens that its blocks can hold."""
+        self.blocks: list[list[int]] = [[] for _ in range(slots)]
+        """By slot: ids of its blocks, in order. Lists, because rows come, grow and go by a few blocks each."""
         self.history = np.empty((slots, limits.max_model_len), np.int32)
         """[slot, position]: committed tokens. Pages of it are touched only as rows grow."""
-        self.stops = np.full((STOP_COLUMNS, slots), NO_TOKEN, np.int32)
-        self.more_stops: dict[int, frozenset[int]] = {}
-        """By slot: all stop tokens of a row that has over STOP_COLUMNS."""
-        self._stop_columns = 0
-        """Columns of `stops` that any row has used."""
-        self.entered = np.zeros(slots, np.int32)
-        """Tokens that were known when the row got its slot."""
+        self._flat_history = self.history.reshape(-1)
+        self._max_model_len = limits.max_model_len
+        self._stop_tokens: set[int] = set()
+        """Stop tokens of all rows that ever were here: only a row that samples one is looked at …"""
+        self._is_stop_token = np.zeros(limits.vocab_size, np.bool_)
+        """… and by token, whether it is one of them."""
         self.filed = [0] * slots
         """By slot: leading blocks whose contents the prefix cache knows, here or in another block."""
         self.place: list[Place] = [root("")] * slots
@@ -81,49 +75,40 @@ class Rows:
         self.prompt_entries: dict[int, int] = {}
         """By slot: log-probabilities to be told of each token of the prompt."""
         self.request: list[Request | None] = [None] * slots
-        self._free = list(range(slots))
+        self._block_size = limits.block_size
+        self.free = list(range(slots))
+        """FREE slots, a heap."""
 
     @property
     def owned(self) -> int:
         """Slots that are not FREE."""
-        return self.slots - len(self._free)
-
-    @property
-    def has_free_slot(self) -> bool:
-        return bool(self._free)
+        return self.slots - len(self.free)
 
     def open(self, request: Request, blocks: list[int], computed: int) -> int:
         """Gives the lowest free slot to a request in PREFILL, `computed` of whose tokens stand in its blocks already;
         returns the slot. There must be one. If it raises, the slot is still free."""
-        slot = self._free[0]
+        slot = self.free[0]
         length = len(request.known)
-        self.number[slot] = request.number
-        self.attempt[slot] = request.attempt
         self.client[slot] = request.client
         self.ticket[slot] = request.ticket
         self.prompt_length[slot] = request.prompt_length
         self.known[slot] = length
         self.planned[slot] = computed
-        self.limit[slot] = request.limit
-        self.priority[slot] = request.priority
-        self.num_blocks[slot] = len(blocks)
-        self.table[slot, : len(blocks)] = blocks
+        self.last[slot] = request.limit - 1
+        self.room[slot] = len(blocks) * self._block_size
+        self.blocks[slot] = blocks
         self.history[slot, :length] = request.known
-        self.entered[slot] = length
-        self.stops[:, slot] = _stop_row(request.stops)
-        if len(request.stops) <= STOP_COLUMNS:
-            self._stop_columns = max(self._stop_columns, len(request.stops))
-        else:
-            self.more_stops[slot] = frozenset(request.stops)
-        self.entries[slot] = 0
+        if not request.stops <= self._stop_tokens:
+            self._heed(request.stops)
         if request.sampling.logprobs is not None:
             self.entries[slot] = request.sampling.logprobs + 1
             self.telling += 1
-        if request.tells_prompt and request.sampling.prompt_logprobs is not None:
+        if request.sampling.prompt_logprobs is not None and request.tells_prompt:
             self.prompt_entries[slot] = request.sampling.prompt_logprobs + 1
         self.request[slot] = request
+        self.identity[slot] = identity_of(request)
         self.phase[slot] = PREFILL
-        return heapq.heappop(self._free)
+        return heapq.heappop(self.free)
 
     def owners(self, slots: Sequence[int]) -> list[Request]:
         """Whose slots these are. Raises RuntimeError if one is FREE."""
@@ -132,38 +117,46 @@ class Rows:
             raise RuntimeError(f"of slots {slots} only {len(found)} have an owner")
         return found
 
-    def blocks(self, slots: Sequence[int]) -> list[IntColumn]:
-        """The blocks of each of these rows, in order."""
-        table, counts = self.table, self.num_blocks[slots].tolist()
-        return [table[slot, :count] for slot, count in zip(slots, counts, strict=True)]
-
-    def close(self, slots: Sequence[int]) -> None:
+    def close(self, slots: LongColumn) -> None:
         """Frees slots; their blocks are the caller's to give back."""
-        columns = np.array(slots)
-        self.phase[columns] = FREE
-        self.number[columns] = -1
-        self.num_blocks[columns] = 0
+        self.phase[slots] = FREE
+        self.identity[slots] = -1
         if self.telling:
-            self.telling -= int(np.count_nonzero(self.entries[columns]))
-            self.entries[columns] = 0
-        for slot in slots:
+            self.telling -= int(np.count_nonzero(self.entries[slots]))
+            self.entries[slots] = 0
+        for slot in slots.tolist():
             self.request[slot] = None
-            heapq.heappush(self._free, slot)
-            if self.more_stops:
-                self.more_stops.pop(slot, None)
+            self.blocks[slot] = []
+            heapq.heappush(self.free, slot)
             if self.prompt_entries:
                 self.prompt_entries.pop(slot, None)
 
-    def stopped(self, slots: LongColumn, tokens: IntColumn) -> BoolColumn:
-        """Which of these rows got one of their stop tokens, bool like `slots`."""
-        stopped: BoolColumn = np.zeros(len(slots), np.bool_)
-        for column in self.stops[: self._stop_columns]:
-            stopped |= column[slots] == tokens
-        for slot, more in self.more_stops.items():
-            at = np.flatnonzero(slots == slot)
-            if len(at):
-                stopped[at[0]] = int(tokens[at[0]]) in more
-        return stopped
+    def _heed(self, stops: frozenset[int]) -> None:
+        """Enters stop tokens; those outside the vocabulary are never sampled."""
+        self._stop_tokens |= stops
+        self._is_stop_token[[token for token in stops if 0 <= token < len(self._is_stop_token)]] = True
+
+    def stopped(self, slots: LongColumn, tokens: IntColumn) -> list[int]:
+        """At which places of these columns a row got one of its stop tokens."""
+        if len(self._stop_tokens) > FEW_STOP_TOKENS:
+            suspected = self._is_stop_token[tokens]
+        else:
+            suspected = np.zeros(len(tokens), np.bool_)
+            for token in self._stop_tokens:
+                suspected |= tokens == token
+        suspects = suspected.nonzero()[0]
+        if not len(suspects):
+            return []
+        owners = self.owners(slots[suspects].tolist())
+        found = zip(suspects.tolist(), tokens[suspects].tolist(), owners, strict=True)
+        return [at for at, token, owner in found if token in owner.stops]
+
+    def append(self, slots: LongColumn, tokens: IntColumn) -> IntColumn:
+        """Each of these rows knows one more token; returns its position."""
+        position = self.known[slots]
+        self._flat_history[slots * self._max_model_len + position] = tokens
+        self.known[slots] = position + 1
+        return position
 
     def tokens(self, slot: int) -> IntColumn:
         """A copy of the committed tokens, int32[known]."""

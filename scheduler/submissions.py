@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,32 +19,39 @@ from .requests import Request
 from .throughput import EndingRate
 
 
-def make_request(event: Submitted, i: int, model: ModelDescription, number: int, now: float) -> Request:
-    """The request `number`, for the sample `i` of those that a submission asks for; the door has found no fault."""
+def make_request(event: Submitted, i: int, model: ModelDescription, number: int, now: float, plain: bool) -> Request:
+    """The request `number`, for the sample `i` of those that a submission asks for; the door has found no fault.
+    `plain`: what `door.is_plain` says of its sampling parameters."""
     sampling = event.sampling
     if sampling.prompt_logprobs is not None and event.sample + i:
         sampling = replace(sampling, prompt_logprobs=None)  # the prompt is told once, with sample 0
     limit = model.max_model_len
-    if sampling.max_tokens is not None:
-        limit = min(limit, len(event.prompt) + sampling.max_tokens)
-    return Request(
-        number=number,
-        client=event.client,
-        ticket=event.ticket + i,
-        known=np.concatenate([event.prompt, event.generated]) if len(event.generated) else event.prompt,
-        prompt_length=len(event.prompt),
-        limit=limit,
-        sampling=sampling,
-        stops=sampling.stop_token_ids if sampling.ignore_eos else (*model.eos_token_ids, *sampling.stop_token_ids),
-        now=now,
-        seed=0 if sampling.seed is None else sample_seed(sampling.seed, event.sample + i),
-        priority=event.priority,
-        root=root(event.cache_salt),
-        goes_first=event.resumed,
-        rare=is_rare(sampling),
-        held_back=(tuple({*model.eos_token_ids, *sampling.stop_token_ids}) if sampling.min_tokens else ()),
-        suspicions=event.suspicions,
+    if sampling.max_tokens is not None and len(event.prompt) + sampling.max_tokens < limit:
+        limit = len(event.prompt) + sampling.max_tokens
+    return Request(  # by position: keywords make it cost three times as much
+        number,
+        event.client,
+        event.ticket + i,
+        np.concatenate([event.prompt, event.generated]) if len(event.generated) else event.prompt,
+        len(event.prompt),
+        limit,
+        sampling,
+        _stops(() if sampling.ignore_eos else model.eos_token_ids, sampling.stop_token_ids),
+        now,
+        0 if sampling.seed is None else sample_seed(sampling.seed, event.sample + i),
+        event.priority,
+        root(event.cache_salt),
+        event.resumed,
+        not plain and is_rare(sampling),
+        tuple({*model.eos_token_ids, *sampling.stop_token_ids}) if sampling.min_tokens else (),
+        event.suspicions,
     )
+
+
+@lru_cache(maxsize=256)
+def _stops(of_model: tuple[int, ...], own: tuple[int, ...]) -> frozenset[int]:
+    """Most requests have the same."""
+    return frozenset((*of_model, *own))
 
 
 def invalid(event: Submitted, fault: Invalid) -> Reject:

@@ -83,7 +83,7 @@ class TwinPools:
             *(self._twins.get(a, a) if isinstance(a, tuple) else a for a in arguments)
         )
         if isinstance(result, Match):
-            assert (twin.blocks, twin.pending) == (result.blocks, result.pending)
+            assert (twin.blocks, twin.pending, twin.ends) == (result.blocks, result.pending, result.ends)
             self._pair(result.place, twin.place)
         elif isinstance(result, tuple):
             self._pair(result, twin)
@@ -194,6 +194,7 @@ class BlocksMachine(RuleBasedStateMachine):
         found: Match = self.pools.call("match", tokens, root(salt), most)
         should, pending = self.model.match(salt, pieces[:most])
         assert (found.blocks, found.pending) == ([one.block for one in should], pending)
+        assert found.ends == (len(should) < most and not pending)
         if should:
             assert should[-1].contents() == (salt, self.flat(pieces[: len(should)]))  # so the model is right, too
 
@@ -214,7 +215,7 @@ class BlocksMachine(RuleBasedStateMachine):
         shared, _ = self.model.match(salt, pieces[:most])
         row = Row(match.blocks + own, pieces, match.place, shared[-1] if shared else salt, len(shared), len(shared))
         self.rows.append(row)
-        self.enter(row, ready=False)
+        self.enter(row, ready=False, method="file" if match.ends else "enter")
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), blocks=st.integers(0, 3))
@@ -270,6 +271,18 @@ class BlocksMachine(RuleBasedStateMachine):
             )
             self.pools.refused("give", [*used, data.draw(st.sampled_from(unused))])
 
+    @precondition(lambda self: self.model_has_one_user())
+    @rule(data=st.data())
+    def give_twice_in_one_sequence(self, data: st.DataObject) -> None:
+        """Private, cached and shared ones before it are as they were, too."""
+        used = data.draw(st.permutations(sorted(self.model.users)))
+        once = data.draw(st.sampled_from([block for block in used if self.model.users[block] == 1]))
+        if not self.pools.plain._pending.intersection(used):
+            self.pools.refused("give", [*used, once])
+
+    def model_has_one_user(self) -> bool:
+        return hasattr(self, "model") and 1 in self.model.users.values()
+
     @rule(more=st.integers(1, 3))
     def take_too_many(self, more: int) -> None:
         self.pools.refused("take", self.pools.plain.available + more)
@@ -293,9 +306,9 @@ class BlocksMachine(RuleBasedStateMachine):
         model.users |= dict.fromkeys(taken, 1)
         return taken
 
-    def enter(self, row: Row, ready: bool) -> None:
+    def enter(self, row: Row, ready: bool, method: str = "enter") -> None:
         tokens, blocks = self.flat(row.pieces[row.filed :]), row.blocks[row.filed : len(row.pieces)]
-        row.place = self.pools.call("enter", as_bytes(tokens), row.place, blocks, ready)
+        row.place = self.pools.call(method, as_bytes(tokens), row.place, blocks, ready)
         for piece, block in zip(row.pieces[row.filed :], blocks, strict=True):
             row.last = self.model.cached.setdefault((row.last, piece), Cached(row.last, piece, block, ready))
         row.filed = len(row.pieces)

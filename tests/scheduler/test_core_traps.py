@@ -11,7 +11,7 @@ import pytest
 from tandem.protocol.codec import encode
 from tandem.protocol.messages import ModelDescription
 from tandem.protocol.sampling import SamplingParams
-from tandem.scheduler import replica
+from tandem.scheduler import core, replica
 from tandem.scheduler.core import Core
 from tandem.scheduler.events import (
     Accept,
@@ -32,6 +32,16 @@ from support.simulated_worker import SimulatedWorker, continuation
 VOCAB = 1_000
 EOS = 3
 CLIENT = 5
+
+
+def submitted(ticket: int, prompt: list[int], **sampling: Any) -> Submitted:
+    return Submitted(
+        client=CLIENT,
+        ticket=ticket,
+        prompt=np.array(prompt, np.int32),
+        generated=np.empty(0, np.int32),
+        sampling=SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling}),
+    )
 
 
 @dataclass
@@ -70,16 +80,7 @@ class Bench:
         self.core.check()
 
     def submit(self, ticket: int, prompt: list[int], **sampling: Any) -> None:
-        params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
-        self.handle(
-            Submitted(
-                client=CLIENT,
-                ticket=ticket,
-                prompt=np.array(prompt, np.int32),
-                generated=np.empty(0, np.int32),
-                sampling=params,
-            )
-        )
+        self.handle(submitted(ticket, prompt, **sampling))
 
     def step(self) -> None:
         step, tokens = self.worker.compute()
@@ -99,9 +100,9 @@ def bench(
     lookahead: int = 1,
     max_len: int = 64,
     max_waiting: int = 100,
+    max_waiting_tokens: int = 10_000,
 ) -> Bench:
-    policy = Policy(max_waiting_requests=max_waiting, max_waiting_tokens=10_000, watermark=0.0)
-    core = Core(1, policy)
+    policy = Policy(max_waiting_requests=max_waiting, max_waiting_tokens=max_waiting_tokens, watermark=0.0)
     worker = SimulatedWorker(num_blocks, block_size, slots, max_tokens, VOCAB)
     model = ModelDescription(
         name="m", architecture="a", dtype="d", vocab_size=VOCAB, max_model_len=max_len, eos_token_ids=(EOS,)
@@ -115,7 +116,7 @@ def bench(
         vocab_size=VOCAB,
         lookahead=lookahead,
     )
-    made = Bench(core, worker)
+    made = Bench(Core(1, policy), worker)
     made.handle(WorkerJoined(1, model, limits))
     return made
 
@@ -144,6 +145,20 @@ def test_a_stop_token_wastes_at_most_lookahead_rows(lookahead: int) -> None:
     assert made.received[1] == expected(prompt, 3)
     assert made.ended == {1: "stop"}
     assert made.worker.sampled == 3 + lookahead
+
+
+@pytest.mark.parametrize("others", [1, 60])
+def test_a_stop_token_ends_only_the_rows_whose_it_is(others: int) -> None:
+    """Tokens of a step are compared with everybody's stop tokens at once, in two ways: few of them, and many."""
+    made = bench(slots=2)
+    prompt = [20, 21]
+    stop = expected(prompt, 3)[-1]
+    elsewhere = tuple(token for token in range(100, 100 + others) if token not in expected(prompt, 9))
+    made.submit(1, prompt, stop_token_ids=(stop, *elsewhere), max_tokens=9)
+    made.submit(2, prompt, max_tokens=9)
+    made.run()
+    assert (made.received[1], made.received[2]) == (expected(prompt, 3), expected(prompt, 9))
+    assert made.ended == {1: "stop", 2: "length"}
 
 
 def test_the_queue_is_as_deep_as_lookahead_while_there_is_work() -> None:
@@ -270,6 +285,26 @@ def test_token_ids_outside_the_vocabulary_are_refused(token: int) -> None:
     made.submit(3, [VOCAB - 1], max_tokens=1)
     made.run()
     assert made.ended == {3: "length"}
+
+
+@pytest.mark.parametrize("bad", [[1, VOCAB], [-1], [], [5] * 64])
+def test_of_submissions_that_come_together_only_the_bad_one_is_refused(bad: list[int]) -> None:
+    made = bench()
+    made.handle(submitted(1, [1], max_tokens=2), submitted(2, bad, max_tokens=2), submitted(3, [2], max_tokens=2))
+    made.run()
+    assert made.refused.keys() == {2}
+    assert made.refused[2].field == "prompt"
+    assert (made.received[1], made.received[3]) == (expected([1], 2), expected([2], 2))
+
+
+def test_prompts_that_are_too_long_to_be_put_together_are_looked_at_one_by_one() -> None:
+    made = bench(max_len=10_000, num_blocks=3_000, max_tokens=20_000, max_waiting_tokens=20_000)
+    long = [1] * (core.SHORT + 1)
+    made.handle(submitted(1, [1, 2], max_tokens=1), submitted(2, [2], max_tokens=1), submitted(3, [*long, VOCAB]))
+    made.handle(submitted(4, [1, 2], max_tokens=1), submitted(5, [2], max_tokens=1), submitted(6, long, max_tokens=1))
+    made.run()
+    assert made.refused.keys() == {3}
+    assert made.ended.keys() == {1, 2, 4, 5, 6}
 
 
 def test_a_sampled_request_without_a_seed_is_refused() -> None:

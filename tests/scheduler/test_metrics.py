@@ -191,7 +191,7 @@ def test_latencies_between_tokens_are_those_of_each_request() -> None:
     assert counters.finished == {"length": 1}
     assert (counters.inter_token_latency.total, sum(counters.inter_token_latency.counts)) == (4, 4)
     made.steps(2)
-    counters.enter_endings()
+    counters.enter_pending()
     assert counters.finished == {"length": 2}
     assert (counters.inter_token_latency.total, sum(counters.inter_token_latency.counts)) == (6, 6)
     assert (counters.time_to_first_token.total, counters.decode_time.total) == (1 + 3, 4 + 2)
@@ -211,6 +211,7 @@ def test_the_token_after_a_workers_loss_comes_as_long_after_the_last_one_before(
     made.steps(2)
     counters = made.core.counters
     assert (counters.inter_token_latency.total, sum(counters.inter_token_latency.counts)) == (2 + 11 + 2, 5)
+    counters.enter_pending()
     assert sum(counters.time_to_first_token.counts) == 1
 
 

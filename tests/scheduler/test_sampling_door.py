@@ -14,7 +14,7 @@ from tandem.protocol.codec import decode, encode
 from tandem.protocol.errors import InvalidRequest, ProtocolError
 from tandem.protocol.messages import ModelDescription, Submit
 from tandem.protocol.sampling import SamplingParams
-from tandem.scheduler.door import find_fault
+from tandem.scheduler.door import find_fault, is_plain
 from tandem.scheduler.events import Submitted
 
 VOCAB = 1_000
@@ -32,7 +32,7 @@ def fault(prompt_length: int = 4, **sampling: Any) -> tuple[str, str, str] | Non
         generated=np.empty(0, np.int32),
         sampling=SamplingParams(seed=1, **sampling),
     )
-    found = find_fault(event, MODEL, 128)
+    found = find_fault(event, MODEL, 128, is_plain(event.sampling), None)
     if found is None:
         return None
     assert found.field in found.message

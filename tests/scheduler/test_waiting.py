@@ -38,7 +38,7 @@ def request(number: int, now: float, priority: int = 0, *, goes_first: bool = Fa
         prompt_length=3,
         limit=10,
         sampling=SamplingParams(),
-        stops=(),
+        stops=frozenset(),
         now=now,
         priority=priority,
         goes_first=goes_first,

@@ -52,7 +52,7 @@ def request_of(sampling: SamplingParams, prompt: list[int], generated: list[int]
         prompt_length=len(prompt),
         limit=1_000_000,
         sampling=sampling,
-        stops=(),
+        stops=frozenset(),
         now=0.0,
         rare=is_rare(sampling),
         held_back=tuple({EOS, *sampling.stop_token_ids}) if sampling.min_tokens else (),
