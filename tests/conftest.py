@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from support.deadlines import DEADLINE_S
+from support.grids import whole_grid
 from support.leaks import end_descendants, leaked, mark_descendants, snapshot
 
 mark_descendants()
@@ -35,11 +36,6 @@ settings.register_profile(
 settings.load_profile(os.environ.get("TANDEM_TEST_PROFILE", "ci"))
 
 
-def full_grid() -> bool:
-    """Whether whole grids and slow tests run (`make test-all`) rather than pairwise choices (`make test`)."""
-    return os.environ.get("TANDEM_TEST_GRID", "pairwise") == "full"
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Declare markers and turn warnings into errors."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none, and only there")
@@ -51,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect slow tests unless asked for; skip GPU tests where there is no GPU (torch is imported for those only)."""
-    if not full_grid() and "slow" not in config.getoption("markexpr"):
+    if not whole_grid() and "slow" not in config.getoption("markexpr"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         if slow:
             config.hook.pytest_deselected(items=slow)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tandem.bench.soak import growing
 
 from support.deadlines import DEADLINE_S
@@ -23,6 +25,7 @@ def test_growth_is_told_beyond_what_any_process_has() -> None:
     assert growing(memory(2_000.0, 2_041.0))
 
 
+@pytest.mark.slow
 def test_a_short_soak_checks_every_token_and_tells_of_every_process(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     out = tmp_path / "soak.json"

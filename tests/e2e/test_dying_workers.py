@@ -6,6 +6,7 @@ import asyncio
 import signal
 from pathlib import Path
 
+import pytest
 from chaos.load import Load, specs, undisturbed
 from chaos.service import ChaosService, chaos_service
 
@@ -17,6 +18,8 @@ from support.tiny_models import VOCAB, save_tiny
 STREAMS = 12
 
 
+# The chaos test, which always runs, does the same to two workers, and more.
+@pytest.mark.slow
 def test_streams_outlive_a_worker_that_is_killed_and_one_that_stops(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     logs = tmp_path / "logs"

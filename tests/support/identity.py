@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from tandem import AsyncClient
 
+from support.grids import whole_grid
 from support.observe import Observer, run_until_preempted, settled
 from support.systems import embedded
 from support.tiny_models import ARCHITECTURES, save_tiny
@@ -33,7 +33,7 @@ Cell = tuple[str, int, int, str]
 def grid() -> list[Cell]:
     """The whole grid, or with pairwise coverage: every two values of two parameters meet in some cell."""
     whole = list(itertools.product(ARCHITECTURES, LOOKAHEADS, BLOCK_SIZES, CACHES))
-    if os.environ.get("TANDEM_TEST_GRID") == "full":
+    if whole_grid():
         return whole
     pairs = {pair for cell in whole for pair in itertools.combinations(enumerate(cell), 2)}
     chosen = []
