@@ -19,7 +19,7 @@ JSON schemas that are none, fields that only go together."""
 @pytest.fixture(scope="module")
 def small() -> Iterator[Served]:
     """Answers end soon however much is asked for, and the most prompts of one request are more than it takes."""
-    with service("--max-model-len", "256", "--max-requests-per-client", "64") as found:
+    with service("--max-model-len", "96", "--max-requests-per-client", "64") as found:
         yield found
 
 
@@ -75,7 +75,7 @@ def test_schemathesis_finds_nothing(small: Served, tmp_path: Path) -> None:
         [
             *(sys.executable, "-P", "-W", "ignore", "-c", "from schemathesis.cli import schemathesis; schemathesis()"),
             *("run", f"{small.url}/openapi.json", "--exclude-checks", NOT_CHECKED, "--max-examples", "8"),
-            *("--phases", "examples,coverage,fuzzing", "--seed", "1", "--workers", "4", "--request-timeout", "300"),
+            *("--phases", "examples,coverage,fuzzing", "--seed", "1", "--workers", "8", "--request-timeout", "300"),
             *("--generation-database", "none", "--suppress-health-check", "all", "--no-color"),
         ],
         capture_output=True,
