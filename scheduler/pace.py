@@ -42,7 +42,9 @@ class Pace:
         if not self._target_s or not decode_rows or not self._per_token_s:
             return budget
         left_s = self._target_s - (self._decode_s or 0.0)
-        return min(budget, max(LEAST_TOKENS, int(left_s / self._per_token_s)))
+        if left_s >= budget * self._per_token_s:
+            return budget  # without a division: an average of nothing but zeros after the first comes near zero
+        return min(budget, max(LEAST_TOKENS, int(left_s / self._per_token_s) if left_s > 0.0 else 0))
 
 
 def _average(before: float | None, new: float) -> float:
