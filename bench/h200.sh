@@ -10,7 +10,7 @@
 #   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C and E; idle-long: and B
 #   attention  the decode kernel back to back and in its place, in all its ways (no service)
 #   http   E through HTTP beside the SDK, from 8 client processes, with $GATEWAYS (default 1 and 2) gateways on a port
-#   invariant  A and E as they are, in batch-invariant mode, and so without CUDA graphs
+#   invariant  A and E as they are and in batch-invariant mode, each with graphs and with --enforce-eager
 #   peer-A peer-B peer-C peer-E  transformers' continuous batching, its best configuration found (needs $PEER, the script)
 #
 # Results go into $RESULTS (default bench/results), one JSON file a figure. $PYTHON (default python3) must find tandem.
@@ -134,6 +134,7 @@ for figure in "$@"; do
     sync) need --lookahead 0; load A -lookahead-0; load C -lookahead-0; load E -lookahead-0 ;;
     invariant)
       need; load A; load E
+      need --enforce-eager; load A -eager; load E -eager
       need --batch-invariant; load A -invariant; load E -invariant
       need --batch-invariant --enforce-eager; load A -invariant-eager; load E -invariant-eager
       ;;
