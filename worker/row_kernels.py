@@ -29,7 +29,8 @@ _SAFE: Final = frozenset(
         "empty_strided fill_ flip floor_divide floor_divide_ full full_like gather glu histc index index_copy "
         "index_copy_ index_put index_put_ index_select lift_fresh linspace log_sigmoid_forward masked_fill_ "
         "max.dim min.dim new_empty new_full new_ones new_zeros ones ones_like polar prelu repeat "
-        "_reshape_alias scalar_tensor scatter scatter_ stack _to_copy tril triu _unsafe_view zero_ zeros zeros_like"
+        "_reshape_alias scalar_tensor scatter.src scatter.value scatter_.src scatter_.value stack _to_copy tril triu "
+        "_unsafe_view zero_ zeros zeros_like"
     ).split()
 )
 """Names of operations that move numbers, make them, compare them, count them (histc), or are elementwise though torch
@@ -67,9 +68,12 @@ class RowKernels(LetsThrough, TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._own_work or _is_safe(func):
+        if self._own_work:
             return func(*args, **kwargs)
         name = func.name()
+        if _is_safe(func):
+            _require_harmless(name, args, kwargs)
+            return func(*args, **kwargs)
         if name.partition("::")[2].partition(".")[0] in _EXACT_OF_INTEGERS and _counts(args[0], kwargs):
             return func(*args, **kwargs)
         if name in _COMPUTED:
@@ -84,6 +88,33 @@ class RowKernels(LetsThrough, TorchDispatchMode):
 def _is_safe(func: OpOverload) -> bool:
     name = func.name().partition("::")[2]
     return func.is_view or torch.Tag.pointwise in func.tags or name in _SAFE or name.partition(".")[0] in _SAFE
+
+
+def _require_harmless(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """LoadError if an operation that is safe by itself is not so with these arguments."""
+    problem = None
+    match name.partition("::")[2].partition(".")[0]:
+        case "index" if _selects(args[1]):
+            problem = "by a mask: how much comes out, the host would have to wait for"
+        case "index_put" | "index_put_":
+            adds = kwargs.get("accumulate", args[3] if len(args) > 3 else False)
+            number = args[2].numel() == 1 and args[2].device.type == "cpu"  # which torch fills in without counting
+            if adds and not _counts(args[0], {}):
+                problem = "by adding up, in any order"
+            elif _selects(args[1]) and not number:
+                problem = "by a mask: where what goes, the host would have to wait for"
+        case "_to_copy" if (device := kwargs.get("device")) is not None:
+            if torch.device(device).type == "cpu" != args[0].device.type:
+                problem = "to the host, which would have to wait for it"
+        case "copy_" if isinstance(args[1], Tensor):
+            if args[0].device.type == "cpu" != args[1].device.type:
+                problem = "to the host, which would have to wait for it"
+    if problem is not None:
+        raise LoadError(f"batch-invariant mode does not know {name} {problem}; the model uses it so")
+
+
+def _selects(indices: Sequence[Tensor | None]) -> bool:
+    return any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in indices)
 
 
 def _counts(values: Tensor, options: Mapping[str, Any]) -> bool:

@@ -42,6 +42,7 @@ some_architectures = pytest.mark.parametrize(
     [*QUICK, *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES if arch not in QUICK)],
 )
 HEADS = torch.ones(1, 2, 5, 8)
+MASK = torch.tensor([True, False, True])
 REFUSED: dict[str, Callable[[], Any]] = {
     r"aten::bmm|\[3, 5, 6\] and \[3, 6, 4\]": lambda: torch.ones(3, 5, 6) @ torch.ones(3, 6, 4),
     "aten::index_add": lambda: torch.zeros(4).index_add(0, torch.tensor([1, 1]), torch.ones(2)),
@@ -51,6 +52,12 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "aten::mv": lambda: torch.mv(torch.ones(3, 4), torch.ones(4)),
     "aten::convolution": lambda: nn.functional.conv1d(torch.ones(1, 3, 9), torch.ones(2, 3, 3)),
     "aten::linalg_vector_norm": lambda: torch.linalg.vector_norm(torch.ones(3, 4), dim=-1),
+    r"aten::index\.Tensor by a mask": lambda: torch.ones(3)[MASK],
+    "aten::index_put_ by a mask": lambda: torch.ones(3, 4).index_put_((MASK,), torch.ones(4)),
+    "aten::index_put by adding up": lambda: torch.ones(3).index_put((torch.tensor([1, 1]),), torch.ones(2), True),
+    r"aten::scatter\.reduce": lambda: torch.ones(3).scatter(0, torch.tensor([1, 1]), torch.ones(2), reduce="add"),
+    "aten::_to_copy to the host": lambda: torch.ones(3, device="meta").cpu(),
+    "aten::copy_ to the host": lambda: torch.ones(3).copy_(torch.ones(3, device="meta")),
     "scaled_dot_product": lambda: nn.functional.scaled_dot_product_attention(HEADS, HEADS, HEADS),
 }
 
@@ -68,6 +75,10 @@ def test_what_does_not_depend_on_other_rows_passes() -> None:
         assert torch.argsort(values, dim=-1).tolist() == [[3, 0, 1, 2]]
         assert (values > 1).sum(-1).tolist() == [3]
         assert torch.ones(3, dtype=torch.int32).cumsum(0).tolist() == [1, 2, 3]
+        filled = torch.zeros(3)
+        filled[MASK] = 5.0
+        assert filled[torch.tensor([2, 1])].tolist() == [5, 0]
+        assert torch.zeros(2).scatter(0, torch.tensor([1]), torch.ones(1)).tolist() == [0, 1]
         outer = torch.matmul(torch.ones(3, 5, 1), torch.ones(3, 1, 4))
         assert outer.shape == (3, 5, 4)
         nn.functional.silu(values).mul_(2).amax(-1).add(1).to(torch.bfloat16).view(torch.int16)
