@@ -19,13 +19,14 @@ def describe_machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": {name: found for name in _PACKAGES if (found := package_version(name))},
         "commit": os.environ.get("TANDEM_COMMIT")
         or output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
     }
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Of an installed package; None if it is not."""
     try:
         return version(name)
     except PackageNotFoundError:

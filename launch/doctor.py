@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.machine import output, package_version
 from ..protocol.errors import ConfigurationError
 from ..protocol.transport import Address, default_address, require_private
 from ..worker.config import WorkerConfig
@@ -103,14 +103,16 @@ def _some(count: int, what: str) -> str:
 
 
 def _software(has_gpu: bool) -> Iterator[Finding]:
-    yield Finding("tandem", f"{_version('tandem-serve') or 'not installed, run from a source tree'}, {_python()}")
-    have = {name: _version(name) for name in REQUIRED}
+    yield Finding(
+        "tandem", f"{package_version('tandem-serve') or 'not installed, run from a source tree'}, {_python()}"
+    )
+    have = {name: package_version(name) for name in REQUIRED}
     missing = [name for name, found in have.items() if found is None]
     yield Finding("packages", ", ".join(f"{name} {found}" for name, found in have.items() if found))
     if missing:
         yield Finding("packages", f"missing: {', '.join(missing)}; install tandem-serve again", "problem")
     for name, purpose in OPTIONAL.items():
-        found = _version(name)
+        found = package_version(name)
         if found is not None:
             yield Finding(name, found)
         elif has_gpu or name not in NEED_CUDA:
@@ -128,7 +130,8 @@ def _machine(probed: dict[str, Any]) -> Iterator[Finding]:
         f"{_some(cores, 'core')}, {_memory() / 2**30:.1f} GiB of memory",
         "ok" if cores > 1 else "warning",
     )
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    drivers = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")  # a line for each GPU
+    driver = None if drivers is None else drivers.splitlines()[0]
     for index, gpu in enumerate(probed.get("gpus", ())):
         size = f"{gpu['memory'] / 2**30:.1f} GiB"
         rest = f"compute capability {gpu['capability']}, driver {driver or 'unknown'}"
@@ -285,20 +288,3 @@ def _memory_of(config: WorkerConfig, probed: dict[str, Any]) -> Iterator[Finding
 def _memory() -> int:
     """Bytes of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    """A command's first line; None where there is no such command or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.strip().splitlines()
-    return lines[0] if lines and done.returncode == 0 else None
