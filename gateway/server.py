@@ -83,6 +83,7 @@ class _GuardedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._head_bytes = 0
         self._in_head = True
+        self._head_is_long = False
         self._head_timer: asyncio.TimerHandle | None = None
         if len(self.connections) > self.max_connections:
             self._refuse(unavailable(f"over the limit of {self.max_connections} connections"))
@@ -102,9 +103,7 @@ class _GuardedProtocol(HttpToolsProtocol):
                 self._await_head()
         super().data_received(data)
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(
-                ApiError(431, f"the request's head is over the limit of {MAX_HEAD_BYTES} bytes", code="head_too_large")
-            )
+            self._refuse(_head_too_large())
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -123,6 +122,9 @@ class _GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._cancel_head_timer()
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._head_is_long = True
+            raise ValueError("head too large")  # what the parser makes of it ends at send_400_response
         super().on_headers_complete()
         # Of this request: `self.cycle` is another's as soon as the client sends one more before the answer's end.
         self.scope["tandem.write"] = partial(self._write_chunk, self.cycle)  # type: ignore[typeddict-unknown-key]
@@ -132,7 +134,8 @@ class _GuardedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = True, 0
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, "this is no HTTP request", code="invalid_http"))
+        no_http = ApiError(400, "this is no HTTP request", code="invalid_http")
+        self._refuse(_head_too_large() if self._head_is_long else no_http)
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_is_late)
@@ -159,6 +162,10 @@ class _GuardedProtocol(HttpToolsProtocol):
         lines: list[Any] = [head.encode(), *(name + b": " + value + b"\r\n" for name, value in fields)]
         self.transport.write(b"".join(lines) + b"\r\n" + bytes(answer.body))
         self.transport.close()
+
+
+def _head_too_large() -> ApiError:
+    return ApiError(431, f"the request's head is over the limit of {MAX_HEAD_BYTES} bytes", code="head_too_large")
 
 
 _PHRASES = {

@@ -182,6 +182,8 @@ def read_all(connection: socket.socket) -> bytes:
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"400"),  # TLS
         (b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 12_000, b"431"),
         (b"GET /" + b"x" * 70_000, b"431"),
+        (b"GET /health HTTP/1.1\r\nx: " + b"y" * 66_000 + b"\r\n\r\n", b"431"),  # whole, perhaps in one piece
+        (b"GET /" + b"x" * 66_000 + b" HTTP/1.1\r\n\r\n", b"431"),
         (b"GET /health HTTP/1.1\r\nhost: x\r\n", b"408"),  # and nothing more
         (b"", b"408"),
         (b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{", b"408"),
