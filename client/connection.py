@@ -50,6 +50,7 @@ from ..protocol.messages import (
 )
 from ..protocol.transport import Address, LoopSocket, open_dealer, require_private
 from ..protocol.wires import HANDSHAKE_EVENTS, Handshakes, monitor, read_event
+from .context import Context
 from .files import FileFetcher
 from .requests import OpenRequests
 from .resumption import SEND_RETRY_S, Resumptions
@@ -122,7 +123,7 @@ class Connection:
         if self.address.is_ipc and self.address.directory.exists():
             require_private(self.address.directory)
         self._loop = asyncio.get_running_loop()
-        self._context = zmq.Context()
+        self._context = Context()
         try:
             self._connect(self._context)
             self._tick()

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import gc
 import socket
+import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -163,6 +165,33 @@ def test_use_before_and_after() -> None:
                 await client.generate("x")
 
     asyncio.run(main())
+
+
+def test_a_client_that_is_forgotten_holds_nobody_up() -> None:
+    """It was not closed and its loop is gone: whoever collects the garbage must not wait for its sockets."""
+
+    def leave_one_behind(address: str, told: Callable[[], object]) -> None:
+        async def use() -> None:
+            client = AsyncClient(address)
+            await client.connect()
+            await client.generate([1])
+
+        asyncio.run(use())
+        gc.collect()
+        told()
+
+    async def main() -> None:
+        loop, collected = asyncio.get_running_loop(), asyncio.Event()
+        async with ScriptedScheduler() as scheduler:
+            told = partial(loop.call_soon_threadsafe, collected.set)
+            thread = threading.Thread(target=leave_one_behind, args=(scheduler.address, told), daemon=True)
+            thread.start()
+            async with asyncio.timeout(DEADLINE_S):
+                await collected.wait()
+
+    gc.collect()
+    with pytest.warns(ResourceWarning, match="Unclosed context"):
+        asyncio.run(main())
 
 
 def test_another_loop_is_refused() -> None:
