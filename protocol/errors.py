@@ -6,7 +6,18 @@ from typing import Any
 
 
 class TandemError(Exception):
-    """Base of everything that Tandem raises on purpose."""
+    """Base of everything that Tandem raises on purpose. All of these can be pickled, as programs of several processes
+    need it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (type(self), self.args, self.__dict__)
+
+
+def _same(kind: type[TandemError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> TandemError:
+    """Not by calling it: what it is made from is not what it holds."""
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigurationError(TandemError):

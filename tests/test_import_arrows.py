@@ -26,6 +26,7 @@ ARROWS = {
     "gateway": {"client", "protocol"},
     "launch": {"protocol", "scheduler", "worker", "client", "gateway", "bench"},
     "bench": {"protocol", "scheduler", "worker", "client", "gateway", "launch"},
+    "__main__": {"launch"},
     "": {"protocol", "client", "launch"},  # the root __init__.py, which re-exports
 }
 # The model runs in worker/; the built-in model's training and the benchmarks of peers run models of their own.

@@ -1,5 +1,6 @@
 """What `tandem` offers, and what naming it costs."""
 
+import pickle
 import subprocess
 import sys
 
@@ -7,6 +8,8 @@ import pytest
 
 import tandem
 import tandem.client
+from tandem.launch.supervisor import ChildDied
+from tandem.protocol.errors import OffsetError
 
 from support.deadlines import DEADLINE_S
 
@@ -65,3 +68,28 @@ def test_what_imports_bring_along(code: str) -> None:
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        tandem.InvalidRequest("n: 9", field="n", limit=8, value=9),
+        tandem.Overloaded("full", retry_after=2.0),
+        tandem.RequestTimeout("late", completion=None),
+        OffsetError(3, 4),
+        ChildDied("worker", "ended with code 2", ["last", "words"], ""),
+        tandem.ServiceUnavailable("gone"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_can_be_pickled(error: tandem.TandemError) -> None:
+    """As concurrent.futures and multiprocessing do with what a process raises."""
+    same = pickle.loads(pickle.dumps(error))  # noqa: S301  (our own, just made)
+    assert (type(same), str(same), vars(same)) == (type(error), str(error), vars(error))
+
+
+def test_the_package_runs_as_the_command_line() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "tandem", "--help"], capture_output=True, text=True, timeout=DEADLINE_S, check=True
+    )
+    assert ran.stdout.lstrip().startswith("Usage: tandem [OPTIONS]")
