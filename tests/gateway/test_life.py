@@ -118,20 +118,16 @@ def test_options_that_cannot_work(flags: list[str], words: str) -> None:
     assert "Traceback" not in command.output
 
 
-@pytest.fixture(scope="module")
-def own() -> Iterator[EmbeddedSystem]:
-    """A service whose processes may be stopped for a while."""
-    with embedded({"device": "cpu", "threads": 1}) as system:
-        yield system
-
-
-def test_health_when_the_worker_or_the_scheduler_is_frozen(own: EmbeddedSystem) -> None:
-    with gateway(own.address, "--health-stall-s", "0.5") as (found, _):
+def test_health_when_the_worker_or_the_scheduler_is_frozen() -> None:
+    with (
+        embedded({"device": "cpu", "threads": 1}) as system,
+        gateway(system.address, "--health-stall-s", "0.5") as (found, _),
+    ):
         with streaming(found, {**LONG, "max_tokens": 4_000}) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
-            check_health_while_frozen(found, child_of(own, "worker"), "no worker has finished a step")
-        check_health_while_frozen(found, child_of(own, "scheduler"), "the scheduler does not answer")
+            check_health_while_frozen(found, child_of(system, "worker"), "no worker has finished a step")
+        check_health_while_frozen(found, child_of(system, "scheduler"), "the scheduler does not answer")
 
 
 def child_of(system: EmbeddedSystem, part: str) -> psutil.Process:
@@ -163,14 +159,15 @@ def check_health_while_frozen(found: Served, process: psutil.Process, words: str
     wait_until_ready(found)
 
 
-def test_open_streams_wait_for_the_service_as_long_as_was_said(own: EmbeddedSystem) -> None:
+def test_open_streams_wait_for_the_service_as_long_as_was_said() -> None:
     with (
-        gateway(own.address, "--reconnect-timeout", "0.5") as (found, _),
+        embedded({"device": "cpu", "threads": 1}) as system,
+        gateway(system.address, "--reconnect-timeout", "0.5") as (found, _),
         streaming(found, {**LONG, "max_tokens": 4_000}) as answer,
     ):
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
-        scheduler = child_of(own, "scheduler")
+        scheduler = child_of(system, "scheduler")
         scheduler.suspend()
         try:
             assert "there was no service for 0.5 s" in "\n".join(lines)
