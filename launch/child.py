@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -46,6 +47,11 @@ class ChildSpec:
     process id, this one is killed."""
 
 
+def _with_docstrings() -> dict[str, str]:
+    """transformers builds its own from them: under PYTHONOPTIMIZE=2, which takes them away, it loads no model."""
+    return {"PYTHONOPTIMIZE": "1"} if sys.flags.optimize > 1 or os.environ.get("PYTHONOPTIMIZE", "") > "1" else {}
+
+
 class Child:
     """A running child: its process, the pipes that it speaks through, and its last words."""
 
@@ -75,7 +81,7 @@ class Child:
                 stderr=output_write,
                 pass_fds=(status_write,),
                 process_group=0,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **spec.environment},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **_with_docstrings(), **spec.environment},
             )
         except OSError:
             os.close(self.output)

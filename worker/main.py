@@ -48,6 +48,10 @@ def _serve(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> N
     from ..protocol.transport import Address
     from .link import Link
 
+    if sys.flags.optimize > 1:
+        raise ConfigurationError(
+            "python -OO and PYTHONOPTIMIZE=2 take docstrings away, without which transformers loads no model; use -O"
+        )
     log_writer = configure(config.name or "worker", config.log_level, config.log_format)
     try:
         address = Address(config.scheduler)

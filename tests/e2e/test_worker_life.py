@@ -200,6 +200,14 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(changes: dict[str, A
     assert "Traceback" not in worker.words()
 
 
+def test_a_python_without_docstrings_is_refused() -> None:
+    config = '{"scheduler": "ipc:///tmp/nobody", "model": "x"}'
+    command = [sys.executable, "-OO", "-P", "-m", "tandem.worker.main", "--config-json", config]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "use -O" in run.stderr
+
+
 def test_a_directory_of_others_is_refused(place: Place) -> None:
     run = place.folder / "run"
     run.mkdir()

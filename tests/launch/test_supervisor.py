@@ -70,6 +70,18 @@ def test_statuses_and_output_reach_the_listener_in_order() -> None:
     assert ("a", "hello") in heard.lines
 
 
+@pytest.mark.parametrize(("given", "optimize"), [("", 0), ("1", 1), ("2", 1)])
+def test_children_keep_their_docstrings(given: str, optimize: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers needs its own."""
+    monkeypatch.setenv("PYTHONOPTIMIZE", given)
+    heard = Heard()
+    with supervisor(heard) as one:
+        one.start(child("a", "say_optimize", "ready"))
+        one.wait_ready("a", DEADLINE_S)
+        one.stop()
+    assert ("a", f"optimize {optimize}") in heard.lines
+
+
 @pytest.mark.parametrize(
     ("behaviours", "expected"),
     [

@@ -44,6 +44,8 @@ def behave(behaviour: str, status: int) -> None:
         os.write(status, json.dumps({"event": "error", "message": value}).encode() + b"\n")
     elif name == "say":
         print(value, flush=True)
+    elif name == "say_optimize":
+        print(f"optimize {sys.flags.optimize}", flush=True)
     elif name == "say_lines":
         print("\n".join(f"line {number}" for number in range(int(value))), flush=True)
     elif name == "mutter":
