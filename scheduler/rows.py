@@ -24,6 +24,8 @@ FREE, PREFILL, DECODE, ENDING = range(4)
 
 FEW_STOP_TOKENS = 4
 """So many are compared with a step's tokens; if there are more, each of its tokens is looked up."""
+FALSE_ALARMS = 64
+"""When so many tokens for each slot were looked at in vain, the stop tokens of rows that are gone are forgotten."""
 ATTEMPT_BITS = 16
 """Of an attempt, in an identity."""
 
@@ -61,9 +63,10 @@ class Rows:
         self._flat_history = self.history.reshape(-1)
         self._max_model_len = limits.max_model_len
         self._stop_tokens: set[int] = set()
-        """Stop tokens of all rows that ever were here: only a row that samples one is looked at …"""
+        """Of all rows here, and of some that were: only a row that samples one is looked at …"""
         self._is_stop_token = np.zeros(limits.vocab_size, np.bool_)
         """… and by token, whether it is one of them."""
+        self._false_alarms = 0
         self.filed = [0] * slots
         """By slot: leading blocks whose contents the prefix cache knows, here or in another block."""
         self.place: list[Place] = [root("")] * slots
@@ -149,7 +152,19 @@ class Rows:
             return []
         owners = self.owners(slots[suspects].tolist())
         found = zip(suspects.tolist(), tokens[suspects].tolist(), owners, strict=True)
-        return [at for at, token, owner in found if token in owner.stops]
+        stopped = [at for at, token, owner in found if token in owner.stops]
+        self._false_alarms += len(suspects) - len(stopped)
+        if self._false_alarms > FALSE_ALARMS * self.slots:
+            self._forget_stop_tokens()
+        return stopped
+
+    def _forget_stop_tokens(self) -> None:
+        """Of rows that are gone. Else whoever had named every token once would have all rows looked at for ever."""
+        self._false_alarms = 0
+        self._stop_tokens.clear()
+        self._is_stop_token[:] = False
+        for stops in {request.stops for request in self.request if request is not None}:
+            self._heed(stops)
 
     def append(self, slots: LongColumn, tokens: IntColumn) -> IntColumn:
         """Each of these rows knows one more token; returns its position."""

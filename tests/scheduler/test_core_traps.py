@@ -11,7 +11,7 @@ import pytest
 from tandem.protocol.codec import encode
 from tandem.protocol.messages import ModelDescription
 from tandem.protocol.sampling import SamplingParams
-from tandem.scheduler import core, replica
+from tandem.scheduler import core, replica, rows
 from tandem.scheduler.core import Core
 from tandem.scheduler.events import (
     Accept,
@@ -159,6 +159,28 @@ def test_a_stop_token_ends_only_the_rows_whose_it_is(others: int) -> None:
     made.run()
     assert (made.received[1], made.received[2]) == (expected(prompt, 3), expected(prompt, 9))
     assert made.ended == {1: "stop", 2: "length"}
+
+
+def test_stop_tokens_of_rows_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or every token that one client has ever named would be looked at in all rows of all others."""
+    monkeypatch.setattr(rows, "FALSE_ALARMS", 6)
+    made = bench(slots=2)
+    (replica,) = made.core._replicas.values()
+    heeded = replica.rows._stop_tokens
+    prompt = [20, 21]
+    made.submit(1, [1], stop_token_ids=tuple(range(100)), max_tokens=1)
+    for first in range(100, VOCAB, 100):
+        made.submit(1 + first, [1], stop_token_ids=tuple(range(first, first + 100)), max_tokens=1)
+    made.run()
+    assert len(heeded) == VOCAB
+    stop = expected(prompt, 30)[-1]
+    made.submit(2, prompt, stop_token_ids=(stop,), max_tokens=40)
+    made.submit(3, prompt, max_tokens=8)
+    made.run()
+    assert heeded == {stop}
+    assert made.received[2] == expected(prompt, 1 + expected(prompt, 30).index(stop))
+    assert made.ended[2] == "stop"
+    assert made.received[3] == expected(prompt, 8)
 
 
 def test_the_queue_is_as_deep_as_lookahead_while_there_is_work() -> None:
