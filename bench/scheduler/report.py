@@ -156,6 +156,18 @@ def show_knee(console: Console, runs: Sequence[dict[str, Any]]) -> None:
             f"at most {MOST_WAITED:.1%}: {verdict}",
             highlight=False,
         )
+    console.print(_knee(runs), highlight=False)
+
+
+def _knee(runs: Sequence[dict[str, Any]]) -> str:
+    """How many streams one scheduler process carries, as a sentence."""
+    counts = list(dict.fromkeys(run["workers"] for run in runs))
+    held = [one for one in counts if holds([run for run in runs if run["workers"] == one])]
+    rows = runs[0]["rows"]
+    if not held:
+        return f"Here one scheduler process does not carry {counts[0]} × {rows:,} streams."
+    carried = f"Here one scheduler process carries {held[-1]} × {rows:,} = {held[-1] * rows:,} streams"
+    return f"{carried}." if held == counts else f"{carried}, and {counts[-1]} × {rows:,} no more."
 
 
 def show_profile(console: Console, stats: pstats.Stats) -> dict[str, list[dict[str, Any]]]:

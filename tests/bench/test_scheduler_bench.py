@@ -436,8 +436,9 @@ def test_sweep_tells_of_every_point() -> None:
         for workers, share in ((1, 0.0), (2, 0.2), (2, 0.0), (2, 0.0), (4, 0.5), (4, 0.25))
     ]
     show_knee(console, runs)
-    lines = console.export_text().splitlines()
+    *lines, knee = console.export_text().splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == ["held", "held", "too many"]
+    assert knee == "Here one scheduler process carries 2 × 256 = 512 streams, and 4 × 256 no more."
     assert lines[2].startswith("4 workers, 1,024 streams")
     assert "50.000%, 25.000% of the steps" in lines[2]
 
