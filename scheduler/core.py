@@ -450,8 +450,7 @@ class Core:
         ends += [(slot, "length", "") for slot in commit.exhausted]
         ends += [(slot, "error", error) for slot, error in commit.failed]
         slots = [slot for slot, _, _ in ends]
-        columns = np.array(slots)
-        requests, known = replica.rows.owners(slots), replica.rows.known[columns].tolist()
+        requests, known = replica.rows.owners(slots), replica.rows.known[np.array(slots)].tolist()
         replica.release(slots)
         ended = []
         for request, tokens, (_, reason, error) in zip(requests, known, ends, strict=True):

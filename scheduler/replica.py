@@ -360,7 +360,7 @@ class Replica:
             chunk_identity=rows.identity[slots] if chunk_slot else NO_LONGS,
         )
         self._flights.append(flight)
-        self._leaving = sampled[ending].tolist() if ending else []
+        self._leaving = [sampled.item(at) for at in ending]
         self._joining = {}
         self._joining_bytes = 0
         self._next_step += 1
@@ -419,8 +419,8 @@ class Replica:
             offset=position - rows.prompt_length[slot],
             token=token,
             first=first.tolist(),
-            stopped=slot[stopped].tolist() if stopped else [],
-            exhausted=slot[[one for one in ending if one not in stopped]].tolist() if ending else [],
+            stopped=[slot.item(at) for at in stopped],
+            exhausted=[slot.item(at) for at in ending if at not in stopped],
             failed=tuple(failures.items()),
             logprobs=None
             if told is None or flight.entries is None
@@ -533,33 +533,37 @@ class Replica:
         ending: list[int] = at_end.tolist()
         if not len(slots):
             return decoding, ending
-        before = rows.planned[slots]
-        after = before + lengths
-        rows.planned[slots] = after
-        if self._caching:
-            self._complete_blocks(slots.tolist(), before.tolist(), after.tolist())
-        prefilling = self._prefilling
-        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
-            self._backlog -= length
-            if length == prefilling[slot]:
-                del prefilling[slot]
-            else:
-                prefilling[slot] -= length
-        completed = slots[after == rows.known[slots]]
-        last = (rows.planned[completed] >= rows.last[completed]).nonzero()[0]
-        rows.phase[completed] = DECODE
-        if len(last):
-            rows.phase[completed[last]] = ENDING
-            ending += (last + len(decoding)).tolist()
-        return np.concatenate([decoding, completed]), ending
+        rows.planned[slots] += lengths
+        completed, more = self._chunks_planned(slots.tolist(), lengths.tolist())
+        columns = slots if len(completed) == len(slots) else np.array(completed, np.int32)
+        rows.phase[columns] = DECODE
+        for at in more:
+            rows.phase[completed[at]] = ENDING
+            ending.append(len(decoding) + at)
+        return np.concatenate([decoding, columns]), ending
 
-    def _complete_blocks(self, slots: list[int], before: list[int], after: list[int]) -> None:
-        """Chunks are planned that bring rows from so many tokens to so many."""
-        block_size, of_slot = self.limits.block_size, self.rows.blocks
-        blocks: list[int] = []
-        for slot, start, end in zip(slots, before, after, strict=True):
-            blocks += of_slot[slot][start // block_size : end // block_size]
-        self.pool.computed(blocks)
+    def _chunks_planned(self, slots: list[int], lengths: list[int]) -> tuple[list[int], list[int]]:
+        """Books chunks; returns the slots of which all known tokens are planned now, and where among them those stand
+        that are at their limit with the next."""
+        prefilling, block_size, rows = self._prefilling, self.limits.block_size, self.rows
+        full: list[int] = []
+        completed: list[int] = []
+        at_limit: list[int] = []
+        for slot, length, request in zip(slots, lengths, rows.owners(slots), strict=True):
+            left, known = prefilling[slot], len(request.known)
+            before = known - left
+            full += rows.blocks[slot][before // block_size : (before + length) // block_size]
+            if length < left:
+                prefilling[slot] = left - length
+                continue
+            del prefilling[slot]
+            if known >= request.limit - 1:
+                at_limit.append(len(completed))
+            completed.append(slot)
+        self._backlog -= sum(lengths)
+        if self._caching:
+            self.pool.computed(full)
+        return completed, at_limit
 
     def _introductions(self) -> dict[str, Any]:
         """The join columns of a plan."""
