@@ -109,6 +109,17 @@ def test_bodies_of_many_values(strict: Served, count: int, declared: bool) -> No
         assert "--max-request-values" in error["message"]
 
 
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("piece", [b"1,", b" " * 64])
+def test_who_sends_megabytes_in_vain_sees_why(served: Served, piece: bytes, declared: bool) -> None:
+    """More than the buffers between the two hold, over each of the limits."""
+    body = b'{"prompt": [' + piece * ((20 << 20) // len(piece)) + b"1]}"
+    content = body if declared else (body[i : i + 65_536] for i in range(0, len(body), 65_536))
+    answer = served.post("/v1/completions", content=content)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "request_too_large"
+
+
 def test_commas_of_a_text_are_no_values(strict: Served) -> None:
     text = '\\"' + ",[{" * (VALUES // 2)
     answer = strict.post("/v1/completions", {"prompt": text, "max_tokens": 1})
