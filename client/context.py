@@ -25,6 +25,8 @@ class Context(zmq.Context[zmq.Socket[bytes]]):
         return made
 
     def __del__(self) -> None:
+        # Not by `unwatch`, which waits for an event on its way to a reader that the collector has closed by then, for
+        # ever. The context's end breaks that off.
         for one in self._opened or ():
             one.close(0)
         super().__del__()
