@@ -54,6 +54,8 @@ def adjust(
     """`Adjustments.apply` of float32 logits [N, vocab], contiguous; slots int64 [N], position int32 [N]. `biases` and
     `sequences`: the most of a row, of the passes that the step needs. Launches two kernels, whose compiled form depends
     on the vocabulary alone; does not wait."""
+    if not logits.is_contiguous():
+        raise ValueError(f"logits must be contiguous, and have strides {logits.stride()}")
     rows, vocab = logits.shape
     out = torch.empty_like(logits)
     left = torch.zeros(rows, dtype=torch.int32, device=logits.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -13,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ..protocol.messages import MAX_CONTEXT, FileInfo, ModelDescription
 from .config import WorkerConfig
-from .loading import LoadError, ModelSource, local_folder, max_positions, stop_token_ids, weight_files
+from .generation_config import default_sampling, stop_token_ids
+from .loading import LoadError, ModelSource, local_folder, max_positions, weight_files
 from .model import PagedModel
 from .rope import fixed_positions
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 SAMPLES: Final = 33
 SAMPLE_BYTES: Final = 64 * 1024
-_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def describe(config: WorkerConfig, source: ModelSource, model: PagedModel, max_model_len: int) -> ModelDescription:
@@ -75,19 +74,6 @@ def choose_max_model_len(config: WorkerConfig, model: PagedModel | PreTrainedMod
             fixed[0], allowed, fixed[1],
         )  # fmt: skip
     return min(allowed, MAX_CONTEXT, allowed if fixed is None else fixed[0])
-
-
-def default_sampling(source: ModelSource) -> dict[str, float | int]:
-    """temperature, top_k, top_p, min_p and repetition_penalty of generation_config.json, where they are given; greedy
-    if it says do_sample: false."""
-    path = local_folder(source) / "generation_config.json"
-    if not path.is_file():
-        return {}
-    given = json.loads(path.read_text())
-    found = {name: given[name] for name in _SAMPLING_DEFAULTS if isinstance(given.get(name), int | float)}
-    if given.get("do_sample") is False:
-        return {"temperature": 0.0, **{name: found[name] for name in ("repetition_penalty",) if name in found}}
-    return found
 
 
 def fingerprint(source: ModelSource) -> str:

@@ -95,8 +95,9 @@ def read_config(source: ModelSource, folder: Path) -> PretrainedConfig:
     _require_trust(source, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise LoadError(f"{source.model}: its config cannot be read: {error}") from error
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise LoadError(f"{source.model}: its config cannot be read: {type(error).__name__}: {why}") from error
     if not isinstance(config, PretrainedConfig):
         raise LoadError(f"{source.model}: its config is not a transformers config but a {type(config).__name__}")
     check_config(config)
@@ -112,7 +113,7 @@ def _require_trust(source: ModelSource, folder: Path) -> None:
     except (ValueError, OSError):
         return  # transformers says what is wrong
     code = given.get("auto_map") if isinstance(given, dict) else None
-    if isinstance(code, dict) and given.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if isinstance(code, dict) and str(given.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         names = ", ".join(map(str, code.values()))
         raise LoadError(
             f"{source.model} can only be built by Python code that comes with it ({names}). Read that code, and if it "
@@ -142,7 +143,9 @@ def _architecture_problem(config: PretrainedConfig) -> str | None:
         return "transformers has no causal language model for it"
     classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
     accepted = {classes} if isinstance(classes, str) else set(classes)
-    named = getattr(config, "architectures", None)
+    named = getattr(config, "architectures", None) or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        return f"its architectures are no list of names: {named!r:.100}"
     if named and not accepted & set(named):
         return f"it is a {named[0]}, not a causal language model ({', '.join(sorted(accepted))})"
     return None
@@ -191,19 +194,6 @@ def max_positions(config: PretrainedConfig) -> int | None:
     """Most tokens of a sequence that the model's config allows; None if it sets no limit."""
     limit = getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None
-
-
-def stop_token_ids(source: ModelSource, config: PretrainedConfig) -> tuple[int, ...]:
-    """The ids that end a generation: generation_config.json's eos_token_id, else the config's."""
-    path = local_folder(source) / "generation_config.json"
-    given: int | list[int] | None = None
-    if path.is_file():
-        given = json.loads(path.read_text()).get("eos_token_id")
-    if given is None:
-        given = getattr(config, "eos_token_id", None)
-    if given is None:
-        return ()
-    return tuple(given) if isinstance(given, list) else (given,)
 
 
 def tokenizer_files(source: ModelSource) -> dict[str, bytes]:

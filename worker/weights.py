@@ -89,7 +89,7 @@ def _named_failures(source: ModelSource, what: str) -> Iterator[None]:
             f"{source.model}: {what}: its code chooses among attention classes of its own and does not call "
             "transformers' attention registry"
         ) from error
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise LoadError(f"{source.model}: {what}: {error}") from error
 
 

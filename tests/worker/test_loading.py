@@ -18,14 +18,13 @@ from tandem.worker.loading import (
     ModelSource,
     read_config,
     resolve_dtype,
-    stop_token_ids,
     tokenizer_files,
 )
 from tandem.worker.model import PagedModel, load_model
 
 from support.paged import Sequences, load, quiet, random_tokens
 from support.remote_code import MARK, save_with_code
-from support.tiny_models import EOS, VOCAB, save_tiny, tiny_config, tiny_tokenizer
+from support.tiny_models import VOCAB, save_tiny, tiny_config, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -214,6 +213,28 @@ def test_configs_that_are_refused(changes: dict[str, Any], named: str, tmp_path:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"use_cache": 1.5}, "use_cache"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"quantization_config": [7]}, "its config cannot be read"),
+        ({"architectures": 7}, "its architectures are no list of names: 7"),
+        ({"architectures": {"a": 1}}, "its architectures are no list of names"),
+        ({"model_type": ["llama"], "auto_map": {"AutoConfig": "own.Config"}}, "trust-remote-code"),
+        ({"num_key_value_heads": 0}, "its weights cannot be loaded"),
+        ({"head_dim": 0}, "its weights cannot be loaded"),
+        ({"vocab_size": -1}, "its weights cannot be loaded"),
+    ],
+)
+def test_configs_with_values_that_cannot_be(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(LoadError, match=named):
+        load(tmp_path)
+
+
 def tiny_of(kind: str, **changes: Any) -> Any:
     """A tiny config of a model type that is not supported."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
@@ -263,18 +284,6 @@ def test_flashinfer_where_it_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="'flashinfer' cannot be used: it needs a CUDA device, not cpu"):
         load(tmp_path, attention_backend="flashinfer")
     assert load(tmp_path).attention_backend == "reference"
-
-
-def test_stop_tokens(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path)
-    source = ModelSource(str(tmp_path))
-    config = read_config(source, tmp_path)
-    assert stop_token_ids(source, config) == (EOS,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert stop_token_ids(source, config) == (7, 9)
-    (tmp_path / "generation_config.json").unlink()
-    config.eos_token_id = None
-    assert stop_token_ids(source, config) == ()
 
 
 def test_tokenizer_files_are_read_and_other_formats_converted(tmp_path: Path) -> None:
