@@ -12,7 +12,7 @@ from ..protocol.messages import PROTOCOL_VERSION, AskStats, ClientHello, Goodbye
 from ..protocol.transport import Address, open_dealer
 
 DEADLINE_MS = 300_000
-PAUSE_S = 0.01
+PAUSE_MS = 10
 
 
 class Observer:
@@ -44,7 +44,7 @@ class Observer:
         while not condition(found := self.stats()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"did not come true in {seconds:g} s; last: {found}")
-            time.sleep(PAUSE_S)
+            self._socket.poll(PAUSE_MS)
         return found
 
     def close(self) -> None:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention.registry import MASKED_NAME, STEP_KWARG, LayerInspector, UnsupportedAttentionError, layer_idx_of
+from .attention.registry import (
+    MASKED_NAME,
+    STEP_KWARG,
+    LayerInspector,
+    LayerSink,
+    ShowMask,
+    UnsupportedAttentionError,
+    layer_idx_of,
+)
 from .batch import Batch
 from .kv_cache import LayerKV
 from .loading import LoadError
@@ -30,8 +38,8 @@ _TOLERANCE_8_BIT = 0.7
 that have nothing to do with each other differ by 1.4."""
 
 
-def run_trunk(trunk: nn.Module, token_ids: Tensor, positions: Tensor, sink: Any) -> Tensor:
-    """The trunk (embedding to final norm) over T tokens: [T, hidden]. Attention goes to `sink`, a LayerSink."""
+def run_trunk(trunk: nn.Module, token_ids: Tensor, positions: Tensor, sink: LayerSink | ShowMask) -> Tensor:
+    """The trunk (embedding to final norm) over T tokens: [T, hidden]. Attention goes to `sink`."""
     out = trunk(
         input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, **{STEP_KWARG: sink}
     )

@@ -27,14 +27,13 @@ def fixed_positions(config: PretrainedConfig) -> tuple[int, str] | None:
 
 def fix(module: nn.Module) -> None:
     """Makes the frequencies of a model constant, as they are for contexts of at most `fixed_positions`."""
+    one: Any  # a module's own attributes are not declared
     for one in module.modules():
-        kind: Any = getattr(one, "rope_type", None)
+        kind = getattr(one, "rope_type", None)
         if isinstance(kind, dict):
-            one.rope_type = {  # type: ignore[assignment]
-                name: "default" if its in _CHANGING else its for name, its in kind.items()
-            }
+            one.rope_type = {name: "default" if its in _CHANGING else its for name, its in kind.items()}
         elif kind in _CHANGING:
-            one.rope_type = "default"  # type: ignore[assignment]
+            one.rope_type = "default"
 
 
 def _changing(config: PretrainedConfig) -> Iterator[tuple[str, int | None]]:

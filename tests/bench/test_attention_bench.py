@@ -51,8 +51,8 @@ def test_wrong_arguments_are_told_before_anything_runs(arguments: list[str], sai
     assert said in done.output
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(app, ["--out", str(tmp_path / "out.json")])
     assert done.exit_code == 2
     assert "needs a CUDA device" in done.output

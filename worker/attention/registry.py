@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -43,6 +43,10 @@ class LayerSink(Protocol):
         """query [T, query_heads, head_dim], key [T, kv_heads, head_dim], value [T, kv_heads, value_dim];
         returns [T, query_heads, value_dim]."""
         ...
+
+
+ShowMask: TypeAlias = Callable[[nn.Module, Tensor | None], None]
+"""What travels as `STEP_KWARG` where masks are asked for."""
 
 
 def paged_attention(
@@ -82,7 +86,7 @@ def masked_attention(
 ) -> tuple[Tensor, None]:
     """As `paged_attention`, but masks are built as for transformers' eager attention, and shown to `STEP_KWARG`, a
     function of module and mask. Returns zeros: what is asked for are the masks."""
-    show: Callable[[nn.Module, Tensor | None], None] = options[STEP_KWARG]
+    show: ShowMask = options[STEP_KWARG]
     show(module, attention_mask)
     return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
