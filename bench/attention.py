@@ -146,6 +146,8 @@ class Layers:
         most = self.rows + max(way.programs for way in WAYS.values()) * multiprocessors
         self._scratch = Scratch(most, self.rows, GROUP.kv_heads, heads * dim, device)
         self._multiprocessors = multiprocessors
+        self._cut: dict[DecodeWay, Cut] = {}
+        """Captured graphs read them, and do not keep them alive."""
 
     @property
     def bytes_read(self) -> int:
@@ -153,6 +155,11 @@ class Layers:
         return int(self.lengths.sum()) * 2 * GROUP.kv_heads * GROUP.head_dim * self.keys[0].itemsize
 
     def cut(self, way: DecodeWay) -> Cut:
+        if way not in self._cut:
+            self._cut[way] = self._make_cut(way)
+        return self._cut[way]
+
+    def _make_cut(self, way: DecodeWay) -> Cut:
         cuts = Cuts(way, [GROUP], self._multiprocessors)
         written = np.empty(cuts.cutting.room(self.rows), np.int32)
         cuts.cutting.write(self.lengths, written)
