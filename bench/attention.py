@@ -32,12 +32,13 @@ from .machine import describe_machine
 TODAY: Final = "today"
 WAYS: Final = {
     TODAY: DECODE[2],
-    "early": DecodeWay(programs=2, early=True),
-    "even-3": DecodeWay(programs=3, even=True),
-    "even-3-early": DecodeWay(programs=3, even=True, early=True),
-    "even-4-early": DecodeWay(programs=4, stages=2, even=True, early=True),
+    "even-3": DecodeWay(stages=3),
+    "even-1": DecodeWay(stages=1),
+    "equal-2": DecodeWay(programs=2, stages=3),
+    "equal-4": DecodeWay(programs=4, stages=2),
 }
-USUAL: Final = ("early", "even-3-early", "even-4-early")
+"""By their stages and how many programs contexts are cut for; see DecodeWay."""
+USUAL: Final = ("even-3", "equal-2")
 LOADS: Final = ("32 x 4352", "256 ragged")
 RAGGED: Final = (128, 1072)
 """Shortest and longest context of a ragged load, in tokens: 600 in the mean."""
@@ -49,6 +50,8 @@ LAYERS: Final = 8
 """With keys, values and weights of their own, so that none finds them in the L2 cache."""
 PASSES: Final = 4
 WARM_UPS: Final = 3
+MOST_AT_ONCE: Final = 16
+"""Programs of a multiprocessor, with four warps each."""
 COPIED: Final = 1 << 30
 """Bytes."""
 LARGEST_ERROR: Final = 0.02
@@ -143,7 +146,7 @@ class Layers:
         self.outs = [torch.zeros_like(self.query) for _ in range(LAYERS)]
         """What the layers' attention gave."""
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        most = self.rows + max(way.programs for way in WAYS.values()) * multiprocessors
+        most = self.rows + max(way.programs or MOST_AT_ONCE for way in WAYS.values()) * multiprocessors
         self._scratch = Scratch(most, self.rows, GROUP.kv_heads, heads * dim, device)
         self._multiprocessors = multiprocessors
         self._cut: dict[DecodeWay, Cut] = {}
@@ -160,7 +163,13 @@ class Layers:
         return self._cut[way]
 
     def _make_cut(self, way: DecodeWay) -> Cut:
-        cuts = Cuts(way, [GROUP], self._multiprocessors)
+        from ..worker.attention import kernels
+
+        programs = way.programs or kernels.programs_at_once(
+            self.query[:1], self.keys[0], self.values[0], scale=GROUP.scale, window=None, softcap=None,
+            warps=way.warps, stages=way.stages,
+        )  # fmt: skip
+        cuts = Cuts({GROUP: programs}, self._multiprocessors, even=way.even)
         written = np.empty(cuts.cutting.room(self.rows), np.int32)
         cuts.cutting.write(self.lengths, written)
         return cuts.of(torch.from_numpy(written).to(self.query.device), self.rows)[GROUP]
@@ -171,7 +180,6 @@ class Layers:
         kernels.attend(
             query, self.keys[layer], self.values[layer], self.tables, self.lines, self.kv_lens, cut.pieces,
             self.outs[layer], self._scratch, scale=GROUP.scale, warps=way.warps, stages=way.stages, spans=cut.spans,
-            early=way.early,
         )  # fmt: skip
 
     def alone(self, way: DecodeWay) -> Callable[[], None]:

@@ -34,11 +34,12 @@ rows' contexts are cut."""
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Numbers of rows to capture when up to `most` rows decode: a step wastes at most a third of its rows."""
+    """Numbers of rows to capture when up to `most` rows decode: a step computes at most a third more rows than it has,
+    and beyond 256, where time goes with the rows, an eighth."""
     steps = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]
     size = 256
     while size < most:
-        size += size // 4
+        size += max(32, size // 8 // 32 * 32)
         steps.append(size)
     return [*(size for size in steps if size < most), most]
 

@@ -24,11 +24,26 @@ from .attention.ops import Recorder, attend_by, rotate_attend_by
 
 LARGEST_PIECES: Final = 1024
 """Tokens beyond which a step takes the device longer than the host needs to launch it kernel by kernel."""
+LARGEST_FULL: Final = 8192
+"""Tokens of the largest step that is captured, if it is a full one."""
+_PADDING: Final = 1 / 16
+"""Of a full step's tokens, at most."""
 
 
 def piece_sizes(most: int) -> list[int]:
-    """Numbers of tokens to capture when a step may have `most`."""
-    return [size for size in (32, 64, 128, 256, 384, 512, 768, LARGEST_PIECES) if size <= most]
+    """Numbers of tokens to capture when a step may have `most`: a few small ones, and a full step, since under load,
+    while prompts wait, all steps with chunks are full."""
+    sizes = [size for size in (32, 64, 128, 256, 384, 512, 768, LARGEST_PIECES) if size <= most]
+    return [*sizes, most] if LARGEST_PIECES < most <= LARGEST_FULL else sizes
+
+
+def piece_size(tokens: int, sizes: Sequence[int]) -> int | None:
+    """Which of the ascending `sizes` a step of so many tokens takes; None if it is cheaper to launch it kernel by
+    kernel."""
+    at = bisect_left(sizes, tokens)
+    if at == len(sizes) or (sizes[at] > LARGEST_PIECES and sizes[at] - tokens > sizes[at] * _PADDING):
+        return None
+    return sizes[at]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +104,15 @@ class TrunkPieces:
         progress("capturing CUDA graphs of mixed steps", 1.0)
 
     def takes(self, tokens: int) -> bool:
-        return tokens <= self._sizes[-1]
+        return piece_size(tokens, self._sizes) is not None
 
     def run(self, step: AttentionStep, token_ids: Tensor, positions: Tensor) -> Tensor:
         """What the trunk gives for T tokens that `takes` accepted: [T, hidden], valid until the next step."""
         count = token_ids.shape[0]
-        pieces = self._pieces[self._sizes[bisect_left(self._sizes, count)]]
+        size = piece_size(count, self._sizes)
+        if size is None:
+            raise RuntimeError(f"no captured step takes {count} tokens")
+        pieces = self._pieces[size]
         # Behind them stand the tokens of an earlier step: valid ones, whose results nobody reads.
         self._token_ids[:count].copy_(token_ids)
         self._positions[:count].copy_(positions)

@@ -16,11 +16,9 @@ from tandem.worker.attention.spans import SpanKind, even_spans
 
 BLOCK_SIZE = 16
 WAYS = {
-    "equal": DecodeWay(),
-    "equal, early": DecodeWay(early=True),
-    "even": DecodeWay(programs=3, even=True),
-    "even, early": DecodeWay(programs=3, even=True, early=True),
-    "even, early, two stages": DecodeWay(programs=4, stages=2, even=True, early=True),
+    "equal": DecodeWay(programs=2, stages=3),
+    "even": DecodeWay(),
+    "even, three stages": DecodeWay(stages=3),
 }
 Shape: TypeAlias = tuple[int, int, int, int | None, float | None]
 """Query heads, key heads, dimension, window, soft cap."""
@@ -98,7 +96,6 @@ class DecodeCase:
             warps=way.warps,
             stages=way.stages,
             spans=spans,
-            early=way.early,
         )
         return out
 

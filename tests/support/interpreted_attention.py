@@ -9,11 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import numpy as np
 import torch
 from triton.runtime import interpreter
-
-from tandem.worker.attention.flashinfer import DecodeWay
 
 from support import triton_interpreter
 from support.decode_cases import BLOCK_SIZE, WAYS, DecodeCase, Shape, make_case, worst_error
@@ -41,8 +38,6 @@ class KernelBefore:
         self._places = [cache.view(torch.uint8).flatten(0, 1) for cache in (case.keys, case.values)]
         self._written = [place[self._newest].clone() for place in self._places]
         self._query = case.query.clone()
-        self.asked: set[int] = set()
-        """Addresses that were asked for before it had ended."""
         self.ended = self.next_let_in = False
 
     def end(self) -> None:
@@ -64,28 +59,6 @@ class KernelBefore:
         for place in self._places:
             place[self._newest] = 255  # a NaN in 16 and in 8 bits
 
-    def ask(self, addresses: Any) -> None:
-        assert not self.ended, "what is asked for after the wait is asked for too late"
-        self.asked.update(int(address) for address in np.unique(addresses.handle.data))
-
-
-def check_asked(case: DecodeCase, asked: set[int]) -> None:
-    """Only keys and values of the rows' own contexts are asked for, and of both."""
-    own = {
-        int(case.blocks(row)[at // BLOCK_SIZE]) * BLOCK_SIZE + at % BLOCK_SIZE
-        for row, length in enumerate(case.lengths)
-        for at in range(length)
-    }
-    places = 0
-    for cache in (case.keys, case.values):
-        start, size = cache.data_ptr(), cache[0, 0].numel() * cache.element_size()
-        offsets = [address - start for address in asked if 0 <= address - start < cache.nbytes]
-        tokens = {offset // size for offset in offsets}
-        assert tokens, "nothing is asked for"
-        assert tokens <= own, f"tokens {sorted(tokens - own)} are no row's"
-        places += len(offsets)
-    assert places == len(asked), "an address outside the cache is asked for"
-
 
 def run(shape: Shape, dtype: torch.dtype, name: str) -> None:
     way = WAYS[name]
@@ -93,7 +66,6 @@ def run(shape: Shape, dtype: torch.dtype, name: str) -> None:
     expected = case.expected()
     before = KernelBefore(case)
     kernels.gdc_wait, kernels.gdc_launch_dependents = before.end, before.let_next_in
-    kernels.prefetch = before.ask
     place = type(interpreter.interpreter_builder).set_grid_idx
 
     def begin_program(*index: int) -> None:
@@ -107,19 +79,15 @@ def run(shape: Shape, dtype: torch.dtype, name: str) -> None:
         error = worst_error(found, expected)
         assert error < 1e-2, f"{shape} {dtype} {name} cut {cut}: relative error {error}"
         assert not case.scratch.arrived.any(), "a counter of arrivals was left behind"
-    if way.early:
-        check_asked(case, before.asked)
-    assert way.early or not before.asked
 
 
 def main() -> None:
     assert triton_interpreter.ON, "needs TRITON_INTERPRET=1"
     kernels._overlap = lambda _device: {"OVERLAP": True}
     for shape, dtype in CASES:
-        for name, way in WAYS.items():
-            if way.stages == DecodeWay().stages:  # which are nothing to the interpreter
-                run(shape, dtype, name)
-                print(*shape, dtype, name, "exact")
+        for name in ("equal", "even"):  # stages are nothing to the interpreter
+            run(shape, dtype, name)
+            print(*shape, dtype, name, "exact")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ one stream, so all wrappers share one. Decoding rows need no such plan, and so c
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -40,25 +39,23 @@ _CTAS_PER_SM: Final = 2
 class DecodeWay:
     """How the decode kernel runs."""
 
-    programs: int = 2
-    """Of each multiprocessor, for which contexts are cut where they are long enough."""
+    programs: int | None = None
+    """None: as many as a multiprocessor runs at once, each with an even share of all contexts (spans.py). Else contexts
+    are cut, where they are long enough, into pieces of one length, so many for each multiprocessor or more
+    (sharing.py)."""
     warps: int = 4
     """Of a program."""
-    stages: int = 3
-    """Of a program's pipeline of loads."""
-    even: bool = False
-    """Each of these programs takes an even share of all contexts (spans.py), so `programs` is to be how many fit on a
-    multiprocessor; else contexts are cut into pieces of one length, about as many as programs or more (sharing.py)."""
-    early: bool = False
-    """Where kernels overlap, programs ask for their first keys and values before the kernel before has ended."""
+    stages: int = 2
+    """Of a program's pipeline of loads. Fewer take less room, so that more programs run at once."""
+
+    @property
+    def even(self) -> bool:
+        return self.programs is None
 
 
-DECODE: Final = {2: DecodeWay(programs=2), 1: DecodeWay(programs=4, warps=2)}
-"""By the bytes of a cached number: what was found best. Smaller numbers take a program more arithmetic for each byte.
-
-To be measured on a GPU yet (`python -m tandem.bench.attention`), for numbers of two bytes: DecodeWay(programs=3,
-even=True, early=True), DecodeWay(programs=4, stages=2, even=True, early=True), DecodeWay(programs=2, early=True). So
-many programs fit with head dimension 128; as compiled for sm_90, 2 with even spans fit with 256, and 5 with 64."""
+DECODE: Final = {2: DecodeWay(), 1: DecodeWay(programs=4, warps=2, stages=3)}
+"""By the bytes of a cached number: what was found best (`python -m tandem.bench.attention`). Smaller numbers take a
+program more arithmetic for each byte."""
 
 
 def problem(spec: tuple[LayerKV, ...], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -112,14 +109,17 @@ class Cut:
 class Cuts:
     """How a way of the decode kernel has contexts cut for layers of some kinds."""
 
-    def __init__(self, way: DecodeWay, groups: Sequence[Variant], multiprocessors: int) -> None:
-        programs = way.programs * multiprocessors
+    def __init__(self, programs: dict[Variant, int], multiprocessors: int, *, even: bool) -> None:
+        """`programs`: of each multiprocessor, for each kind of layers."""
         # No more spans than run at once.
-        self._kinds = {group: SpanKind(max(1, programs // group.kv_heads), group.window) for group in groups}
+        self._kinds = {
+            group: SpanKind(max(1, count * multiprocessors // group.kv_heads), group.window)
+            for group, count in programs.items()
+        }
         self.cutting: EqualPieces | EvenSpans = (
             EvenSpans(tuple(dict.fromkeys(self._kinds.values())))
-            if way.even
-            else EqualPieces(-(-programs // min(group.kv_heads for group in groups)))
+            if even
+            else EqualPieces(max(-(-count * multiprocessors // group.kv_heads) for group, count in programs.items()))
         )
 
     def of(self, written: Tensor, rows: int) -> dict[Variant, Cut]:
@@ -164,13 +164,35 @@ class FlashInferAttention(AttentionBackend):
             for _ in range(lanes)
         ]
         self._way = way or DECODE[cache.keys[0].dtype.itemsize]
-        self._cuts = Cuts(self._way, groups, torch.cuda.get_device_properties(device).multi_processor_count)
+        self._cuts = Cuts(
+            {group: self._programs(group) for group in groups},
+            torch.cuda.get_device_properties(device).multi_processor_count,
+            even=self._way.even,
+        )
         self._scratches: list[Scratch] = []
         """The last is the largest; captured graphs may hold on to those before."""
 
     @property
     def cutting(self) -> Cutting:
         return self._cuts.cutting
+
+    def _programs(self, group: Variant) -> int:
+        """Of each multiprocessor, for which the contexts of such layers are cut."""
+        if self._way.programs is not None:
+            return self._way.programs
+        from .kernels import programs_at_once
+
+        layer = self.variants.index(group)
+        return programs_at_once(
+            torch.zeros(1, group.query_heads, group.head_dim, dtype=self.dtype, device=self.device),
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            scale=group.scale,
+            window=group.window,
+            softcap=group.softcap,
+            warps=self._way.warps,
+            stages=self._way.stages,
+        )
 
     def begin(self, batch: Batch) -> FlashInferStep:
         decoding, rows = batch.decode_rows, batch.num_rows
@@ -270,7 +292,6 @@ class FlashInferStep:
                 warps=way.warps,
                 stages=way.stages,
                 spans=None if cut is None else cut.spans,
-                early=way.early,
             )
         if decoding < tokens:
             cached = self.cache.keys[layer], self.cache.values[layer]

@@ -6,40 +6,27 @@ spans, a few pieces that follow each other. Contexts are cut so that the program
 walked in tiles with the running maximum, sum and output of online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 
 Imported only where it runs. How kernels overlap is told in worker/kernels.py.
-
-What an `early` program may do before `gdc_wait`. The kernel right before writes the query and the step's new keys and
-values, and lets this one in before it has waited itself. So it need not have begun to write, nor need the kernel before
-that one have ended. Read are only:
-
-- pieces, spans, lines: they reach the device by a copy before the step's first kernel, and no kernel writes them;
-- lengths, tables: the step's first kernels write them (`open_decode`, or torch's). The lookup of embeddings comes
-  between, which is launched in the ordinary way: it begins when the kernel before it has ended. That one has either
-  begun in the same way or waited, in all its programs, before it ended, and so have all before it. So when the lookup
-  begins all of them have ended; and no later kernel, however early, begins before it.
-
-Keys and values are not read then: their lines are asked for into the L2 cache, which all multiprocessors write through
-to. A line that the kernel before writes later is written there, and the load behind `gdc_wait` finds it. So asking is
-safe whatever it is for, the newest token's line too.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..kernels import prefetch
-from .sharing import TILE
+from .sharing import PIECE_COLUMNS, TILE
+from .spans import SpanKind, even_spans
 
 _LOG2_E: float = 1.4426950408889634
 _QUERIES: int = 16
 """Rows of the smallest product that tensor cores take."""
-_AHEAD: int = 2
-"""Tiles that an early program asks for before it waits: the first, and that which it would load behind it."""
 
 
 class Scratch:
@@ -73,8 +60,7 @@ def attend(
     warps: int = 4,
     stages: int = 3,
     spans: Tensor | None = None,
-    early: bool = False,
-) -> None:
+) -> Any:
     """Attends for R rows with one query each, which stands at the end of its context; writes `out`.
 
     query, out [R, query_heads, D], contiguous, 16 bits; keys, values [blocks, block_size, kv_heads, D], 16 bits or
@@ -84,8 +70,8 @@ def attend(
     nothing.
 
     spans [S + 1] int32: pieces are cut by `even_spans`, for this `window`, and program s of each key head takes those
-    from spans[s] to spans[s + 1]; None: each piece has a program. `early`: where kernels overlap, programs ask for
-    their first keys and values before the kernel before has ended; see the module for what must have ended by then.
+    from spans[s] to spans[s + 1]; None: each piece has a program. Returns the compiled kernel (None in Triton's
+    interpreter).
     """
     rows, query_heads, dim = query.shape
     block_size, kv_heads = keys.shape[1], keys.shape[2]
@@ -95,7 +81,7 @@ def attend(
     else:
         programs = rows if pieces is None else pieces.shape[1]
     overlap = _overlap(query.device)
-    _attend[(kv_heads, programs)](
+    return _attend[(kv_heads, programs)](
         query, keys, values, tables, lines if lines is not None else tables, lengths,
         pieces if pieces is not None else tables, out,
         out if scratch is None else scratch.sums,
@@ -106,9 +92,47 @@ def attend(
         KV_HEADS=kv_heads, GROUP=group, QUERIES=max(_QUERIES, triton.next_power_of_2(group)),
         DIM=dim, WIDTH=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=TILE, LINES=lines is not None,
         PIECES=pieces is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        HALF=keys.dtype == torch.float8_e4m3fn, EVEN=spans is not None,
-        EARLY=_AHEAD if early and overlap["OVERLAP"] else 0, num_warps=warps, num_stages=stages, **overlap,
+        HALF=keys.dtype == torch.float8_e4m3fn, EVEN=spans is not None, num_warps=warps, num_stages=stages, **overlap,
     )  # fmt: skip
+
+
+def programs_at_once(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    warps: int,
+    stages: int,
+) -> int:
+    """How many programs of `attend` with spans a multiprocessor runs at once, for one row's query [1, query_heads, D]
+    and the cache of such layers, of which the first token is read. Compiles and runs the kernel that they take; waits.
+
+    Raises RuntimeError if the CUDA driver does not tell."""
+    kv_heads, device = keys.shape[2], query.device
+    kind = SpanKind(1, window)
+    pieces, spans = np.empty((PIECE_COLUMNS, kind.pieces(1)), np.int32), np.empty(kind.spans + 1, np.int32)
+    even_spans(np.ones(1, np.int32), kind, pieces, spans)
+    zero, one = (torch.full((1,), value, dtype=torch.int32, device=device) for value in (0, 1))
+    kernel = attend(
+        query, keys, values, zero[None], zero, one, torch.from_numpy(pieces).to(device), torch.empty_like(query),
+        Scratch(kind.pieces(1), 1, kv_heads, query[0].numel(), device),
+        scale=scale, window=window, softcap=softcap, warps=warps, stages=stages,
+        spans=torch.from_numpy(spans).to(device),
+    )  # fmt: skip
+    torch.cuda.synchronize(device)
+    found = ctypes.c_int()
+    failed = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        ctypes.byref(found), ctypes.c_void_p(kernel.function), 32 * warps, ctypes.c_size_t(kernel.metadata.shared)
+    )
+    if failed or found.value < 1:
+        raise RuntimeError(
+            f"the CUDA driver did not tell how many programs of the decode kernel run at once: error {failed}, "
+            f"{found.value} programs"
+        )
+    return found.value
 
 
 @cache
@@ -127,22 +151,15 @@ def _attend(
     width, num_pieces, scale, window, softcap, spans,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr, PIECES: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    SOFTCAP: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     piece = tl.program_id(1)
-    if OVERLAP and EARLY == 0:
+    if OVERLAP:
         gdc_wait()
     if EVEN:
         begin = tl.load(spans + piece)
         stop = tl.load(spans + piece + 1)
-        if EARLY > 0:
-            if begin < stop:
-                _ask(
-                    keys, values, tables, lines, lengths, pieces, head, begin, width, num_pieces, window,
-                    KV_HEADS, DIM, BLOCK_SIZE, TILE, EARLY, LINES, PIECES, WINDOW,
-                )  # fmt: skip
-            gdc_wait()
         for one in range(begin, stop):
             _attend_piece(
                 query, keys, values, tables, lines, lengths, pieces, out, sums, outputs, arrived,
@@ -150,12 +167,6 @@ def _attend(
                 KV_HEADS, GROUP, QUERIES, DIM, WIDTH, BLOCK_SIZE, TILE, LINES, PIECES, WINDOW, SOFTCAP, HALF, OVERLAP,
             )  # fmt: skip
     else:
-        if EARLY > 0:
-            _ask(
-                keys, values, tables, lines, lengths, pieces, head, piece, width, num_pieces, window,
-                KV_HEADS, DIM, BLOCK_SIZE, TILE, EARLY, LINES, PIECES, WINDOW,
-            )  # fmt: skip
-            gdc_wait()
         _attend_piece(
             query, keys, values, tables, lines, lengths, pieces, out, sums, outputs, arrived,
             head, piece, True, width, num_pieces, scale, window, softcap,
@@ -175,33 +186,6 @@ def _bounds(lengths, pieces, piece, num_pieces, PIECES: tl.constexpr):
         first = 0
         end = tl.load(lengths + row)
     return row, first, end
-
-
-@triton.jit
-def _ask(
-    keys, values, tables, lines, lengths, pieces, head, piece, width, num_pieces, window,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
-    LINES: tl.constexpr, PIECES: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Asks for the keys and values of a piece's first tiles. For what this may read see the module."""
-    row, first, end = _bounds(lengths, pieces, piece, num_pieces, PIECES)
-    if row >= 0:
-        line = row
-        if LINES:
-            line = tl.load(lines + row)
-        if WINDOW:
-            first = tl.maximum(first, tl.maximum(tl.load(lengths + row) - window, 0) // TILE * TILE)
-        if first < end:
-            table = tables + line.to(tl.int64) * width
-            size: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
-            step: tl.constexpr = 128 // size  # of a line of the cache
-            parts: tl.constexpr = triton.next_power_of_2((DIM + step - 1) // step)
-            part = tl.minimum(tl.arange(0, parts) * step, DIM - 1)  # no further than the head's own numbers
-            at = tl.minimum(first + tl.arange(0, AHEAD * TILE), end - 1)
-            block = tl.load(table + at // BLOCK_SIZE)
-            slot = (block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE) * (KV_HEADS * DIM) + head * DIM
-            prefetch(keys + slot[:, None] + part[None, :])
-            prefetch(values + slot[:, None] + part[None, :])
 
 
 @triton.jit
