@@ -30,16 +30,25 @@ from ..worker.attention.flashinfer import DECODE, Cut, Cuts, DecodeWay, Variant
 from .machine import describe_machine
 
 TODAY: Final = "today"
-WAYS: Final = {
-    TODAY: DECODE[2],
-    "even-3": DecodeWay(stages=3),
-    "even-1": DecodeWay(stages=1),
-    "equal-2": DecodeWay(programs=2, stages=3),
-    "equal-4": DecodeWay(programs=4, stages=2),
+WAYS: Final[dict[int, dict[str, DecodeWay]]] = {
+    2: {
+        TODAY: DECODE[2],
+        "even-3": DecodeWay(stages=3),
+        "even-1": DecodeWay(stages=1),
+        "equal-2": DecodeWay(programs=2, stages=3),
+        "equal-4": DecodeWay(programs=4, stages=2),
+    },
+    1: {
+        TODAY: DECODE[1],
+        "even": DecodeWay(),
+        "even-3": DecodeWay(stages=3),
+        "even-2-warps": DecodeWay(warps=2),
+        "even-2-warps-3": DecodeWay(warps=2, stages=3),
+    },
 }
-"""By their stages and how many programs contexts are cut for; see DecodeWay."""
-USUAL: Final = ("even-3", "equal-2")
-LOADS: Final = ("32 x 4352", "256 ragged")
+"""By the bytes of a cached number, then by name: how contexts are cut, and the warps or stages; see DecodeWay."""
+LOADS: Final = ("32 x 4352", "256 ragged", "32 x 768")
+CACHE_DTYPES: Final = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 RAGGED: Final = (128, 1072)
 """Shortest and longest context of a ragged load, in tokens: 600 in the mean."""
 HIDDEN: Final = 4096
@@ -99,19 +108,20 @@ def read_load(text: str) -> list[int]:
     return [rng.randint(*RAGGED) for _ in range(rows)]
 
 
-def read_ways(text: str) -> dict[str, DecodeWay]:
+def read_ways(text: str, cached_bytes: int = 2) -> dict[str, DecodeWay]:
     """By name, today's first. Raises ValueError for a name that there is not."""
-    names = tuple(WAYS) if text == "all" else [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in WAYS]
+    known = WAYS[cached_bytes]
+    names = tuple(known) if text == "all" else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"there is no variant {', '.join(map(repr, unknown))}; there are {', '.join(WAYS)}, or all")
-    return {name: WAYS[name] for name in dict.fromkeys((TODAY, *names))}
+        raise ValueError(f"there is no variant {', '.join(map(repr, unknown))}; there are {', '.join(known)}, or all")
+    return {name: known[name] for name in dict.fromkeys((TODAY, *names))}
 
 
 class Layers:
     """Random weights, keys and values of LAYERS layers, and rows of a load that decode over them."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, cache_dtype: torch.dtype) -> None:
         from ..worker.attention.kernels import Scratch
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -132,8 +142,8 @@ class Layers:
         block = self.tables.gather(1, (last // BLOCK_SIZE)[:, None])[:, 0].long()
         self.slots = block * BLOCK_SIZE + last % BLOCK_SIZE
         cache = (blocks, BLOCK_SIZE, GROUP.kv_heads, dim)
-        self.keys = [normal(*cache) for _ in range(LAYERS)]
-        self.values = [normal(*cache) for _ in range(LAYERS)]
+        self.keys = [normal(*cache).to(cache_dtype) for _ in range(LAYERS)]
+        self.values = [normal(*cache).to(cache_dtype) for _ in range(LAYERS)]
         scale, inner_scale = HIDDEN**-0.5, INNER**-0.5
         self.qkv = [normal((heads + 2 * GROUP.kv_heads) * dim, HIDDEN, scale=scale) for _ in range(LAYERS)]
         self.output = [normal(HIDDEN, heads * dim, scale=scale) for _ in range(LAYERS)]
@@ -146,7 +156,7 @@ class Layers:
         self.outs = [torch.zeros_like(self.query) for _ in range(LAYERS)]
         """What the layers' attention gave."""
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        most = self.rows + max(way.programs or MOST_AT_ONCE for way in WAYS.values()) * multiprocessors
+        most = self.rows + MOST_AT_ONCE * multiprocessors
         self._scratch = Scratch(most, self.rows, GROUP.kv_heads, heads * dim, device)
         self._multiprocessors = multiprocessors
         self._cut: dict[DecodeWay, Cut] = {}
@@ -274,9 +284,11 @@ def errors(layers: Layers, graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str,
     return found
 
 
-def measure(lengths: Sequence[int], ways: dict[str, DecodeWay], rounds: int, bandwidth: float) -> LoadFigures:
+def measure(
+    lengths: Sequence[int], ways: dict[str, DecodeWay], rounds: int, bandwidth: float, cache_dtype: torch.dtype
+) -> LoadFigures:
     """`ways`: today's first. Raises RuntimeError if a way computes something else than today's."""
-    layers = Layers(lengths, torch.device("cuda"))
+    layers = Layers(lengths, torch.device("cuda"), cache_dtype)
     placed = {name: captured(layers.in_place(way)) for name, way in ways.items()}
     wrong = errors(layers, placed)
     for name, error in wrong.items():
@@ -330,17 +342,25 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     variants: Annotated[
-        str, typer.Option(help=f"Names, with commas, of {', '.join(WAYS)}; or all. Today's is always measured.")
-    ] = ",".join(USUAL),
+        str,
+        typer.Option(
+            help=f"Names, with commas, of {', '.join(WAYS[2])}, or with a cache in fp8 of {', '.join(WAYS[1])}; "
+            "or all. Today's is always measured."
+        ),
+    ] = "all",
     load: Annotated[
         list[str], typer.Option(help="'ROWS x TOKENS' or 'ROWS ragged'; may be given more than once.")
     ] = list(LOADS),  # noqa: B006 - typer copies it
     rounds: Annotated[int, typer.Option(min=1, help="Medians are shown.")] = 40,
+    kv_cache_dtype: Annotated[str, typer.Option(help="bfloat16 or fp8.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measures the decode kernel back to back and in its place in a layer, in several ways."""
     try:
-        ways, lengths = read_ways(variants), {one: read_load(one) for one in load}
+        if kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"--kv-cache-dtype is {kv_cache_dtype!r}; it can be {' or '.join(CACHE_DTYPES)}")
+        cache_dtype = CACHE_DTYPES[kv_cache_dtype]
+        ways, lengths = read_ways(variants, cache_dtype.itemsize), {one: read_load(one) for one in load}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if not torch.cuda.is_available():
@@ -351,12 +371,13 @@ def main(
         bandwidth = copy_bandwidth(torch.device("cuda"))
         print(f"a copy moves {bandwidth / 1e12:.2f} TB/s; medians of {rounds} rounds")
         for name, contexts in lengths.items():
-            found[name] = measure(contexts, ways, rounds, bandwidth)
+            found[name] = measure(contexts, ways, rounds, bandwidth, cache_dtype)
             print("\n".join(lines_of(name, found[name])))
             torch.cuda.empty_cache()
     if out is not None:
         report: dict[str, Any] = {
             "rounds": rounds,
+            "kv_cache_dtype": kv_cache_dtype,
             "layers": LAYERS,
             "copy_bytes_per_second": bandwidth,
             "loads": {name: asdict(figures) for name, figures in found.items()},

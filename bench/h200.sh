@@ -155,7 +155,10 @@ for figure in "$@"; do
     start) need; stop_service; running=; need; offline start-first-token --num-warmups 0 --num-prompts 1 --prompt-tokens 16 --output-tokens 1 ;;
     attention)
       stop_service; running=
-      "$PYTHON" -P -m tandem.bench.attention --variants all --out "$prefix-attention.json" || echo "attention FAILED"
+      for cache in bfloat16 fp8; do
+        "$PYTHON" -P -m tandem.bench.attention --kv-cache-dtype $cache --out "$prefix-attention-$cache.json" \
+          || echo "attention FAILED"
+      done
       ;;
     idle) watch_idle short ;;
     idle-long) watch_idle long ;;
