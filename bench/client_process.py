@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +29,9 @@ import uvloop
 from ..client import AsyncClient, Tokenizer
 from ..protocol.errors import ConfigurationError, TandemError
 from ..protocol.sampling import SamplingParams
+from ..protocol.structured import StructuredOutputsParams
 from .metrics import HttpFailed, Outcome
-from .workloads import Ids, Load, Wanted, plan, prompt_of
+from .workloads import Ids, Load, Wanted, plan, prompt_of, sampling_of
 
 if TYPE_CHECKING:
     from .http_client import HttpClient
@@ -104,13 +105,7 @@ class ClientProcess:
             prompt = self._tokenizer.decode(prompt.tolist())
         if load.chat:
             prompt = [{"role": "user", "content": str(prompt)}]
-        sampling = SamplingParams(
-            temperature=load.temperature,
-            ignore_eos=load.ignore_eos,
-            max_tokens=wanted.output_tokens,
-            seed=load.seed + index,
-        )
-        return Job(prompt, sampling)
+        return Job(prompt, sampling_of(load, index, wanted.output_tokens))
 
     def _sender(self, backend: str, job: Job) -> Sender:
         if backend == SDK:
@@ -186,20 +181,21 @@ class ClientProcess:
 
 def _as_http(job: Job, model: str) -> tuple[str, dict[str, Any]]:
     """Path and body that ask for the same."""
-    sampling = job.sampling
-    body: dict[str, Any] = {
-        "model": model,
-        "temperature": sampling.temperature,
-        "ignore_eos": sampling.ignore_eos,
-        "max_tokens": sampling.max_tokens,
-        "seed": sampling.seed,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    sampling: dict[str, Any] = {"temperature": job.sampling.temperature, **_set(job.sampling)}
+    if (structure := job.sampling.structured_outputs) is not None:
+        sampling["structured_outputs"] = _set(structure)
+    body = {**sampling, "model": model, "stream": True, "stream_options": {"include_usage": True}}
     if isinstance(job.prompt, list):
+        if job.sampling.logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": job.sampling.logprobs}
         return "/v1/chat/completions", {**body, "messages": job.prompt}
     prompt = job.prompt if isinstance(job.prompt, str) else job.prompt.tolist()
     return "/v1/completions", {**body, "prompt": prompt}
+
+
+def _set(params: SamplingParams | StructuredOutputsParams) -> dict[str, Any]:
+    """Its fields that are not at their defaults."""
+    return {f.name: value for f in fields(params) if (value := getattr(params, f.name)) != f.default}
 
 
 def say(event: str, **details: Any) -> None:

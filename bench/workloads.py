@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ..protocol.errors import ConfigurationError
+from ..protocol.sampling import SamplingParams
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 
@@ -20,6 +22,7 @@ DEFAULT_LENGTHS = {"uniform": ("256", "256"), "ragged": ("128-1024", "64-512"), 
 """Tokens of prompts and of outputs where no flag gives them."""
 DEFAULT_PROMPTS = 32
 DEFAULT_PREFIX_TOKENS = 512
+_SAMPLING: Final = TypeAdapter(SamplingParams)
 
 
 class Load(BaseModel):
@@ -61,6 +64,13 @@ class Load(BaseModel):
         bool, Field(description="Send each prompt as text, as the user's message of a chat with the model's template.")
     ] = False
     temperature: Annotated[float, Field(ge=0.0, le=100.0, description="0 is greedy.")] = 0.0
+    sampling_params: Annotated[
+        str | None,
+        Field(description='More of them, a JSON object named as in the SDK: {"top_p": 0.9, "frequency_penalty": 0.1}.'),
+    ] = None
+    sampling_share: Annotated[
+        float, Field(gt=0.0, le=1.0, description="Share of the requests that have --sampling-params, spread evenly.")
+    ] = 1.0
     ignore_eos: Annotated[
         bool, Field(description="Generate all output tokens even after the model's end-of-sequence token.")
     ] = True
@@ -81,6 +91,9 @@ class Load(BaseModel):
                 raise ValueError(
                     f"--{name.replace('_', '-')} is for --workload {' or '.join(workloads)}, not {self.workload}"
                 )
+        _more_sampling(self.sampling_params)
+        if self.sampling_share < 1.0 and self.sampling_params is None:
+            raise ValueError("--sampling-share is for --sampling-params, which are not given")
         if self.workload == "trace":
             if self.trace_file is None:
                 raise ValueError("--workload trace needs a file: --trace-file FILE")
@@ -99,6 +112,46 @@ class Load(BaseModel):
     def output_range(self) -> tuple[int, int]:
         """Least and most tokens of an output."""
         return _span("--output-tokens", self.output_tokens or DEFAULT_LENGTHS[self.workload][1])
+
+
+_OWN_FLAGS = {"max_tokens": "--output-tokens", "seed": "--seed"}
+
+
+def _more_sampling(text: str | None) -> dict[str, Any]:
+    """What --sampling-params sets. Raises ValueError by name for what it cannot."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--sampling-params: no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"--sampling-params: expected a JSON object, got {text!r}")  # noqa: TRY004 - pydantic tells it
+    for name, flag in _OWN_FLAGS.items():
+        if name in found:
+            raise ValueError(f"--sampling-params: {name} is what {flag} says")
+    structure = found.get("structured_outputs")
+    if isinstance(structure, dict) and isinstance(structure.get("json"), dict):
+        found["structured_outputs"] = {**structure, "json": json.dumps(structure["json"])}
+    try:
+        _SAMPLING.validate_python(found)
+    except ValidationError as error:
+        raise ValueError(f"--sampling-params: {_first(error)}") from None
+    return found
+
+
+def sampling_of(load: Load, index: int, output_tokens: int) -> SamplingParams:
+    """Of request `index`."""
+    has_more = math.floor((index + 1) * load.sampling_share) > math.floor(index * load.sampling_share)
+    return _SAMPLING.validate_python(
+        {
+            "temperature": load.temperature,
+            "ignore_eos": load.ignore_eos,
+            **(_more_sampling(load.sampling_params) if has_more else {}),
+            "max_tokens": output_tokens,
+            "seed": load.seed + index,
+        }
+    )
 
 
 def _span(name: str, text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.bench.workloads import Load, Wanted, arrivals, plan, prompt_of
+from tandem.bench.workloads import Load, Wanted, arrivals, plan, prompt_of, sampling_of
 from tandem.launch.config import build
 from tandem.protocol.errors import ConfigurationError
 
@@ -153,9 +153,28 @@ def test_a_trace_that_is_missing_or_too_short_is_refused(tmp_path: Path) -> None
         ({"workload": "heavy"}, "--workload: "),
         ({"num_prompts": 0}, "--num-prompts: "),
         ({"temperature": -1.0}, "--temperature: "),
+        ({"sampling_params": "{"}, "--sampling-params: no JSON: "),
+        ({"sampling_params": "[1]"}, "--sampling-params: expected a JSON object, got '[1]'"),
+        ({"sampling_params": '{"top_p": 2}'}, "--sampling-params: top_p: "),
+        ({"sampling_params": '{"topp": 1}'}, "--sampling-params: topp: "),
+        ({"sampling_params": '{"seed": 1}'}, "--sampling-params: seed is what --seed says"),
+        ({"sampling_share": 0.5}, "--sampling-share is for --sampling-params"),
+        ({"sampling_params": "{}", "sampling_share": 0.0}, "--sampling-share: "),
     ],
 )
 def test_loads_that_cannot_be_are_refused_by_flag(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError) as refused:
         build(Load, options)
     assert message in str(refused.value)
+
+
+def test_more_sampling_parameters_are_a_share_of_the_requests_spread_evenly() -> None:
+    more = '{"temperature": 0.8, "top_k": 7, "structured_outputs": {"json": {"type": "integer"}}}'
+    load = build(Load, {"sampling_params": more, "sampling_share": 0.4, "seed": 5})
+    found = [sampling_of(load, index, 9) for index in range(10)]
+    assert [params.top_k for params in found] == [0, 0, 7, 0, 7, 0, 0, 7, 0, 7]
+    plain, own = found[1:3]
+    assert (plain.temperature, plain.max_tokens, plain.ignore_eos, plain.seed) == (0.0, 9, True, 6)
+    assert (own.temperature, own.max_tokens, own.ignore_eos, own.seed) == (0.8, 9, True, 7)
+    assert own.structured_outputs is not None
+    assert json.loads(own.structured_outputs.json or "") == {"type": "integer"}
