@@ -10,6 +10,7 @@
 #   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C and E; idle-long: and B
 #   attention  the decode kernel back to back and in its place, in all its ways (no service)
 #   http   E through HTTP beside the SDK, from 8 client processes, with $GATEWAYS (default 1 and 2) gateways on a port
+#   features   A with a tokenizer of 128,256 tokens: greedy, every sampling parameter on, half of it in structured output
 #   invariant  A and E as they are and in batch-invariant mode, each with graphs and with --enforce-eager
 #   peer-A peer-B peer-C peer-E  transformers' continuous batching, its best configuration found (needs $PEER, the script)
 #
@@ -25,7 +26,7 @@ while getopts r: option; do
   case $option in r) REPEATS=$OPTARG ;; *) exit 2 ;; esac
 done
 shift $((OPTIND - 1))
-(( $# )) || { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
+(( $# )) || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
 
 tandem=("$PYTHON" -P -c 'import sys; from tandem.launch.cli import main; sys.exit(main())')
 model=(--model bench/shapes/llama-3.1-8b --load-format dummy --dtype bfloat16 --max-model-len 16384
@@ -72,6 +73,19 @@ load() { # load FIGURE [SUFFIX]
     D) offline "load-d-1x256+512${2:-}" --repeats "$REPEATS" --num-prompts 1 --prompt-tokens 256 --output-tokens 512 ;;
     E) offline "load-e-256x256+512${2:-}" --repeats "$REPEATS" --num-prompts 256 --prompt-tokens 256 --output-tokens 512 ;;
   esac
+}
+
+EVERY_FEATURE='{"temperature":0.8,"top_k":50,"top_p":0.95,"min_p":0.01,"repetition_penalty":1.1,"presence_penalty":0.2,
+  "frequency_penalty":0.1,"min_tokens":1000,"stop_token_ids":[7,8],"logit_bias":{"300":1.5,"301":-1.5,"302":-100},
+  "bad_words_token_ids":[[400],[401,402],[403,404,405]]}'
+STRUCTURED='{"ignore_eos":false,"structured_outputs":{"json":{"type":"object","required":["names"],"properties":{"names":
+  {"type":"array","minItems":2000,"items":{"type":"string","minLength":3,"maxLength":40}}}}}}'
+
+with_sampling() { # with_sampling NAME PARAMETERS FLAGS…: load A with these sampling parameters
+  local name=$1 parameters=$2
+  shift 2
+  offline "load-a-32x256+1024-$name" --repeats "$REPEATS" --num-prompts 32 --prompt-tokens 256 --output-tokens 1024 \
+    --sampling-params "$parameters" "$@"
 }
 
 peer() { # peer FIGURE FLAGS…: the fast path with compilation, asynchronous
@@ -122,8 +136,8 @@ watch() { # watch LOAD SECONDS FLAGS…: the profiler looks SECONDS after the de
 }
 
 running= # which service runs
-need() { # need FLAGS…; small: the other model
-  [[ $running == "$*" && -n $service ]] || start_service ${@#small}
+need() { # need FLAGS…; small, features: the other model
+  [[ $running == "$*" && -n $service ]] || start_service $(printf "%s\n" "$@" | grep -vx -e small -e features)
   running="$*"
 }
 
@@ -132,6 +146,16 @@ for figure in "$@"; do
     A | B | C | D | E) need; load "$figure" ;;
     F) need --quantization fp8 --kv-cache-dtype fp8; load F ;;
     sync) need --lookahead 0; load A -lookahead-0; load C -lookahead-0; load E -lookahead-0 ;;
+    features)
+      big=${model[1]}
+      [[ -d $home/made ]] || "$PYTHON" -P -m tandem.bench.vocabulary "$big" "$home/made"
+      model[1]=$home/made
+      need features
+      model[1]=$big
+      load A -with-tokenizer
+      with_sampling every "$EVERY_FEATURE"
+      with_sampling half-json "$STRUCTURED" --sampling-share 0.5
+      ;;
     invariant)
       need; load A; load E
       need --enforce-eager; load A -eager; load E -eager
