@@ -12,9 +12,10 @@ import torch
 
 from tandem import AsyncClient
 from tandem.launch.embedded import EmbeddedSystem
+from tandem.worker.pieces import piece_size, piece_sizes
 
 from support.observe import Observer, settled
-from support.paged import Sequences, compute_randomly, load, random_tokens
+from support.paged import Sequences, compute_randomly, load, quiet, random_tokens
 from support.tiny_models import VOCAB, save_flashinfer_sized, save_tiny
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +69,33 @@ def test_graphs_and_compiled_code_choose_the_same_tokens(
     assert some == plain
     assert preemptions > 0
     assert "uncompiled" not in capfd.readouterr().err
+
+
+def test_captured_steps_with_chunks_give_what_launches_give(tmp_path: Path) -> None:
+    """Full ones, one that is filled up, and small ones; what lies between the attention calls is captured."""
+    most = 1300
+    save_tiny("llama", tmp_path)
+    model = load(tmp_path, device="cuda", dtype="float32")
+    model.compile()
+    found = []
+    for in_pieces in (False, True):
+        sequences = Sequences(model, num_blocks=500, in_pieces=in_pieces)
+        if in_pieces:
+            model.capture_pieces(piece_sizes(most), torch.cuda.graph_pool_handle(), quiet)
+        for number in range(4):
+            sequences.add(random_tokens(900, VOCAB, number))
+        steps = (
+            [(0, 800), (1, most - 800)],
+            [(0, 1), (2, 700), (3, 560)],
+            [(0, 1), (2, 1), (3, 200)],
+            [(1, 400), (2, 199), (3, 1)],
+        )
+        assert [piece_size(sum(count for _, count in step), piece_sizes(most)) for step in steps] == [
+            most, most, 256, 768,
+        ]  # fmt: skip
+        found.append([logits for step in steps for logits in sequences.step(step).values()])
+    for launched, captured in zip(*found, strict=True):
+        torch.testing.assert_close(captured, launched, rtol=1e-4, atol=1e-4)
 
 
 def test_16_bits_compiled_are_as_close_as_uncompiled(tmp_path: Path) -> None:

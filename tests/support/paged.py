@@ -45,9 +45,13 @@ def load_tiny(arch: str, folder: Path, **changes: Any) -> tuple[PagedModel, PreT
 class Sequences:
     """Sequences of one model, each over blocks taken at random, computed as far as `done` says."""
 
-    def __init__(self, model: PagedModel, *, num_blocks: int = 96, block_size: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, model: PagedModel, *, num_blocks: int = 96, block_size: int = 8, seed: int = 0, in_pieces: bool = False
+    ) -> None:
+        """`in_pieces`: by captured graphs where the model has captured such steps."""
         model.allocate_kv_cache(num_blocks, block_size)
         self.model = model
+        self.in_pieces = in_pieces
         self.block_size = block_size
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)
@@ -85,7 +89,7 @@ class Sequences:
         batch = make_batch(
             rows, decode_rows, self.block_size, self.model.scratch_block, self.model.device, lane=self.lane
         )
-        hidden = self.model.hidden(batch)
+        hidden = self.model.hidden(batch, in_pieces=self.in_pieces)
         lengths = [count for _, count in ordered]
         logits = self.model.logits(hidden).split(lengths)
         return {sequence: part for (sequence, _), part in zip(ordered, logits, strict=True)}
