@@ -94,15 +94,13 @@ async def _again(first: _T, rest: AsyncGenerator[_T]) -> AsyncIterator[_T]:
 
 
 async def completions(streams: Sequence[CompletionStream]) -> list[Completion]:
-    """All answers, whole. The first failure is raised and ends the others."""
-    tasks: list[asyncio.Task[Completion]] = []
+    """All answers, whole. The first failure is raised at once, though others have yet to begin, and ends them all."""
     try:
-        async for _, stream in _started(streams):
-            tasks.append(asyncio.create_task(stream.collect()))
-        return list(await asyncio.gather(*tasks))
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(stream.collect()) async for _, stream in _started(streams)]
+        return [task.result() for task in tasks]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         for stream in streams:
             await stream.aclose()

@@ -1,4 +1,5 @@
-"""Bodies that are long: their values are counted before they are parsed, and nobody waits while many prompts begin."""
+"""Bodies that are long: their values are counted before they are parsed, and nobody waits while many prompts begin, nor
+for them all if one fails."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from tandem import AsyncClient, RequestFailed
 from tandem.client.completion import CompletionStream, Started
 from tandem.gateway.body import ValueCount
 from tandem.gateway.chat_schema import ChatRequest
@@ -19,6 +21,10 @@ from tandem.gateway.completion_schema import CompletionRequest
 from tandem.gateway.generation import completions, pieces
 from tandem.gateway.responses_schema import ResponsesRequest
 from tandem.gateway.wire import response_with
+from tandem.protocol.messages import Cancel, Refused, Submit
+
+from support.deadlines import DEADLINE_S, LONG_LEASE_S
+from support.scripted_scheduler import ScriptedScheduler
 
 Json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet=st.sampled_from('a,[]{}:"\\\n\u00e9')),
@@ -121,6 +127,38 @@ def test_prompts_begin_one_at_a_time(way: Callable[[list[CompletionStream]], Awa
     began = asyncio.run(run())
     assert len(began) == 50
     assert len(set(began)) == 50
+
+
+@pytest.mark.parametrize("way", [_whole, _streamed])
+def test_a_prompt_that_fails_ends_the_others_before_all_have_begun(
+    way: Callable[[list[CompletionStream]], Awaitable[None]],
+) -> None:
+    def script(scheduler: ScriptedScheduler, submit: Submit) -> None:
+        if submit.prompt.tolist() == [1]:
+            scheduler.begin(submit)
+        else:
+            scheduler.say(Refused(epoch=scheduler.epoch, ticket=submit.ticket, code="internal", message="a mishap"))
+
+    async def run() -> None:
+        begins: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
+
+        async def never(_: float | None) -> Started:
+            return await begins
+
+        async with (
+            ScriptedScheduler(script, lease_s=LONG_LEASE_S) as scheduler,
+            AsyncClient(scheduler.address, connect_timeout=DEADLINE_S) as client,
+        ):
+            streams = [client.stream([1]), client.stream([2]), CompletionStream(never, None), client.stream([1])]
+            async with asyncio.timeout(DEADLINE_S):
+                with pytest.raises(RequestFailed, match="a mishap"):
+                    await way(streams)
+            assert begins.cancelled()
+            (cancelled,) = await scheduler.until(Cancel)
+            begun, _ = scheduler.of(Submit)
+            assert cancelled.ticket == begun.ticket
+
+    asyncio.run(run())
 
 
 class Choice(BaseModel):
