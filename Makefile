@@ -17,8 +17,8 @@ FUZZ_S ?= 600
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 INSTALLED := .venv/.installed-$(EXTRAS)
-# The tests run other people's programs too, which bring some 800 MB that a demo does without.
-TESTED := .venv/.installed-$(EXTRAS),clients
+# The tests run other people's programs too, and kernels in Triton's interpreter: 800 and 690 MB that a demo does without.
+TESTED := .venv/.installed-$(EXTRAS),clients,kernels
 HOUSE := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help

@@ -1,6 +1,7 @@
 """Random tables of sampling features, and whether kernels do with them what plain torch does.
 
-Run as a program under TRITON_INTERPRET=1, it tries small cases on the CPU.
+Run as a program under TRITON_INTERPRET=1, it tries small cases on the CPU: with `all` every combination of theirs,
+without it every two values.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from tandem.protocol.sampling import MAX_BAD_SEQUENCE_TOKENS
 from tandem.worker.adjustments import MAX_COUNT, Adjustments
 from tandem.worker.features import NOT_YET, NOTHING, StepFeatures, mask_words
+
+from support import triton_interpreter
+from support.grids import pairwise
 
 SPARE_SLOTS: Final = 3
 MASKS: Final = {"none": None, "few": 40, "half": 2, "nothing": 10**9}
@@ -137,11 +141,11 @@ class Tried:
 def main() -> None:
     from tandem.worker import adjusting
 
-    from support import triton_interpreter
-
     small: Any = adjusting
     small._TILE, small._LANES = 64, 16  # several of each in small cases
-    tried = cases((5, 129, 300), 3, (0, 3, 40), (0, 2, 20)) if "all" in sys.argv else cases((129,), 3, (0, 40), (0, 20))
+    tried = cases((5, 129, 300), 3, (0, 3, 40), (0, 2, 20))
+    if "all" not in sys.argv:
+        tried = [Case(*cell) for cell in pairwise([astuple(case) for case in tried])]
     for number, case in enumerate(tried):
         for difference in Tried(case, torch.device("cpu"), number).differences():
             raise SystemExit(f"{case}: {difference}")

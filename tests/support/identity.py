@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem import AsyncClient
 
-from support.grids import whole_grid
+from support.grids import pairwise, whole_grid
 from support.observe import Observer, run_until_preempted, settled
 from support.systems import embedded
 from support.tiny_models import ARCHITECTURES, save_tiny
@@ -33,15 +33,7 @@ Cell = tuple[str, int, int, str]
 def grid() -> list[Cell]:
     """The whole grid, or with pairwise coverage: every two values of two parameters meet in some cell."""
     whole = list(itertools.product(ARCHITECTURES, LOOKAHEADS, BLOCK_SIZES, CACHES))
-    if whole_grid():
-        return whole
-    pairs = {pair for cell in whole for pair in itertools.combinations(enumerate(cell), 2)}
-    chosen = []
-    while pairs:
-        best = max(whole, key=lambda cell: len(pairs.intersection(itertools.combinations(enumerate(cell), 2))))
-        chosen.append(best)
-        pairs.difference_update(itertools.combinations(enumerate(best), 2))
-    return sorted(chosen, key=whole.index)
+    return whole if whole_grid() else pairwise(whole)
 
 
 @dataclass(frozen=True)

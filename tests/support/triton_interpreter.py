@@ -1,15 +1,35 @@
-"""Triton's kernels without a GPU: by its interpreter. Import this before anything that imports triton."""
+"""Triton's kernels without a GPU: by its interpreter, in processes of their own."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Final
 
-AVAILABLE: Final = importlib.util.find_spec("triton") is not None
+from support.deadlines import DEADLINE_S
+
+TESTS: Final = Path(__file__).resolve().parents[1]
 VARIABLE: Final = "TRITON_INTERPRET"
 ON: Final = os.environ.get(VARIABLE) == "1"
 """Kernels of this process are interpreted. That must be so from its beginning, since triton looks only once."""
+
+
+def run(module: str, *arguments: str) -> str:
+    """Runs a module as a program whose kernels are interpreted; returns what it printed. Raises AssertionError with the
+    end of that if it fails, subprocess.TimeoutExpired if it takes twice as long as an event may."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", module, *arguments],
+        cwd=TESTS,
+        env={**os.environ, VARIABLE: "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8_000:] + done.stderr[-4_000:]
+    return done.stdout
 
 
 def mend() -> None:
@@ -38,5 +58,5 @@ def mend() -> None:
     interpreter.InterpreterBuilder.create_dot = dot
 
 
-if ON and AVAILABLE:
+if ON:
     mend()
