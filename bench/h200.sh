@@ -9,6 +9,7 @@
 #   C  ragged, 512 at once     F  A in FP8               idle       gaps between kernels and which they are, by
 #   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C and E; idle-long: and B
 #   attention  the decode kernel back to back and in its place, in all its ways (no service)
+#   products   a layer's products by each algorithm of cublasLt beside torch's (no service)
 #   http   E through HTTP beside the SDK, from 8 client processes, with $GATEWAYS (default 1 and 2) gateways on a port
 #   features   A with a tokenizer of 128,256 tokens: greedy, every sampling parameter on, half of it in structured output
 #   invariant  A and E as they are and in batch-invariant mode, each with graphs and with --enforce-eager
@@ -183,6 +184,10 @@ for figure in "$@"; do
         "$PYTHON" -P -m tandem.bench.attention --kv-cache-dtype $cache --out "$prefix-attention-$cache.json" \
           || echo "attention FAILED"
       done
+      ;;
+    products)
+      stop_service; running=
+      "$PYTHON" -P -m tandem.bench.products --out "$prefix-products.json" || echo "products FAILED"
       ;;
     idle) watch_idle short ;;
     idle-long) watch_idle long ;;
