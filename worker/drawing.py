@@ -1,41 +1,82 @@
 # Triton reads a kernel's annotations: it takes none but its own.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""A token for each row, drawn by one kernel: the same token as `sampler.py` draws in plain torch, for CUDA.
+"""A token for each row, drawn by kernels: the same token as `sampler.sample` draws in plain torch, for CUDA.
 
-A program takes one row. It looks for the border of top-k, then for that of top-p in what is left:
+Rows are cut into tiles, and most kernels give a tile to a program, so that the whole device works on however few rows.
+What a kernel needs of other tiles an earlier one has left in memory: nothing waits for another program.
 
-1. From the row's largest logit and 25 below (lower ones weigh nothing) a pass over the row counts and weighs what lies
-   at or above each of eight keys, which cuts the range that holds the border to an eighth. That goes on until few
-   tokens are left in it.
-2. These few are gathered, in the order of their ids, and the border is found among them without the row.
-3. The token is found among those gathered, if all that is kept is there, else by one more pass.
+1. `_peaks`: the largest logit of each tile.
+2. `_weigh`: how much each tile weighs. Of rows with top-k or top-p also how many of its tokens lie in each of `_BINS`
+   bins, by how far their logits are below the row's largest.
+3. `_decide`, a row to a program: in which bins the border lies. Counts tell for top-k; for top-p they bound what a
+   bin weighs.
+4. `_gather`: the tokens down to there, in the order of their ids.
+5. `_border`, a row to a program: the border among those gathered, and the token, for all that is kept is there.
+6. `_keep`: what each tile's kept tokens weigh, for the few rows that keep too many for that.
+7. `_choose`, a row to a program: the tile that holds the token, and the token in it.
 
-Counts and weights are whole numbers and added up as one: a sum's low 40 bits are the weight, the others the count. So
-no order of additions can change a result, and nothing depends on the batch. A row without top-k and top-p takes neither
-1 nor 2 and does not read its logits.
+Without top-k and top-p only the first two and the last run. Counts and weights are whole numbers, so no order of
+additions can change a result, and nothing depends on the batch.
 
 Imported only where it runs; Triton comes with torch's CUDA builds.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_HELD: int = 2048
+from . import sampler
+
+if TYPE_CHECKING:
+    from .sampler import SamplingColumns
+
+_TILE: int = 4096
+"""Tokens of a tile."""
+_HELD: int = 8192
 """Tokens that are gathered at most."""
-_TILE: int = 2048
-"""Tokens that a program looks at at a time. With this and 16 warps, 128 registers a thread suffice."""
-_WARPS: int = 16
-_ONE = tl.constexpr(1 << 40)
-"""One token, in a sum of counts and weights."""
-_WEIGHT = tl.constexpr((1 << 40) - 1)
-"""The weight's part of such a sum: a row's probabilities are 2 ** 36, nearly."""
+_FEW: int = 1024
+"""Up to so many of them are looked at by shorter code."""
+_BINS: int = 128
+_CHUNK: int = 32
+"""Tiles whose books a program looks at at a time."""
+
 _LOWEST = tl.constexpr(-(2**31))
+_DEPTH = tl.constexpr(float(sampler.WEIGHT_BITS))
+"""Tokens whose share is below 2 ** -_DEPTH weigh nothing."""
+_WHOLE = tl.constexpr(2.0**sampler.WEIGHT_BITS)
+_GREEDY_BELOW = tl.constexpr(sampler.GREEDY_BELOW)
+_LOG2_E = tl.constexpr(sampler.LOG2_E)
+_LEAST_POWER = tl.constexpr(sampler.LEAST_POWER)
+_EXPONENT = tl.constexpr(127 + sampler.WEIGHT_BITS)
+_P0, _P1, _P2, _P3, _P4, _P5, _P6 = (tl.constexpr(coefficient) for coefficient in sampler.POWERS)
+_SLACK = tl.constexpr(1e-5)
+"""By how much, relatively, the share of a token may lie outside of what its bin's edges say: rounding."""
+
+# What is known of a row, of which `plans` has _FIELDS.
+_FIELDS = tl.constexpr(8)
+_MODE = tl.constexpr(0)
+_START = tl.constexpr(1)
+"""The first bin that is gathered …"""
+_LAST = tl.constexpr(2)
+"""… and the last, which may hold the border."""
+_FOUND = tl.constexpr(3)
+"""How many tokens these bins hold."""
+_OVER = tl.constexpr(4)
+"""How many tokens lie in the bins before."""
+_BY_COUNT = tl.constexpr(5)
+"""top-k leaves something out."""
+
+_UNFILTERED = tl.constexpr(0)
+_HELD_ALL = tl.constexpr(1)
+"""All that may be kept is gathered."""
+_HELD_PART = tl.constexpr(2)
+"""All that may be the border is gathered."""
+_NOT_HELD = tl.constexpr(3)
 
 
 class Drawn(NamedTuple):
@@ -43,339 +84,560 @@ class Drawn(NamedTuple):
     many as `at_border` says, the lowest ids; of these, what weighs nothing is never drawn."""
 
     tokens: Tensor
-    """[N] int64; 0 for rows that are greedy."""
+    """[N] int64."""
     border: Tensor
-    """[N] int32."""
+    """[N] int32; the lowest for rows that are greedy or keep all."""
     at_border: Tensor
     """[N] int32."""
 
 
-def draw(
-    logits: Tensor,
-    probabilities: Tensor,
-    greedy: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor | None,
-    random: Tensor,
-) -> Drawn:
-    """Draws from float32 logits [N, vocab] and their softmax, both contiguous; vocab up to 2 ** 20.
-
-    greedy bool [N]: rows to leave alone; top_k int32 [N] (0: all), top_p float32 [N], min_p float32 [N], random int64
-    [N]: 24 bits. Launches one kernel, whose compiled form depends on the vocabulary alone; does not wait.
-    """
+def draw(logits: Tensor, columns: SamplingColumns) -> Drawn:
+    """`sampler.sample` of float32 logits [N, vocab], contiguous; vocab up to 2 ** 20. Launches seven kernels, or three
+    if no row filters, whose compiled forms depend on the vocabulary alone; does not wait. Raises ValueError."""
     rows, vocab = logits.shape
-    device = logits.device
-    out = Drawn(
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty(rows, dtype=torch.int32, device=device),
-        torch.empty(rows, dtype=torch.int32, device=device),
-    )
-    held = torch.empty((rows, 3, _HELD), dtype=torch.int32, device=device)
-    _draw[(rows,)](
-        logits, probabilities, greedy, top_k, top_p, top_p if min_p is None else min_p, random, *out, held,
-        vocab, int(min_p is not None),
-        HELD=_HELD, TILE=_TILE, num_warps=_WARPS,
+    if not logits.is_contiguous():
+        raise ValueError(f"logits must be contiguous, and have strides {logits.stride()}")
+    if vocab > 1 << 20:
+        raise ValueError(f"a vocabulary of {vocab} tokens: sums of weights hold up to {1 << 20}")
+    device, tiles = logits.device, triton.cdiv(vocab, _TILE)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    out = Drawn(empty(rows, dtype=torch.int64), empty(rows), empty(rows))
+    peaks, sums = empty(rows, tiles, dtype=torch.float32), empty(rows, tiles, dtype=torch.int64)
+    plans, equals = empty(rows, _FIELDS.value), empty(rows, tiles)
+    filters = columns.any_top_k or columns.any_top_p
+    counts = empty(rows, tiles, _BINS) if filters else equals
+    min_p = columns.top_p if columns.min_p is None else columns.min_p
+    given = tuple(one.contiguous() for one in (columns.temperature, columns.top_k, columns.top_p, min_p))
+    flags = int(columns.min_p is not None) | int(columns.any_top_k) << 1 | int(columns.any_top_p) << 2
+    counters = tuple(one.contiguous() for one in (columns.seed, columns.sample_index, columns.position))
+    of_tiles, of_rows = (rows, tiles), (rows,)
+    _peaks[of_tiles](logits, peaks, vocab, tiles, TILE=_TILE, num_warps=8)
+    _weigh[of_tiles](
+        logits, peaks, *given, sums, counts, vocab, tiles, flags,
+        TILE=_TILE, BINS=_BINS, CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    if filters:
+        offsets, totals, held = empty(rows, tiles), empty(rows, dtype=torch.int64), empty(rows, 2, _HELD)
+        _decide[of_rows](
+            *given, sums, counts, plans, offsets, totals, vocab, tiles, flags,
+            HELD=_HELD, BINS=_BINS, CHUNK=_CHUNK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        _gather[of_tiles](
+            logits, peaks, *given, plans, offsets, sums, held, vocab, tiles, flags,
+            HELD=_HELD, TILE=_TILE, BINS=_BINS, CHUNK=_CHUNK, num_warps=16, maxnreg=64, enable_fp_fusion=False,
+        )  # fmt: skip
+        _border[of_rows](
+            logits, peaks, *given, *counters, plans, sums, totals, held, *out, vocab, tiles, flags,
+            HELD=_HELD, FEW=_FEW, TILE=_TILE, BINS=_BINS, CHUNK=_CHUNK, num_warps=16, enable_fp_fusion=False,
+        )  # fmt: skip
+        _keep[of_tiles](
+            logits, peaks, *given, plans, out.border, sums, equals, vocab, tiles, flags,
+            TILE=_TILE, CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+    _choose[of_rows](
+        logits, peaks, *given, *counters, plans, sums, equals, *out, vocab, tiles, flags,
+        TILE=_TILE, CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-@triton.jit(  # or some step would wait for a compiler
-    do_not_specialize=["uses_min_p"],
-    do_not_specialize_on_alignment=[
-        "greedy",
-        "top_ks",
-        "top_ps",
-        "min_ps",
-        "random",
-        "tokens",
-        "borders",
-        "at_borders",
-    ],
-)
-def _draw(
-    logits, probabilities, greedy, top_ks, top_ps, min_ps, random, tokens, borders, at_borders, held, vocab, uses_min_p,
-    HELD: tl.constexpr, TILE: tl.constexpr,
+_UNALIGNED: list[str] = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "sample_indices", "positions"]
+"""Columns, which lie anywhere: or some step would wait for a compiler."""
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _peaks(logits, peaks, vocab, tiles, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    at = tile * TILE + tl.arange(0, TILE)
+    value = tl.load(logits + row * vocab + at, at < vocab, float("-inf"))
+    tl.store(peaks + row * tiles + tile, tl.max(value))
+
+
+@triton.jit(do_not_specialize=["tiles", "flags"], do_not_specialize_on_alignment=_UNALIGNED)
+def _weigh(
+    logits, peaks, temperatures, top_ks, top_ps, min_ps, sums, counts, vocab, tiles, flags,
+    TILE: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits += row * vocab
-    probabilities += row * vocab
-    held += row * (3 * HELD)
-    token = row * 0
+    tile = tl.program_id(1)
+    temperature = tl.load(temperatures + row)
+    if temperature >= _GREEDY_BELOW:
+        at = tile * TILE + tl.arange(0, TILE)
+        value = tl.load(logits + row * vocab + at, at < vocab, float("-inf"))
+        peak = _peak(peaks + row * tiles, tiles, CHUNK)
+        power = _power(value, peak, _rate(temperature))
+        weight = _weight(_share(power), _least(min_ps, row, flags))
+        tl.store(sums + row * tiles + tile, tl.sum(weight))
+        if (_top_k(top_ks, row, vocab, flags) > 0) | (_top_p(top_ps, row, flags) < 1.0):
+            found = tl.histogram(_bin(power, BINS), BINS, power >= -_DEPTH)
+            tl.store(counts + (row * tiles + tile) * BINS + tl.arange(0, BINS), found)
+
+
+@triton.jit(do_not_specialize=["tiles", "flags"], do_not_specialize_on_alignment=_UNALIGNED)
+def _decide(
+    temperatures, top_ks, top_ps, min_ps, sums, counts, plans, offsets, totals, vocab, tiles, flags,
+    HELD: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    plans += row * _FIELDS
+    counts += row * tiles * BINS
+    top_k = _top_k(top_ks, row, vocab, flags)
+    top_p = _top_p(top_ps, row, flags)
+    mode = tl.full((), _UNFILTERED, tl.int32)
+    if (tl.load(temperatures + row) >= _GREEDY_BELOW) & ((top_k > 0) | (top_p < 1.0)):
+        total = _total(sums + row * tiles, tiles, CHUNK)
+        tl.store(totals + row, total)
+        bins = tl.arange(0, BINS)
+        count = tl.zeros((BINS,), tl.int32)
+        for start in range(0, tiles, CHUNK):
+            count += tl.sum(_counts(counts, start, tiles, BINS, CHUNK), axis=0)
+        upto = tl.cumsum(count)
+        by_count = (top_k > 0) & (tl.sum(count) > top_k)
+        first = tl.full((), 0, tl.int32)
+        last = first
+        if by_count:
+            last = tl.sum((upto < top_k).to(tl.int32))
+            first = last
+        elif top_p < 1.0:
+            first, last = _bins_of_top_p(count, bins, total, top_p, _least(min_ps, row, flags), BINS)
+        if by_count | (top_p < 1.0):
+            everything = tl.sum(tl.where(bins == last, upto, 0))
+            over = tl.sum(tl.where(bins < first, count, 0))
+            whole = everything <= HELD
+            first = tl.where(whole, 0, first)
+            over = tl.where(whole, 0, over)
+            found = everything - over
+            mode = tl.where(whole, _HELD_ALL, tl.where(found <= HELD, _HELD_PART, _NOT_HELD))
+            tl.store(plans + _START, first)
+            tl.store(plans + _LAST, last)
+            tl.store(plans + _FOUND, found)
+            tl.store(plans + _OVER, over)
+            tl.store(plans + _BY_COUNT, by_count.to(tl.int32))
+            before = tl.full((), 0, tl.int32)
+            for start in range(0, tiles, CHUNK):
+                here = _counts(counts, start, tiles, BINS, CHUNK)
+                here = tl.sum(tl.where(((bins >= first) & (bins <= last))[None, :], here, 0), axis=1)
+                tile = start + tl.arange(0, CHUNK)
+                tl.store(offsets + row * tiles + tile, before + tl.cumsum(here) - here, tile < tiles)
+                before += tl.sum(here)
+    tl.store(plans + _MODE, mode)
+
+
+@triton.jit
+def _counts(counts, start, tiles, BINS: tl.constexpr, CHUNK: tl.constexpr):
+    """[CHUNK, BINS]: of the tiles from `start` on."""
+    tile = start + tl.arange(0, CHUNK)
+    return tl.load(counts + tile[:, None] * BINS + tl.arange(0, BINS)[None, :], (tile < tiles)[:, None], 0)
+
+
+@triton.jit
+def _bins_of_top_p(count, bins, total, top_p, least, BINS: tl.constexpr):
+    """Between which bins the border lies. A token weighs something between what tokens at its bin's edges would, or
+    nothing where min-p may leave it out; rounding down takes up to 1 away."""
+    edge = bins.to(tl.float32) * (_DEPTH / BINS)
+    upper = tl.exp2(_DEPTH - edge) * (1.0 + _SLACK)
+    lower = tl.exp2(_DEPTH - edge - _DEPTH / BINS) * (1.0 - _SLACK)
+    many = count.to(tl.float64)
+    most = many * tl.where(upper >= least, upper, 0.0).to(tl.float64)
+    fewest = many * tl.where(lower >= least, tl.maximum(lower - 1.0, 0.0), 0.0).to(tl.float64)
+    needed = _needed(total, top_p)
+    spare = (total - needed).to(tl.float64)
+    # With a bin and those before it there is enough, or with what lies after it there would be too much …
+    enough = (tl.cumsum(fewest) >= needed.to(tl.float64)) | (tl.cumsum(most, reverse=True) - most <= spare)
+    last = tl.min(tl.where(enough, bins, BINS - 1))
+    # … and there cannot be enough yet.
+    short = (tl.cumsum(most) < needed.to(tl.float64)) | (tl.cumsum(fewest, reverse=True) - fewest > spare)
+    return tl.minimum(tl.sum(short.to(tl.int32)), last), last
+
+
+@triton.jit(do_not_specialize=["tiles", "flags"], do_not_specialize_on_alignment=_UNALIGNED)
+def _gather(
+    logits, peaks, temperatures, top_ks, top_ps, min_ps, plans, offsets, sums, held, vocab, tiles, flags,
+    HELD: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Puts ids and logits (their bits) into `held`; and into `sums`, what the bins before weigh."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    mode = tl.load(plans + row * _FIELDS + _MODE)
+    if (mode == _HELD_ALL) | (mode == _HELD_PART):
+        at = tile * TILE + tl.arange(0, TILE)
+        value = tl.load(logits + row * vocab + at, at < vocab, float("-inf"))
+        first = tl.load(plans + row * _FIELDS + _START)
+        last = tl.load(plans + row * _FIELDS + _LAST)
+        place = tl.load(offsets + row * tiles + tile) - 1
+        peak = _peak(peaks + row * tiles, tiles, CHUNK)
+        power = _power(value, peak, _rate(tl.load(temperatures + row)))
+        bin = tl.where(power >= -_DEPTH, _bin(power, BINS), BINS)
+        inside = (bin >= first) & (bin <= last)
+        if tl.sum(inside.to(tl.int32)) > 0:
+            put = place + tl.cumsum(inside.to(tl.int32))
+            held += row * (2 * HELD)
+            tl.store(held + put, at, inside)
+            tl.store(held + HELD + put, value.to(tl.int32, bitcast=True), inside)
+        if mode == _HELD_PART:
+            weight = _weight(_share(power), _least(min_ps, row, flags))
+            tl.store(sums + row * tiles + tile, tl.sum(tl.where(bin < first, weight, 0)))
+
+
+@triton.jit(do_not_specialize=["tiles", "flags"], do_not_specialize_on_alignment=_UNALIGNED)
+def _border(
+    logits, peaks, temperatures, top_ks, top_ps, min_ps, seeds, sample_indices, positions, plans, sums, totals, held,
+    tokens, borders, at_borders, vocab, tiles, flags,
+    HELD: tl.constexpr, FEW: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    plans += row * _FIELDS
+    mode = tl.load(plans + _MODE)
     border = tl.full((), _LOWEST, tl.int32)
     left = row * 0
-    if tl.load(greedy + row) == 0:
-        top_k = tl.load(top_ks + row).to(tl.int64)
-        top_p = tl.load(top_ps + row)
-        by_count = (top_k > 0) & (top_k < vocab)
-        filtered = by_count | (top_p < 1.0)
-        min_p = tl.load(min_ps + row, uses_min_p != 0, 0.0)
-        least = _largest(probabilities, tl.where(min_p > 0.0, vocab, 0), 0.0, TILE) * min_p
-        total = _weigh(probabilities, least, tl.where(filtered, 0, vocab), TILE)
-        count = 0  # of the tokens in `held`, when all that is kept is there
-        each = row * 0  # what a token at the border weighs
-        if filtered:
-            largest = _largest(logits, vocab, float("-inf"), TILE)
-            end = _key(largest) + 1
-            border = _key(largest - 25.0) - 1
-            above = row * 0
-            if by_count:
-                border, above, equal, _, count = _find(
-                    logits, probabilities, held, vocab, least, border + 1, end, above, top_k, top_p, 40, True, count,
-                    HELD, TILE,
-                )  # fmt: skip
-                left = tl.minimum(top_k - (above >> 40), equal >> 40)
-                each = (equal & _WEIGHT) // tl.maximum(equal >> 40, 1)
-                total = (above & _WEIGHT) + left * each
-            if top_p < 1.0:
-                needed = _needed(total, top_p)
-                lacking = needed - (above & _WEIGHT)
-                if by_count & (lacking > 0):
-                    left = tl.minimum(left, tl.cdiv(lacking, tl.maximum(each, 1)))
-                else:
-                    border, above, equal, needed, count = _find(
-                        logits, probabilities, held, vocab, least, border + 1, end, above, needed, top_p, 0,
-                        by_count == 0, count, HELD, TILE,
-                    )  # fmt: skip
-                    each = (equal & _WEIGHT) // tl.maximum(equal >> 40, 1)
-                    lacking = needed - (above & _WEIGHT)
-                    left = tl.minimum(tl.cdiv(lacking, tl.maximum(each, 1)), equal >> 40)
-            total = (above & _WEIGHT) + left * each
-        drawn = (total * tl.load(random + row)) >> 24
-        if count > 0:
-            token = _choose_held(held, count, least, border, left, drawn, HELD)
+    if mode != _UNFILTERED:
+        logits += row * vocab
+        held += row * (2 * HELD)
+        found = tl.load(plans + _FOUND)
+        top_k = tl.load(plans + _BY_COUNT) * _top_k(top_ks, row, vocab, flags).to(tl.int64)
+        top_p = _top_p(top_ps, row, flags)
+        peak = _peak(peaks + row * tiles, tiles, CHUNK)
+        rate = _rate(tl.load(temperatures + row))
+        least = _least(min_ps, row, flags)
+        total = tl.load(totals + row)
+        random = _random(seeds, sample_indices, positions, row)
+        over_count = tl.load(plans + _OVER).to(tl.int64)
+        over_weight = row * 0
+        if mode == _HELD_PART:
+            over_weight = _total(sums + row * tiles, tiles, CHUNK)
+        if mode == _NOT_HELD:
+            border, left = _settle_row(
+                logits, vocab, peak, rate, least, tl.load(plans + _LAST), total, top_k, top_p, TILE, BINS
+            )
+        elif found <= FEW:
+            border, left, token = _settle_held(
+                logits, vocab, held, found, mode == _HELD_ALL, peak, rate, least, over_count, over_weight, total, top_k,
+                top_p, random, FEW, HELD, TILE,
+            )  # fmt: skip
+            tl.store(tokens + row, token, mode == _HELD_ALL)
         else:
-            token = _choose(logits, probabilities, vocab, least, border, left, each, drawn, filtered, TILE)
-        token = tl.minimum(token, vocab - 1)  # only NaN logits get there
-    tl.store(tokens + row, token)
+            border, left, token = _settle_held(
+                logits, vocab, held, found, mode == _HELD_ALL, peak, rate, least, over_count, over_weight, total, top_k,
+                top_p, random, HELD, HELD, TILE,
+            )  # fmt: skip
+            tl.store(tokens + row, token, mode == _HELD_ALL)
     tl.store(borders + row, border)
     tl.store(at_borders + row, left.to(tl.int32))
 
 
 @triton.jit
-def _find(
-    logits, probabilities, held, vocab, least, lo, hi, at_lo, needed, top_p, shift, fresh, count,
-    HELD: tl.constexpr, TILE: tl.constexpr,
+def _settle_held(
+    logits, vocab, held, found, whole, peak, rate, least, over_count, over_weight, total, top_k, top_p, random,
+    SIZE: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The border in [lo, hi), where at and over lo there are `at_lo` and at and over hi there is nothing: the largest
-    key at and over which there is what is needed, of counts (shift 40) or of weights (shift 0). fresh: at_lo is not
-    known yet, nor is what is needed, of weights.
-
-    Returns the border, what is over it, what is at it, what is needed, and how many tokens are held if those held are
-    all that the first lo let in (else 0). `count`: as returned before, for a lower lo. If exactly what is needed is
-    over some key, that is a border as well, at which nothing is needed: that ends the search early.
-    """
-    end = hi
-    above = at_lo * 0
-    passes = 0
-    searching = count == 0
-    while searching:
-        lo, hi, at_lo, above, needed = _split(
-            logits, probabilities, vocab, least, lo, hi, at_lo, above, needed, top_p, shift, fresh & (passes == 0),
-            passes < 4, TILE,
-        )  # fmt: skip
-        passes += 1
-        few = (at_lo - above) >> 40 <= HELD
-        searching = (_amount(at_lo, shift) > needed) & (hi.to(tl.int64) - lo > 1) & (few == 0)
-    if (_amount(at_lo, shift) > needed) & (hi.to(tl.int64) - lo > 1):
-        if count > 0:
-            found = count
+    """The border, how many tokens at it are kept, and if all that is kept is held, the token: from up to SIZE held.
+    over_count, over_weight: of the tokens over those held. total: the row's weight. top_k 0: off."""
+    place = tl.arange(0, SIZE)
+    inside = place < found
+    value = tl.load(held + HELD + place, inside, 0).to(tl.float32, bitcast=True)
+    key = _key(value)
+    weight = tl.where(inside, _weight(_share(_power(value, peak, rate)), least), 0)
+    border = tl.full((), _LOWEST, tl.int32)
+    left = total * 0
+    each = left
+    above = left
+    if top_k > 0:
+        border, over = _halve(key, inside, inside.to(tl.int64), top_k - over_count)
+        left = top_k - over_count - over
+        above = over_weight + tl.sum(tl.where(key > border, weight, 0))
+        each = _weight_of(border, peak, rate, least)
+        total = above + left * each
+    if top_p < 1.0:
+        needed = _needed(total, top_p)
+        if (top_k > 0) & (needed > above):
+            left = tl.minimum(left, tl.cdiv(needed - above, tl.maximum(each, 1)))
         else:
-            whole = at_lo >> 40 <= HELD
-            hi = tl.where(whole, end, hi)
-            above = tl.where(whole, 0, above)
-            found = ((at_lo - above) >> 40).to(tl.int32)
-            count = tl.where(whole, found, 0)
-            _gather(logits, probabilities, held, vocab, lo, hi, HELD, TILE)
-        lo, at_lo, above = _halve(held, found, least, lo, hi, at_lo, above, needed, shift, HELD)
-    exact = _amount(at_lo, shift) <= needed
-    return tl.where(exact, lo - 1, lo), tl.where(exact, at_lo, above), tl.where(exact, 0, at_lo - above), needed, count
+            if whole | (top_k == 0):
+                border, over = _halve(key, inside, weight, needed - over_weight)
+                above = over_weight + over
+            else:  # what is left by top-k is not held: two filters, and thousands of tokens kept
+                border, above = _search(logits, vocab, peak, rate, least, border, _key(peak) + 1, needed, False, TILE)
+            each = _weight_of(border, peak, rate, least)
+            left = tl.cdiv(needed - above, tl.maximum(each, 1))
+        total = above + left * each
+    token = total * 0
+    if whole:
+        drawn = _portion(total, random)
+        equal = inside & (key == border)
+        kept = (inside & (key > border)) | (equal & (tl.cumsum(equal.to(tl.int32)) <= left))
+        reached = tl.cumsum(tl.where(kept, weight, 0))
+        first = tl.sum((inside & (reached <= drawn)).to(tl.int32))
+        token = tl.minimum(tl.load(held + first, first < found, 2147483647), vocab - 1).to(tl.int64)
+    return border, left, token
 
 
 @triton.jit
-def _split(
-    logits, probabilities, vocab, least, lo, hi, at_lo, above, needed, top_p, shift, fresh, by_value,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """One pass: [lo, hi) shrinks to the eighth that holds the border. Eighths are of values, which lie more evenly than
-    keys; or of keys, which come to an end."""
-    t1 = _between(lo, hi, 1, by_value)
-    t2 = _between(lo, hi, 2, by_value)
-    t3 = _between(lo, hi, 3, by_value)
-    t4 = _between(lo, hi, 4, by_value)
-    t5 = _between(lo, hi, 5, by_value)
-    t6 = _between(lo, hi, 6, by_value)
-    t7 = _between(lo, hi, 7, by_value)
-    s0 = tl.zeros((TILE,), tl.int64)
-    s1 = tl.zeros((TILE,), tl.int64)
-    s2 = tl.zeros((TILE,), tl.int64)
-    s3 = tl.zeros((TILE,), tl.int64)
-    s4 = tl.zeros((TILE,), tl.int64)
-    s5 = tl.zeros((TILE,), tl.int64)
-    s6 = tl.zeros((TILE,), tl.int64)
-    s7 = tl.zeros((TILE,), tl.int64)
-    for start in tl.range(0, vocab, TILE, num_stages=3):
-        at = start + tl.arange(0, TILE)
-        key = _key(tl.load(logits + at, at < vocab, float("-inf")))
-        inside = (key >= lo) & (key < hi) & (at < vocab)
-        one = tl.where(inside, _weight(tl.load(probabilities + at, inside, 0.0), least) + _ONE, 0)
-        s0 += one
-        s1 += tl.where(key >= t1, one, 0)
-        s2 += tl.where(key >= t2, one, 0)
-        s3 += tl.where(key >= t3, one, 0)
-        s4 += tl.where(key >= t4, one, 0)
-        s5 += tl.where(key >= t5, one, 0)
-        s6 += tl.where(key >= t6, one, 0)
-        s7 += tl.where(key >= t7, one, 0)
-    from_lo = above + tl.sum(s0)
-    at_lo = tl.where(fresh, from_lo, at_lo)
-    needed = tl.where(fresh & (shift == 0), _needed(at_lo & _WEIGHT, top_p), needed)
-    over = above
-    lo, hi, at_lo, above = _shrink(t1, over + tl.sum(s1), lo, hi, at_lo, above, needed, shift)
-    lo, hi, at_lo, above = _shrink(t2, over + tl.sum(s2), lo, hi, at_lo, above, needed, shift)
-    lo, hi, at_lo, above = _shrink(t3, over + tl.sum(s3), lo, hi, at_lo, above, needed, shift)
-    lo, hi, at_lo, above = _shrink(t4, over + tl.sum(s4), lo, hi, at_lo, above, needed, shift)
-    lo, hi, at_lo, above = _shrink(t5, over + tl.sum(s5), lo, hi, at_lo, above, needed, shift)
-    lo, hi, at_lo, above = _shrink(t6, over + tl.sum(s6), lo, hi, at_lo, above, needed, shift)
-    lo, hi, at_lo, above = _shrink(t7, over + tl.sum(s7), lo, hi, at_lo, above, needed, shift)
-    return lo, hi, at_lo, above, needed
-
-
-@triton.jit
-def _shrink(key, at_key, lo, hi, at_lo, above, needed, shift):
-    """The range after what is at and over `key` has been added up."""
-    enough = _amount(at_key, shift) >= needed
-    raises = enough & (key > lo)
-    lowers = (enough == 0) & (key < hi)
-    return (
-        tl.where(raises, key, lo),
-        tl.where(lowers, key, hi),
-        tl.where(raises, at_key, at_lo),
-        tl.where(lowers, at_key, above),
-    )
-
-
-@triton.jit
-def _between(lo, hi, eighths, by_value):
-    """A key within [lo, hi), over lo if there is one."""
-    low, high = _value(lo), _value(hi)
-    of_values = _key(low + (high - low) * (eighths * 0.125))
-    of_keys = (lo + ((hi.to(tl.int64) - lo) * eighths >> 3)).to(tl.int32)
-    key = tl.where(by_value, of_values, of_keys)
-    return tl.maximum(tl.minimum(key, hi - 1), tl.minimum(lo + 1, hi - 1))
-
-
-@triton.jit
-def _gather(logits, probabilities, held, vocab, lo, hi, HELD: tl.constexpr, TILE: tl.constexpr):
-    """Puts ids, keys and probabilities (their bits) of the tokens in [lo, hi) into `held`, by id."""
-    count = 0
-    tl.debug_barrier()  # what was there has been read
-    for start in tl.range(0, vocab, TILE, num_stages=3):
-        at = start + tl.arange(0, TILE)
-        key = _key(tl.load(logits + at, at < vocab, float("-inf")))
-        inside = (key >= lo) & (key < hi) & (at < vocab)
-        here = tl.sum(inside.to(tl.int32))
-        if here > 0:
-            place = count + tl.cumsum(inside.to(tl.int32)) - 1
-            inside = inside & (place < HELD)
-            probability = tl.load(probabilities + at, inside, 0.0)
-            tl.store(held + place, at, inside)
-            tl.store(held + HELD + place, key, inside)
-            tl.store(held + 2 * HELD + place, probability.to(tl.int32, bitcast=True), inside)
-        count += here
-    tl.debug_barrier()
-
-
-@triton.jit
-def _halve(held, found, least, lo, hi, at_lo, above, needed, shift, HELD: tl.constexpr):
-    """As `_split`, among those held, until the range is one key or exactly what is needed is over its lower end."""
-    place = tl.arange(0, HELD)
-    key = tl.load(held + HELD + place, place < found, 0)
-    weight = _weight(tl.load(held + 2 * HELD + place, place < found, 0).to(tl.float32, bitcast=True), least)
-    one = tl.where((place < found) & (key >= lo) & (key < hi), weight + _ONE, 0)
-    over = above
-    while (hi.to(tl.int64) - lo > 1) & (_amount(at_lo, shift) > needed):
+def _halve(key, inside, amount, needed):
+    """The largest key at and over which there is what is needed of `amount`, and how much is over it."""
+    lo = tl.min(tl.where(inside, key, 2147483647))
+    hi = tl.maximum(tl.max(tl.where(inside, key, _LOWEST)), lo) + 1
+    over = needed * 0
+    while hi.to(tl.int64) - lo > 1:
         middle = (lo + (hi.to(tl.int64) - lo >> 1)).to(tl.int32)
-        at_middle = over + tl.sum(tl.where(key >= middle, one, 0))
-        lo, hi, at_lo, above = _shrink(middle, at_middle, lo, hi, at_lo, above, needed, shift)
-    return lo, at_lo, above
+        there = tl.sum(tl.where(key >= middle, amount, 0))
+        enough = there >= needed
+        lo = tl.where(enough, middle, lo)
+        hi = tl.where(enough, hi, middle)
+        over = tl.where(enough, over, there)
+    return lo, over
 
 
 @triton.jit
-def _choose_held(held, count, least, border, left, drawn, HELD: tl.constexpr):
-    """The first token with whose weight the sum of those before it is over `drawn`."""
-    place = tl.arange(0, HELD)
-    inside = place < count
-    key = tl.load(held + HELD + place, inside, 0)
-    weight = _weight(tl.load(held + 2 * HELD + place, inside, 0).to(tl.float32, bitcast=True), least)
-    equal = inside & (key == border)
-    kept = (inside & (key > border)) | (equal & (tl.cumsum(equal.to(tl.int32)) <= left))
-    reached = tl.cumsum(tl.where(kept, weight, 0))
-    first = tl.sum((inside & (reached <= drawn)).to(tl.int32))
-    return tl.load(held + first, first < count, 2147483647).to(tl.int64)
+def _settle_row(
+    logits, vocab, peak, rate, least, last, total, top_k, top_p, TILE: tl.constexpr, BINS: tl.constexpr
+):  # fmt: skip
+    """As `_settle_held`, in the whole row: so many tokens may be the border that none are held."""
+    top = _key(peak) + 1
+    border = _key(peak - (last + 2).to(tl.float32) * (_DEPTH / BINS) / rate) - 1
+    left = total * 0
+    each = left
+    above = left
+    if top_k > 0:
+        border, over = _search(logits, vocab, peak, rate, least, border, top, top_k, True, TILE)
+        left = top_k - over
+        above = _over(logits, vocab, peak, rate, least, border, TILE)
+        each = _weight_of(border, peak, rate, least)
+        total = above + left * each
+    if top_p < 1.0:
+        needed = _needed(total, top_p)
+        if (top_k > 0) & (needed > above):
+            left = tl.minimum(left, tl.cdiv(needed - above, tl.maximum(each, 1)))
+        else:
+            border, above = _search(logits, vocab, peak, rate, least, border, top, needed, False, TILE)
+            each = _weight_of(border, peak, rate, least)
+            left = tl.cdiv(needed - above, tl.maximum(each, 1))
+    return border, left
 
 
 @triton.jit
-def _choose(logits, probabilities, vocab, least, border, left, each, drawn, filtered, TILE: tl.constexpr):
-    """As `_choose_held`, in the whole row; without filters its logits are not read. vocab, if there is none."""
+def _search(logits, vocab, peak, rate, least, lo, hi, needed, COUNTING: tl.constexpr, TILE: tl.constexpr):
+    """As `_halve`, in the whole row, of counts or of weights: the border in [lo, hi). Each pass also finds the keys
+    that lie next to the middle, so that many tokens of few different logits take few passes."""
+    over = needed * 0
+    while hi.to(tl.int64) - lo > 1:
+        middle = (lo + (hi.to(tl.int64) - lo >> 1)).to(tl.int32)
+        there = tl.zeros((TILE,), tl.int64)
+        below = tl.full((TILE,), _LOWEST, tl.int32)
+        above = tl.full((TILE,), 2147483647, tl.int32)
+        for start in range(0, vocab, TILE):
+            at = start + tl.arange(0, TILE)
+            value = tl.load(logits + at, at < vocab, float("-inf"))
+            key = _key(value)
+            upper = (key >= middle) & (at < vocab)
+            if COUNTING:
+                there += upper.to(tl.int64)
+            else:
+                there += tl.where(upper, _weight(_share(_power(value, peak, rate)), least), 0)
+            above = tl.minimum(above, tl.where(upper, key, 2147483647))
+            below = tl.maximum(below, tl.where(upper, _LOWEST, key))
+        amount = tl.sum(there)
+        enough = amount >= needed
+        next_above = tl.min(above)
+        next_below = tl.max(below)
+        lo = tl.where(enough, tl.minimum(tl.maximum(next_above, middle), hi - 1), lo)
+        hi = tl.where(enough, hi, tl.maximum(tl.minimum(next_below, middle - 1), lo) + 1)
+        over = tl.where(enough, over, amount)
+    return lo, over
+
+
+@triton.jit
+def _over(logits, vocab, peak, rate, least, border, TILE: tl.constexpr):
+    """What the tokens over a border weigh."""
+    there = tl.zeros((TILE,), tl.int64)
+    for start in range(0, vocab, TILE):
+        at = start + tl.arange(0, TILE)
+        value = tl.load(logits + at, at < vocab, float("-inf"))
+        there += tl.where(_key(value) > border, _weight(_share(_power(value, peak, rate)), least), 0)
+    return tl.sum(there)
+
+
+@triton.jit(do_not_specialize=["tiles", "flags"], do_not_specialize_on_alignment=_UNALIGNED)
+def _keep(
+    logits, peaks, temperatures, top_ks, top_ps, min_ps, plans, borders, sums, equals, vocab, tiles, flags,
+    TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    if tl.load(plans + row * _FIELDS + _MODE) >= _HELD_PART:
+        at = tile * TILE + tl.arange(0, TILE)
+        value = tl.load(logits + row * vocab + at, at < vocab, float("-inf"))
+        border = tl.load(borders + row)
+        peak = _peak(peaks + row * tiles, tiles, CHUNK)
+        power = _power(value, peak, _rate(tl.load(temperatures + row)))
+        weight = _weight(_share(power), _least(min_ps, row, flags))
+        key = _key(value)
+        tl.store(sums + row * tiles + tile, tl.sum(tl.where(key > border, weight, 0)))
+        tl.store(equals + row * tiles + tile, tl.sum(((key == border) & (at < vocab)).to(tl.int32)))
+
+
+@triton.jit(do_not_specialize=["tiles", "flags"], do_not_specialize_on_alignment=_UNALIGNED)
+def _choose(
+    logits, peaks, temperatures, top_ks, top_ps, min_ps, seeds, sample_indices, positions, plans, sums, equals,
+    tokens, borders, at_borders, vocab, tiles, flags,
+    TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocab
+    peaks += row * tiles
+    sums += row * tiles
+    equals += row * tiles
+    filters = (flags >> 1) != 0
+    mode = tl.load(plans + row * _FIELDS + _MODE, filters, _UNFILTERED)
+    peak = _peak(peaks, tiles, CHUNK)
+    temperature = tl.load(temperatures + row)
+    lanes = tl.arange(0, TILE)
+    if filters == 0:
+        tl.store(borders + row, _LOWEST)
+        tl.store(at_borders + row, 0)
+    if temperature < _GREEDY_BELOW:
+        tile = tiles
+        for start in range(0, tiles, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            value = tl.load(peaks + at, at < tiles, float("-inf"))
+            tile = tl.minimum(tile, tl.min(tl.where((value == peak) & (at < tiles), at, tiles)))
+        at = tile * TILE + lanes
+        value = tl.load(logits + at, at < vocab, float("-inf"))
+        token = tl.min(tl.where((value == peak) & (at < vocab), at, vocab - 1))
+        tl.store(tokens + row, token.to(tl.int64))
+    elif mode != _HELD_ALL:
+        rate = _rate(temperature)
+        least = _least(min_ps, row, flags)
+        border = tl.full((), _LOWEST, tl.int32)
+        left = row * 0
+        each = left
+        if mode != _UNFILTERED:
+            border = tl.load(borders + row)
+            left = tl.load(at_borders + row).to(tl.int64)
+            each = _weight_of(border, peak, rate, least)
+            total = _total(sums, tiles, CHUNK) + left * each
+        else:
+            total = _total(sums, tiles, CHUNK)
+        drawn = _portion(total, _random(seeds, sample_indices, positions, row))
+        tile, reached, equals_before = _tile_of(sums, equals, tiles, mode != _UNFILTERED, left, each, drawn, CHUNK)
+        at = tile * TILE + lanes
+        value = tl.load(logits + at, at < vocab, float("-inf"))
+        weight = _weight(_share(_power(value, peak, rate)), least)
+        key = _key(value)
+        equal = (key == border) & (at < vocab)
+        kept = (key > border) | (equal & (equals_before + tl.cumsum(equal.to(tl.int32)) <= left))
+        reached += tl.cumsum(tl.where(kept, weight, 0))
+        token = tile * TILE + tl.sum(((at < vocab) & (reached <= drawn)).to(tl.int32))
+        tl.store(tokens + row, tl.minimum(token, vocab - 1).to(tl.int64))  # beyond only if nothing weighs anything
+
+
+@triton.jit
+def _tile_of(sums, equals, tiles, filtered, left, each, drawn, CHUNK: tl.constexpr):
+    """The first tile with whose weight the sum of those before it is over `drawn`; that sum, and how many tokens at the
+    border lie before it. The last tile, if there is none."""
+    found = tiles - 1
     reached = drawn * 0
-    equals = drawn * 0
-    tile = vocab
-    reached_before = drawn * 0
     equals_before = drawn * 0
-    for start in tl.range(0, vocab, TILE, num_stages=3):
-        at = start + tl.arange(0, TILE)
-        over, equal = _kept(logits, at, vocab, border, filtered)
-        weight = _weight(tl.load(probabilities + at, over, 0.0), least)
-        both = tl.sum(tl.where(over, weight, 0) + tl.where(equal, _ONE, 0))
-        taken = tl.minimum(both >> 40, left - equals)
-        after = reached + (both & _WEIGHT) + taken * each
-        here = (reached <= drawn) & (after > drawn)
-        tile = tl.where(here, start, tile)
-        reached_before = tl.where(here, reached, reached_before)
-        equals_before = tl.where(here, equals, equals_before)
-        reached = after
-        equals += taken
-    at = tile + tl.arange(0, TILE)
-    over, equal = _kept(logits, at, vocab, border, filtered)
-    kept = over | (equal & (equals_before + tl.cumsum(equal.to(tl.int32)) <= left))
-    weight = _weight(tl.load(probabilities + at, kept, 0.0), least)
-    sums = reached_before + tl.cumsum(tl.where(kept, weight, 0))
-    return (tile + tl.sum(((at < vocab) & (sums <= drawn)).to(tl.int32))).to(tl.int64)
+    reached_there = reached
+    equals_there = reached
+    for start in range(0, tiles, CHUNK):
+        tile = start + tl.arange(0, CHUNK)
+        equal = tl.load(equals + tile, (tile < tiles) & filtered, 0).to(tl.int64)
+        before = equals_before + tl.cumsum(equal) - equal
+        taken = tl.minimum(tl.maximum(left - before, 0), equal)
+        amount = tl.load(sums + tile, tile < tiles, 0) + taken * each
+        upto = reached + tl.cumsum(amount)
+        here = (upto > drawn) & (upto - amount <= drawn)
+        some = tl.sum(here.to(tl.int32)) > 0
+        found = tl.where(some, tl.sum(tl.where(here, tile, 0)), found)
+        reached_there = tl.where(some, tl.sum(tl.where(here, upto - amount, 0)), reached_there)
+        equals_there = tl.where(some, tl.sum(tl.where(here, before, 0)), equals_there)
+        reached += tl.sum(amount)
+        equals_before += tl.sum(equal)
+    return found, reached_there, equals_there
 
 
 @triton.jit
-def _kept(logits, at, vocab, border, filtered):
-    """Which tokens are over the border, and which are at it."""
-    inside = at < vocab
-    key = _key(tl.load(logits + at, inside & filtered, 0.0))  # without filters, all are over the lowest border
-    return inside & (key > border), inside & (key == border)
-
-
-@triton.jit
-def _largest(values, count, least, TILE: tl.constexpr):
-    """Of the first `count`, and `least`."""
-    most = tl.full((TILE,), least, tl.float32)
-    for start in tl.range(0, count, TILE, num_stages=3):
-        at = start + tl.arange(0, TILE)
-        most = tl.maximum(most, tl.load(values + at, at < count, least))
+def _peak(peaks, tiles, CHUNK: tl.constexpr):
+    """A row's largest logit."""
+    most = tl.full((CHUNK,), float("-inf"), tl.float32)
+    for start in range(0, tiles, CHUNK):
+        tile = start + tl.arange(0, CHUNK)
+        most = tl.maximum(most, tl.load(peaks + tile, tile < tiles, float("-inf")))
     return tl.max(most)
 
 
 @triton.jit
-def _weigh(probabilities, least, count, TILE: tl.constexpr):
-    """The sum of the first `count` weights."""
-    total = tl.zeros((TILE,), tl.int64)
-    for start in tl.range(0, count, TILE, num_stages=3):
-        at = start + tl.arange(0, TILE)
-        total += _weight(tl.load(probabilities + at, at < count, 0.0), least)
+def _total(sums, tiles, CHUNK: tl.constexpr):
+    total = tl.zeros((CHUNK,), tl.int64)
+    for start in range(0, tiles, CHUNK):
+        tile = start + tl.arange(0, CHUNK)
+        total += tl.load(sums + tile, tile < tiles, 0)
     return tl.sum(total)
 
 
 @triton.jit
-def _weight(probability, least):
-    """`sampler.WEIGHT_BITS`; 0 for what min-p leaves out, and for NaN."""
-    return tl.where(probability >= least, probability * 68719476736.0, 0.0).to(tl.int64)
+def _top_k(top_ks, row, vocab, flags):
+    """0 if it is off."""
+    top_k = tl.load(top_ks + row, (flags & 2) != 0, 0)
+    return tl.where(top_k < vocab, top_k, 0)
+
+
+@triton.jit
+def _top_p(top_ps, row, flags):
+    return tl.load(top_ps + row, (flags & 4) != 0, 1.0)
+
+
+@triton.jit
+def _least(min_ps, row, flags):
+    """The share below which min-p leaves a token out."""
+    return tl.load(min_ps + row, (flags & 1) != 0, 0.0) * _WHOLE
+
+
+@triton.jit
+def _rate(temperature):
+    return tl.div_rn(tl.full((), _LOG2_E, tl.float32), temperature)
+
+
+@triton.jit
+def _power(value, peak, rate):
+    """The power of two that a token's share is."""
+    power = (value - peak) * rate
+    return tl.where(power >= _LEAST_POWER, power, _LEAST_POWER)
+
+
+@triton.jit
+def _share(power):
+    """`sampler.shares`."""
+    whole = tl.floor(power + 0.5)
+    rest = power - whole
+    value = rest * _P0 + _P1
+    value = value * rest + _P2
+    value = value * rest + _P3
+    value = value * rest + _P4
+    value = value * rest + _P5
+    value = value * rest + _P6
+    return value * ((whole.to(tl.int32) + _EXPONENT) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(share, least):
+    return tl.where(share >= least, share, 0.0).to(tl.int64)
+
+
+@triton.jit
+def _weight_of(key, peak, rate, least):
+    """What a token with this key weighs."""
+    value = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return _weight(_share(_power(value, peak, rate)), least)
+
+
+@triton.jit
+def _bin(power, BINS: tl.constexpr):
+    return tl.minimum((power * (-BINS / _DEPTH)).to(tl.int32), BINS - 1)
 
 
 @triton.jit
@@ -386,9 +648,9 @@ def _needed(total, top_p):
 
 
 @triton.jit
-def _amount(both, shift):
-    """The count (shift 40) or the weight (shift 0) of a sum of both."""
-    return (both >> shift) & _WEIGHT
+def _portion(total, random):
+    """total * random / 2 ** 24, rounded down."""
+    return (total >> 24) * random + ((total & 0xFFFFFF) * random >> 24)
 
 
 @triton.jit
@@ -399,6 +661,18 @@ def _key(value):
 
 
 @triton.jit
-def _value(key):
-    """The float that has this key."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _random(seeds, sample_indices, positions, row):
+    """`sampler._random_bits`."""
+    gamma = tl.full((), 0x9E3779B97F4A7C15 - (1 << 64), tl.int64)
+    state = _mix(tl.load(seeds + row) + gamma)
+    state = _mix(state + (tl.load(sample_indices + row).to(tl.int64) + 1) * gamma)
+    state = _mix(state + (tl.load(positions + row).to(tl.int64) + 1) * gamma)
+    return (state >> 40) & 0xFFFFFF
+
+
+@triton.jit
+def _mix(x):
+    """`sampler._mix`."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * tl.full((), 0xBF58476D1CE4E5B9 - (1 << 64), tl.int64)
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * tl.full((), 0x94D049BB133111EB - (1 << 64), tl.int64)
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -190,16 +190,8 @@ class PagedModel:
             logits: Tensor = self._head(inputs_embeds=rows.unsqueeze(0), use_cache=False).logits
             return logits[0, :count].float()
 
-    def softmax(self, logits: Tensor) -> Tensor:
-        """Of each row of float32 logits [N, vocab], in batch-invariant mode whatever the other rows are."""
-        if self._by_row_kernels:
-            from . import invariant_kernels
-
-            return invariant_kernels.softmax(logits, torch.float32)
-        return torch.softmax(logits, dim=-1)
-
     def log_softmax(self, logits: Tensor) -> Tensor:
-        """The logarithm of `softmax`."""
+        """Of each row of float32 logits [N, vocab], in batch-invariant mode whatever the other rows are."""
         if self._by_row_kernels:
             from . import invariant_kernels
 

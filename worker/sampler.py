@@ -1,29 +1,30 @@
 """Choosing tokens from logits: greedy, or sampled with a counter-based random number.
 
 A token's random number depends on (seed, sample index, output position) alone, and every operation works row by row, so
-a row's token does not depend on its batch. The order is vLLM's: temperature, min-p, top-k, top-p. Probabilities become
-whole numbers before they are added up: such sums are exact, so that neither their order nor the device decides where
-a border falls. The token is found by inverting the cumulative distribution over the vocabulary.
+a row's token does not depend on its batch. The order is vLLM's: temperature, min-p, top-k, top-p. How likely a token is
+beside the row's likeliest becomes a whole number, its weight, before anything is added up: such sums are exact, so that
+neither their order nor the device decides where a border falls. The token is found by inverting the cumulative
+distribution over the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
 BY_KERNELS = False
-"""On CUDA kernels take the place of what follows the softmax (drawing.py) and of adjustments (adjusting.py): the same
+"""On CUDA kernels take the place of `sample` (drawing.py) and of adjustments (adjusting.py): the same
 tokens in a few passes over memory. Off until both have been run and measured on a GPU; the tests in tests/gpu run
 both."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (vLLM's limit): dividing by them would overflow."""
-WEIGHT_BITS: Final = 36
-"""A probability p weighs p · 2 ** WEIGHT_BITS, rounded down; a row's sum times 24 random bits stays below 2 ** 63."""
+WEIGHT_BITS: Final = 40
+"""The likeliest token of a row weighs 2 ** WEIGHT_BITS, another what it should beside it, rounded down. A row's sum
+stays below 2 ** 63."""
 TOP_P_SLACK: Final = 2.0**-20
 """A probability that is short of top_p by so little, relatively, has reached it: float32 is no more exact."""
 
@@ -74,29 +75,24 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-_SOFTMAX: Final = partial(torch.softmax, dim=-1)
-
-
-def sample(logits: Tensor, columns: SamplingColumns, softmax: Callable[[Tensor], Tensor] = _SOFTMAX) -> Tensor:
+def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
     """One token per row of float32 logits [N, vocab]: [N] int64. Does not wait for the device."""
-    is_greedy = columns.temperature < GREEDY_BELOW
-    scaled = logits / torch.where(is_greedy, 1.0, columns.temperature)[:, None]
-    probabilities = softmax(scaled)
-    bits = _random_bits(columns.seed, columns.sample_index, columns.position)
     if BY_KERNELS and logits.is_cuda:
         from . import drawing
 
-        drawn = drawing.draw(scaled, probabilities, is_greedy, columns.top_k, columns.top_p, columns.min_p, bits)
-        tokens = drawn.tokens
-    else:
-        tokens = _draw(_weights(scaled, probabilities, columns), bits)
-    return torch.where(is_greedy, greedy(logits), tokens)
+        return drawing.draw(logits, columns).tokens
+    bits = _random_bits(columns.seed, columns.sample_index, columns.position)
+    tokens = _draw(_weights(logits, columns), bits)
+    return torch.where(columns.temperature < GREEDY_BELOW, greedy(logits), tokens)
 
 
 def _draw(weights: Tensor, bits: Tensor) -> Tensor:
     """[N] int64: the token of each row of weights [N, vocab] that random bits [N] lead to."""
     cumulative = weights.cumsum(-1)
-    drawn = (cumulative[:, -1] * bits) >> _RANDOM_BITS  # below the row's sum
+    total = cumulative[:, -1]
+    # total * bits >> 24 in two parts, since the product may have more than 63 bits; below the row's sum.
+    low = total & ((1 << _RANDOM_BITS) - 1)
+    drawn = (total >> _RANDOM_BITS) * bits + (low * bits >> _RANDOM_BITS)
     tokens = torch.searchsorted(cumulative, drawn[:, None], right=True).squeeze(1)
     return tokens.clamp_max(weights.shape[-1] - 1)  # only NaN logits get there
 
@@ -117,19 +113,51 @@ def _random_bits(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor
     return _shift_right(state, 64 - _RANDOM_BITS)
 
 
-def _weights(scaled: Tensor, probabilities: Tensor, columns: SamplingColumns) -> Tensor:
+LOG2_E: Final = 1.4426950408889634
+POWERS: Final = (
+    1.535336188319500e-4,
+    1.339887440266574e-3,
+    9.618437357674640e-3,
+    5.550332471162809e-2,
+    2.402264791363012e-1,
+    6.931472028550421e-1,
+    1.0,
+)
+"""2 ** x for x in [-0.5, 0.5] is a polynomial with these coefficients, the highest power's first (Moshier, Cephes,
+exp2f). A device's own exponential function would round as it likes."""
+LEAST_POWER: Final = -64.0
+"""Lower powers of two than this are taken for it: nothing with a share below 2 ** -WEIGHT_BITS weighs anything."""
+
+
+def shares(logits: Tensor, temperature: Tensor) -> Tensor:
+    """How likely each token is beside the row's likeliest, times 2 ** WEIGHT_BITS: float32 [N, vocab], of float32
+    logits [N, vocab] and temperatures [N]. Each operation rounds once, so every device gives the same bits."""
+    rate = torch.full_like(temperature, LOG2_E) / torch.where(temperature < GREEDY_BELOW, 1.0, temperature)
+    power = (logits - logits.amax(dim=-1, keepdim=True)).mul_(rate[:, None])
+    power = torch.where(power >= LEAST_POWER, power, LEAST_POWER)  # NaN as well
+    whole = (power + 0.5).floor_()
+    rest = power.sub_(whole)
+    value = rest * POWERS[0]
+    for coefficient in POWERS[1:-1]:
+        value.add_(coefficient).mul_(rest)
+    value.add_(POWERS[-1])
+    scale = whole.to(torch.int32).add_(127 + WEIGHT_BITS).bitwise_left_shift_(23)
+    return value.mul_(scale.view(torch.float32))  # 2 ** (whole + WEIGHT_BITS)
+
+
+def _weights(logits: Tensor, columns: SamplingColumns) -> Tensor:
     """[N, vocab] int64: how likely each token is to be drawn, 0 for those that are filtered out. Never 0 for a whole
-    row, unless its logits hold NaN."""
-    weights = (probabilities * 2.0**WEIGHT_BITS).to(torch.int64)
+    row, unless its logits hold NaN or no finite number."""
+    share = shares(logits, columns.temperature)
+    weights = share.to(torch.int64)
     if columns.min_p is not None:
-        least = probabilities.amax(dim=-1) * columns.min_p
-        weights = weights.masked_fill(probabilities < least[:, None], 0)
+        weights = weights.masked_fill(share < (columns.min_p * 2.0**WEIGHT_BITS)[:, None], 0)
     if not (columns.any_top_k or columns.any_top_p):
         return weights
     top_k = columns.top_k if columns.any_top_k else None
     top_p = columns.top_p if columns.any_top_p else None
     # A sort is one pass over memory after the other; a GPU finds a border faster by counting, a CPU by sorting.
-    return (likeliest_by_search if scaled.is_cuda else likeliest_by_sort)(scaled, weights, top_k, top_p)
+    return (likeliest_by_search if logits.is_cuda else likeliest_by_sort)(logits, weights, top_k, top_p)
 
 
 def likeliest_by_sort(logits: Tensor, weights: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:

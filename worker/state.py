@@ -279,7 +279,7 @@ class DeviceState:
                 any_top_k=step.any_top_k,
                 any_top_p=step.any_top_p,
             )
-            tokens = sample(logits, columns, self.model.softmax)
+            tokens = sample(logits, columns)
         if features is not None:
             self.adjustments.note(features, slots, position, tokens)
             if staged is not None and len(features.told_rows):

@@ -210,6 +210,5 @@ def run_step(model: PagedModel, batch: Batch) -> None:
             sample_index=torch.zeros(rows, dtype=torch.int32, device=device),
             position=position,
         ),
-        model.softmax,
     )
     adjustments.note(EVERYTHING, slots, position, tokens)

@@ -165,13 +165,13 @@ def test_sampling_and_log_probabilities_do_not_depend_on_company(tmp_path: Path)
         position=numbers,
         min_p=torch.where(numbers % 5 == 0, 0.01, 0.0),
     )
-    tokens = sample(logits, columns, model.softmax)
+    tokens = sample(logits, columns)
     told = tell(logits, tokens, 5, model.log_softmax)
     for row in range(n):
         own = slice(row, row + 1)
         fields = ("temperature", "top_k", "top_p", "seed", "sample_index", "position", "min_p")
         single = SamplingColumns(**{name: getattr(columns, name)[own] for name in fields})
-        assert torch.equal(sample(logits[own], single, model.softmax), tokens[own])
+        assert torch.equal(sample(logits[own], single), tokens[own])
         assert torch.equal(tell(logits[own], tokens[own], 5, model.log_softmax), told[own])
 
 

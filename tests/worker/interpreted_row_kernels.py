@@ -141,4 +141,4 @@ def test_a_model_gives_transformers_logits_and_the_same_bits_in_any_chunks(
             torch.testing.assert_close(logits, own(torch.tensor([prompt])).logits[0], rtol=1e-3, atol=1e-3)
     pieces = computed([[(1, 1)], [(1, 17), (0, 2)], [(1, 1), (0, 1)], [(1, 10)]], 8)
     assert all(torch.equal(one, other) for one, other in zip(pieces, whole, strict=True))
-    assert torch.equal(model.softmax(whole[1])[5], model.softmax(whole[1][5:6])[0])
+    assert torch.equal(model.log_softmax(whole[1])[5], model.log_softmax(whole[1][5:6])[0])
