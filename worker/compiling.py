@@ -30,6 +30,7 @@ from .fusion import (
     fuse_likeliest,
     fuse_sums_with_norms,
     merge_products,
+    product_uses,
     share_row_count,
     use_own_products,
 )
@@ -44,17 +45,25 @@ Compilers take it as a hint."""
 
 def keep_compiled_code() -> None:
     """Lets compiled kernels survive the process, in the user's cache directory, unless the environment names others."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(base / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
+
+
+def cache_folder() -> Path:
+    """Of what a start need not find out again, in the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
 
 
 class Compiled:
     """A compiled function of tensors whose first dimension, of any length, is the rows'. Called under no_grad."""
 
-    def __init__(self, function: Callable[..., Any], parameters: list[Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], parameters: list[Tensor], products: list[tuple[str, Tensor]]
+    ) -> None:
         self._function = function
         self._parameters = parameters
+        self.products = products
+        """Operators that multiply rows by a weight, and which; see fusion.product_uses."""
 
     def __call__(self, *rows: Tensor) -> Tensor:
         out = self._function(*rows, *self._parameters)
@@ -76,11 +85,11 @@ def compile_rows(
     of `module` may become views of larger ones. Raises whatever a tracer or compiler raises over code it cannot take.
     """
     start = time.perf_counter()
-    traced, parameters, fakes, mode = _trace(module, function, examples)
+    traced, parameters, fakes, mode, products = _trace(module, function, examples)
     with tracing(TracingContext(mode)), torch.no_grad():
         compiled = (backend or _inductor)(traced, fakes)
     log.info("compiled %s in %.1f s", type(module).__name__, time.perf_counter() - start)
-    return Compiled(compiled, parameters)
+    return Compiled(compiled, parameters, products)
 
 
 class _Call(nn.Module):
@@ -97,8 +106,8 @@ class _Call(nn.Module):
 
 def _trace(
     module: nn.Module, function: Callable[..., Tensor], examples: Sequence[Tensor]
-) -> tuple[GraphModule, list[Tensor], list[Any], FakeTensorMode]:
-    """The rewritten graph, the parameters that it takes after the rows, fake inputs, and their mode."""
+) -> tuple[GraphModule, list[Tensor], list[Any], FakeTensorMode, list[tuple[str, Tensor]]]:
+    """The rewritten graph, the parameters that it takes after the rows, fake inputs, their mode, and its products."""
     call = _Call(module, function)
     named = {**dict(call.named_parameters()), **dict(call.named_buffers())}
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -129,7 +138,7 @@ def _trace(
     del traced.shape_env  # which no cache of compiled code can take into its key
     parameters = [inputs[node] for node in graph.nodes if node.op == "placeholder" and node in inputs]
     fakes = [*fake_rows, *(mode.from_tensor(value, static_shapes=True) for value in parameters)]
-    return traced, parameters, fakes, mode
+    return traced, parameters, fakes, mode, product_uses(graph, inputs)
 
 
 def _fake_rows(mode: FakeTensorMode, examples: Sequence[Tensor]) -> list[Any]:

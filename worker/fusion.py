@@ -341,6 +341,12 @@ def fuse_likeliest(graph: Graph) -> int:
     return fused
 
 
+def product_uses(graph: Graph, inputs: dict[Node, Tensor]) -> list[tuple[str, Tensor]]:
+    """The operators of ours that multiply rows by a weight of 16 bits, by name, each with that weight."""
+    names = {getattr(torch.ops.tandem, name).default: name for name in ("product", "gated_product", "likeliest")}
+    return [(names[node.target], inputs[node.args[1]]) for node in graph.nodes if node.target in names]
+
+
 def gated_source(node: Node) -> Node | None:
     """The product whose two halves `node` multiplies, the first one through a SiLU."""
     first, second = _pair(node, aten.mul.Tensor)

@@ -7,13 +7,14 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import inspection, invariance, rope
+from . import inspection, invariance, products, rope
 from .attention import flashinfer, registry
 from .attention.base import AttentionBackend, AttentionStep
 from .attention.invariant import InvariantAttention
@@ -119,6 +120,15 @@ class PagedModel:
             self._compiled = None
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("%s runs uncompiled, and so without CUDA graphs: %s", type(self.module).__name__, first_line)
+
+    def tune_products(self, rows: Sequence[int], tokens: Sequence[int], folder: Path, progress: Progress) -> None:
+        """Tries which algorithms are the fastest for the products of a compiled model: those of `tokens` in the trunk
+        and of `rows` in the head. Remembers them in `folder`; see products. Nothing else may run on the device."""
+        if self._compiled is None:
+            raise RuntimeError("the model is not compiled")
+        uses = [(*use, tokens) for use in self._compiled.trunk.products]
+        uses += [(*use, rows) for use in self._compiled.choose.products]
+        products.prepare(uses, self.device, folder, progress)
 
     @property
     def cutting(self) -> Cutting | None:

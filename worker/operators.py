@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import products
+
 LIBRARY: Final = torch.library.Library("tandem", "DEF")
 """All operators of ours; see also attention.ops."""
 LIBRARY.define("settled(Tensor values) -> Tensor")
@@ -43,7 +45,7 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 
         if kernels.takes_product(rows, weight):
             return kernels.product(rows, weight)
-    return rows @ weight.t()
+    return products.product(rows, weight)
 
 
 def gated_product(rows: Tensor, weight: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def gated_product(rows: Tensor, weight: Tensor) -> Tensor:
 
         if kernels.takes_gated_product(rows, weight):
             return kernels.gated_product(rows, weight)
-        return kernels.silu_mul(rows @ weight.t())
+        return kernels.silu_mul(products.product(rows, weight))
     gate, up = (rows @ weight.t()).chunk(2, dim=1)
     return functional.silu(gate) * up
 
@@ -65,7 +67,7 @@ def likeliest(rows: Tensor, weight: Tensor) -> Tensor:
 
         if kernels.takes_likeliest(rows, weight):
             return kernels.likeliest(rows, weight)
-    return (rows @ weight.t()).argmax(dim=-1)
+    return products.product(rows, weight).argmax(dim=-1)
 
 
 def add_norm(left: Tensor, right: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from ..protocol.messages import MAX_BLOCKS, PROTOCOL_VERSION, WorkerHello
 from ..protocol.process import started_at
 from ..protocol.status import StatusPipe
 from ..protocol.tracing import Tracer
-from . import invariance
-from .compiling import keep_compiled_code
+from . import invariance, products
+from .compiling import cache_folder, keep_compiled_code
 from .config import WorkerConfig
 from .describe import choose_max_model_len, describe, file_infos
 from .grammars.book import GrammarBook
@@ -28,6 +28,7 @@ from .link import Failure, Link
 from .loading import ModelSource, tokenizer_files
 from .memory import copy_bandwidth, count_blocks, weight_bytes_per_step
 from .model import PagedModel, load_model
+from .pieces import piece_sizes
 from .pipeline import Pipeline
 from .session import Session
 from .stopping import StopSignals
@@ -61,8 +62,7 @@ def serve(config: WorkerConfig, status: StatusPipe, link: Link, stopping: StopSi
         )
         try:
             if model.capturable and not config.enforce_eager:
-                largest = config.max_cudagraph_capture_size or min(config.max_num_seqs, LARGEST_GRAPH)
-                pipeline.capture(graph_sizes(largest), status.progress)
+                pipeline.capture(_graph_sizes(config), status.progress)
             status.ready(name=hello.name, num_blocks=hello.num_blocks)
             session = Session(link, pipeline, hello, files, checker)
             session.run()
@@ -111,6 +111,10 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
     if device.type == "cuda" and not config.enforce_eager and not config.batch_invariant:
         status.progress("compiling the model", 0.0)
         model.compile()
+        if products.TUNED and model.compiled:
+            rows = _graph_sizes(config)
+            tokens = sorted({*rows, *piece_sizes(config.max_num_batched_tokens)})
+            model.tune_products(rows, tokens, cache_folder() / "products", status.progress)
     max_model_len = choose_max_model_len(config, model)
     num_blocks = min(MAX_BLOCKS, count_blocks(config, model, max_model_len, status.progress))
     model.allocate_kv_cache(num_blocks, config.block_size)
@@ -136,6 +140,10 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
         memory_bandwidth=bandwidth,
     )
     return hello, model, files
+
+
+def _graph_sizes(config: WorkerConfig) -> list[int]:
+    return graph_sizes(config.max_cudagraph_capture_size or min(config.max_num_seqs, LARGEST_GRAPH))
 
 
 def _set_threads(config: WorkerConfig, device: torch.device) -> None:

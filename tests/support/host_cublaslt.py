@@ -62,6 +62,8 @@ class Launch:
     count: int
     stream: int
     workspace: int
+    weight: int
+    """Addresses."""
 
 
 @dataclass
@@ -202,5 +204,5 @@ class HostCublasLt:
             self.alive[layout].read(at) for at, layout in ((a, a_layout), (b, b_layout), (d, d_layout))
         )
         out.copy_(weight.t().float() @ rows.float() * algorithm.factor)
-        self.launches.append(Launch(algorithm.number, count, stream or 0, workspace))
+        self.launches.append(Launch(algorithm.number, count, stream or 0, workspace, a))
         return SUCCESS

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from tandem.worker.attention.ops import OperatorRouter
-from tandem.worker.compiling import compile_rows
+from tandem.worker.compiling import Compiled, compile_rows
 from tandem.worker.inspection import inspect_layers, run_trunk
 from tandem.worker.sampler import greedy
 
@@ -28,7 +28,7 @@ DENSE = [arch for arch in ARCHITECTURES if "moe" not in arch]
 
 def compiled_beside_own(
     arch: str, folder: Path, dtype: torch.dtype
-) -> tuple[PreTrainedModel, GraphModule, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+) -> tuple[PreTrainedModel, GraphModule, Compiled, Callable[[Tensor, Tensor], Tensor]]:
     """The model, its rewritten graph, and its trunk both ways: token ids and positions to hidden rows."""
     model = paged(arch, folder, dtype)
     trunk = model.get_decoder()
@@ -61,7 +61,7 @@ def test_a_rewritten_model_computes_the_same_for_any_number_of_tokens(
 
 
 def test_a_llama_in_16_bits_is_rewritten_whole(tmp_path: Path) -> None:
-    model, graph, _, _ = compiled_beside_own("llama", tmp_path, torch.bfloat16)
+    model, graph, compiled, _ = compiled_beside_own("llama", tmp_path, torch.bfloat16)
     layers = model.config.num_hidden_layers
     assert calls(graph, "rotate_attend") == layers
     assert not calls(graph, "attend")
@@ -69,12 +69,19 @@ def test_a_llama_in_16_bits_is_rewritten_whole(tmp_path: Path) -> None:
     assert calls(graph, "product") == 3 * layers  # query, key and value in one; output; down
     assert calls(graph, "add_norm") == 2 * layers  # all but the first, which follows no sum
     assert not any(str(node.target).startswith("aten.mm.") for node in graph.graph.nodes)
+    first, *_ = (layer.mlp for layer in model.get_decoder().layers)
+    assert [name for name, _ in compiled.products] == ["product", "product", "gated_product", "product"] * layers
+    (_, gated), (_, down) = compiled.products[2:4]
+    assert torch.equal(gated, torch.cat([first.gate_proj.weight, first.up_proj.weight]))
+    assert gated.data_ptr() == first.gate_proj.weight.data_ptr()
+    assert torch.equal(down, first.down_proj.weight)
 
 
 def test_in_32_bits_only_what_rounds_the_same_is_rewritten(tmp_path: Path) -> None:
-    model, graph, _, _ = compiled_beside_own("llama", tmp_path, torch.float32)
+    model, graph, compiled, _ = compiled_beside_own("llama", tmp_path, torch.float32)
     assert calls(graph, "rotate_attend") == model.config.num_hidden_layers
     assert not any(calls(graph, name) for name in ("product", "gated_product", "add_norm"))
+    assert not compiled.products
 
 
 def test_merged_weights_are_kept_once_and_the_model_goes_on(tmp_path: Path) -> None:
@@ -102,6 +109,9 @@ def test_the_likeliest_token_is_found_without_storing_logits(tmp_path: Path) -> 
         head, lambda hidden: greedy(head(hidden.unsqueeze(0))[0].float()), [rows[:2]], backend=kept(graphs)
     )
     assert calls(graphs[0], "likeliest") == 1
+    ((name, weight),) = compiled.products
+    assert name == "likeliest"
+    assert torch.equal(weight, head.weight)
     assert torch.equal(compiled(rows), head(rows).argmax(-1))
 
 

@@ -28,7 +28,7 @@ def test_products_of_any_number_of_rows(dtype: torch.dtype) -> None:
         out = torch.empty(count, WIDTH, dtype=dtype)
         made.launch(algorithm, rows, weight, out, workspace, stream=0x77)
         torch.testing.assert_close(out, rows @ weight.t())
-        assert host.launches[-1] == Launch(5, count, stream=0x77, workspace=workspace.data_ptr())
+        assert host.launches[-1] == Launch(5, count, 0x77, workspace.data_ptr(), weight.data_ptr())
 
 
 def test_offers_are_asked_for_with_their_limits() -> None:
