@@ -5,19 +5,24 @@ choose a token in one step). Each algorithm that the library offers computes it 
 which is compared with float32; then it runs in a CUDA graph over weights that take turns, more of them than the L2
 cache holds. The fastest of these, and torch's, are then measured in turns, so that a clock that changes changes all of
 them. One that fails is noted and left out. Times are the device's alone.
+
+When all products have been measured, those with the best two algorithms offered are tried with other tiles, whose
+number fills the multiprocessors better by arithmetic, and with other clusters, as far as the library takes them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import torch
 import typer
@@ -57,6 +62,14 @@ LEAST_US: Final = 5.0
 SCREENINGS: Final = 2
 LARGEST_ERROR: Final = 0.01
 """Relative, against float32. Rounding to bfloat16 makes 0.0017; rounding parts of a sum as well, up to twice that."""
+VARIED: Final = 2
+"""Algorithms of each product that are varied …"""
+TILES_TRIED: Final = 16
+"""… by so many tiles, and each in so many clusters:"""
+CLUSTERS_TRIED: Final = (2, 3, 5)
+"""1x1, 2x1 and 1x2."""
+EDGE: Final = 32
+"""What a row or column of a tile costs for each step of depth, in elements of a tile: a guess, to order tiles by."""
 SECONDS: Final = 75.0
 
 CLUSTERS: Final = (
@@ -94,6 +107,8 @@ TILES: Final = _tiles()
 class Candidate:
     """An algorithm and what became of it."""
 
+    algorithm: str
+    """Hexadecimal: cublasLtMatmulAlgo_t."""
     attributes: dict[str, int]
     described: str
     workspace: int
@@ -208,6 +223,37 @@ def offered(product: Product, rows: int) -> list[Algorithm]:
     return list(found.values())
 
 
+def tiles_by_fit(tiles: Iterable[int], rows: int, width: int, multiprocessors: int) -> list[int]:
+    """Numbers of tiles that the library has names for, by what a product of this size should take with them."""
+
+    def cost(tile: int) -> float:
+        m, n = (int(size) for size in TILES[tile].split("x"))
+        waves = math.ceil(math.ceil(width / m) * math.ceil(rows / n) / multiprocessors)
+        return waves * (m * n + EDGE * (m + n))
+
+    return sorted((tile for tile in tiles if 0 < tile < len(TILES)), key=cost)
+
+
+def variants(
+    library: CublasLt, product: Product, bases: Iterable[Algorithm], rows: int, multiprocessors: int
+) -> list[Algorithm]:
+    """`bases` and, of each, what the library takes with other tiles and clusters; each once."""
+    bases = list(bases)
+    found = {base.data: base for base in bases}
+    for base in bases:
+        fitting: dict[int, list[Algorithm]] = {}
+        for tile in tiles_by_fit(library.tiles(base), rows, product.width, multiprocessors):
+            of_tile = [product.varied(base, rows, tile=tile, cluster=cluster) for cluster in CLUSTERS_TRIED]
+            taken = [one for one in of_tile if one is not None and one.workspace <= MOST_WORKSPACE]
+            if taken:
+                fitting[tile] = taken
+            if len(fitting) == TILES_TRIED:
+                break
+        for one in itertools.chain(*fitting.values()):
+            found.setdefault(one.data, one)
+    return list(found.values())
+
+
 class Bench:
     """The tensors of one product. Graphs that were captured read them, so they stay as long as this."""
 
@@ -228,19 +274,32 @@ class Bench:
         self._exact = self._rows.float() @ self._weights[0].float().t()
 
     def run(self, rounds: int, deadline: float) -> None:
-        """Fills the figures in. Raises what stops all of it, which one algorithm that fails does not."""
+        """Fills the figures in, of what is offered. Raises what stops all of it, which one algorithm that fails does
+        not."""
+        self._measure(offered(self._product, self.figures.rows), rounds, deadline)
+
+    def run_variants(self, of: Figures, rounds: int, deadline: float) -> None:
+        """The same of variants of the best that were measured before."""
+        tried = sorted(
+            (candidate for candidate in of.candidates if candidate.screened_us is not None),
+            key=lambda candidate: candidate.screened_us or math.inf,
+        )
+        bases = [Algorithm(bytes.fromhex(one.algorithm), one.workspace, one.waves) for one in tried[:VARIED]]
+        many = torch.cuda.get_device_properties(self._out.device).multi_processor_count
+        self._measure(variants(self._library, self._product, bases, of.rows, many), rounds, deadline)
+
+    def _measure(self, algorithms: list[Algorithm], rounds: int, deadline: float) -> None:
         figures = self.figures
         reference = self._captured(self._torch)
         figures.torch_error = self._error(self._torch)
         runs: list[tuple[Candidate, torch.cuda.CUDAGraph]] = []
-        for algorithm in offered(self._product, figures.rows):
+        for algorithm in algorithms:
             if time.monotonic() > deadline:
                 figures.complete = False
                 break
             attributes = self._library.attributes(algorithm)
-            candidate = Candidate(
-                attributes, described(attributes, algorithm.workspace), algorithm.workspace, algorithm.waves
-            )
+            words = described(attributes, algorithm.workspace)
+            candidate = Candidate(algorithm.data.hex(), attributes, words, algorithm.workspace, algorithm.waves)
             figures.candidates.append(candidate)
             try:
                 graph = self._screen(candidate, algorithm)
@@ -355,6 +414,7 @@ def main(
     seconds: Annotated[
         float, typer.Option(min=1, help="After which no more is tried. What was not reached is said.")
     ] = SECONDS,
+    vary: Annotated[bool, typer.Option(help="Try other tiles and clusters than offered, after all else.")] = True,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, anew after each product.")] = None,
 ) -> None:
     """Measures the products of a layer with each algorithm that cublasLt offers, and with torch's."""
@@ -373,42 +433,80 @@ def main(
         print(f"tandem.bench.products: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     print(f"cublasLt {library.version}, torch {torch.__version__}; medians of {rounds} rounds\n{heading()}")
-    measured: list[Figures] = []
-    failures: dict[str, str] = {}
-    machine = describe_machine()
-    for figures in todo:
-        name = f"{figures.rows} x {figures.shape}"
-        if time.monotonic() > deadline:
-            failures[name] = f"not reached within {seconds:g} seconds"
-            continue
-        try:
-            with torch.inference_mode():
-                Bench(library, figures).run(rounds, deadline)
-        except RuntimeError as error:  # out of memory too
-            failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
-            continue
-        finally:
-            torch.cuda.empty_cache()
-        measured.append(figures)
-        print(line_of(figures), flush=True)
-        if out is not None:
-            out.write_text(json.dumps(report(library.version, measured, failures, machine), indent=1) + "\n")
-    print("\n".join([*sums_of(measured), *(f"{name}: {failure}" for name, failure in failures.items())]))
-    if out is not None:
-        out.write_text(json.dumps(report(library.version, measured, failures, machine), indent=1) + "\n")
-    if not measured:
+    run = Run(library, rounds, seconds, deadline, out)
+    run.offers(todo)
+    if vary and run.measured:
+        print("With other tiles and clusters:")
+        run.variants()
+    print("\n".join(f"{name}: {failure}" for name, failure in run.failures.items()))
+    run.write()
+    if not run.measured:
         raise typer.Exit(1)
 
 
-def report(version: int, measured: list[Figures], failures: dict[str, str], machine: dict[str, Any]) -> dict[str, Any]:
-    """What is written."""
-    return {
-        "cublaslt": version,
-        "rotated_bytes": ROTATED,
-        "products": [asdict(figures) for figures in measured],
-        "failures": failures,
-        "machine": machine,
-    }
+class Run:
+    """Measures one product after the other, until the time is over, and writes down what there is after each."""
+
+    def __init__(self, library: CublasLt, rounds: int, seconds: float, deadline: float, out: Path | None) -> None:
+        self._library, self._rounds, self._seconds, self._deadline = library, rounds, seconds, deadline
+        self._out = out
+        self._machine = describe_machine()
+        self.measured: list[Figures] = []
+        self.varied: list[Figures] = []
+        self.failures: dict[str, str] = {}
+
+    def offers(self, todo: list[Figures]) -> None:
+        for figures in todo:
+            name = f"{figures.rows} x {figures.shape}"
+            run = partial(self._offers_of, figures)
+            if self._attempt(name, run):
+                self.measured.append(figures)
+                self._tell(figures)
+        print("\n".join(sums_of(self.measured)), flush=True)
+
+    def variants(self) -> None:
+        for before in self.measured:
+            figures = sized(before.rows, before.shape, before.width, before.depth)
+            run = partial(self._variants_of, figures, before)
+            if self._attempt(f"variants of {before.rows} x {before.shape}", run):
+                self.varied.append(figures)
+                self._tell(figures)
+
+    def _offers_of(self, figures: Figures) -> None:
+        Bench(self._library, figures).run(self._rounds, self._deadline)
+
+    def _variants_of(self, figures: Figures, before: Figures) -> None:
+        Bench(self._library, figures).run_variants(before, self._rounds, self._deadline)
+
+    def _attempt(self, name: str, run: Callable[[], None]) -> bool:
+        if time.monotonic() > self._deadline:
+            self.failures[name] = f"not reached within {self._seconds:g} seconds"
+            return False
+        try:
+            torch.cuda.empty_cache()
+            with torch.inference_mode():
+                run()
+        except RuntimeError as error:  # out of memory too
+            self.failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            return False
+        return True
+
+    def _tell(self, figures: Figures) -> None:
+        print(line_of(figures), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if self._out is None:
+            return
+        report = {
+            "cublaslt": self._library.version,
+            "rotated_bytes": ROTATED,
+            "products": [asdict(figures) for figures in self.measured],
+            "variants": [asdict(figures) for figures in self.varied],
+            "failures": self.failures,
+            "machine": self._machine,
+        }
+        self._out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ _DTYPES: Final = {torch.bfloat16: 14, torch.float16: 2}
 _DESC_TRANSA: Final = 3
 _LAYOUT_COLS: Final = 3
 _PREFERENCE_WORKSPACE, _PREFERENCE_SUMS = 1, 3
+_CAPABLE_TILES: Final = 6
 _ATTRIBUTES: Final = {
     "id": (0, c_int32),
     "tile": (1, c_uint32),
@@ -86,6 +87,8 @@ _PROTOTYPES: Final[dict[str, tuple[Any, list[Any]]]] = {
         [pointer, pointer, *_LAYOUTS, pointer, c_int, POINTER(_Found), POINTER(c_int)],
     ),
     "cublasLtMatmulAlgoCheck": (c_int, [pointer, pointer, *_LAYOUTS, POINTER(_Data), POINTER(_Found)]),
+    "cublasLtMatmulAlgoCapGetAttribute": (c_int, [POINTER(_Data), c_int, pointer, c_size_t, POINTER(c_size_t)]),
+    "cublasLtMatmulAlgoConfigSetAttribute": (c_int, [POINTER(_Data), c_int, pointer, c_size_t]),
     "cublasLtMatmulAlgoConfigGetAttribute": (c_int, [POINTER(_Data), c_int, pointer, c_size_t, POINTER(c_size_t)]),
     "cublasLtMatmul": (
         c_int,
@@ -176,6 +179,17 @@ class CublasLt:
                 found[name] = value.value
         return found
 
+    def tiles(self, algorithm: Algorithm) -> list[int]:
+        """Numbers of all tiles that algorithms of this one's id may have; whether for some sizes, `Product.varied`
+        tells. Empty if the library does not say."""
+        data, size = _Data.from_buffer_copy(algorithm.data), c_size_t()
+        name = "cublasLtMatmulAlgoCapGetAttribute"
+        if self.status_of(name, byref(data), _CAPABLE_TILES, None, 0, byref(size)) != _SUCCESS:
+            return []
+        tiles = (c_uint32 * (size.value // ctypes.sizeof(c_uint32)))()
+        self.call(name, byref(data), _CAPABLE_TILES, tiles, size.value, byref(size))
+        return list(tiles)
+
 
 class Product:
     """rows [T, depth] @ weight [width, depth].T: [T, width] for any T, all of one dtype of 16 bits, sums in float32."""
@@ -235,6 +249,19 @@ class Product:
         arguments = (self._operation, *self._layouts(count), byref(data), byref(result))
         status = self._library.status_of("cublasLtMatmulAlgoCheck", self._library.handle, *arguments)
         return result.workspace if status == _SUCCESS and result.state == _SUCCESS else None
+
+    def varied(self, algorithm: Algorithm, count: int, **attributes: int) -> Algorithm | None:
+        """The algorithm with other attributes (names of `_ATTRIBUTES`) for `count` rows; None: there is no such."""
+        data = _Data.from_buffer_copy(algorithm.data)
+        for name, number in attributes.items():
+            attribute, kind = _ATTRIBUTES[name]
+            value = kind(number)
+            arguments = byref(data), attribute, byref(value), ctypes.sizeof(value)
+            if self._library.status_of("cublasLtMatmulAlgoConfigSetAttribute", *arguments) != _SUCCESS:
+                return None
+        found = Algorithm(bytes(data), 0)
+        workspace = self.workspace_of(found, count)
+        return None if workspace is None else Algorithm(found.data, workspace)
 
     def launch(
         self, algorithm: Algorithm, rows: Tensor, weight: Tensor, out: Tensor, workspace: Tensor, stream: int

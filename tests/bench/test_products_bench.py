@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from tandem.bench.products import (
     CLUSTERS,
+    CLUSTERS_TRIED,
     HEAD,
     MOST_HEAD_ROWS,
     OFFERS,
@@ -18,6 +19,7 @@ from tandem.bench.products import (
     SHAPES,
     STAGES,
     TILES,
+    TILES_TRIED,
     Candidate,
     Figures,
     app,
@@ -28,6 +30,8 @@ from tandem.bench.products import (
     read_shapes,
     sized,
     sums_of,
+    tiles_by_fit,
+    variants,
 )
 from tandem.worker.cublaslt import CublasLt, Product
 
@@ -103,16 +107,43 @@ def test_each_algorithm_is_tried_once() -> None:
     assert numbers[0] == 3  # needs no workspace
 
 
+def test_tiles_are_ordered_by_how_they_fill_the_device() -> None:
+    names = {name: number for number, name in enumerate(TILES)}
+    tiles = [names[name] for name in ("128x256", "112x256", "64x64", "256x128")]
+    ordered = [TILES[tile] for tile in tiles_by_fit([0, *tiles, 10_000], 256, 28672, 132)]
+    assert ordered[0] == "112x256"  # 256 tiles for 2 x 132 places; of 128x256 there are 224
+    assert set(ordered) == {"128x256", "112x256", "64x64", "256x128"}
+
+
+def test_variants_are_what_the_library_takes_of_other_tiles_and_clusters() -> None:
+    first, second, refused = 20, 24, 17
+    host = HostCublasLt([HostAlgorithm(1, tiles=(first, second)), HostAlgorithm(2), HostAlgorithm(3, tiles=(refused,))])
+    host.algorithms[2].workspace = 1 << 40
+    library = CublasLt(host)
+    product = Product(library, 8, 8, torch.bfloat16)
+    bases = product.offers(5, most=9)
+    found = [[int.from_bytes(one.data[at : at + 8], "little") for at in (0, 8, 16)] for one in variants(
+        library, product, bases, 5, 132
+    )]  # fmt: skip
+    assert found[:2] == [[1, 0, 0], [2, 0, 0]]
+    assert sorted(found[2:]) == [*([1, first, cluster] for cluster in CLUSTERS_TRIED), [1, second, 2]]
+    crowded = HostCublasLt([HostAlgorithm(1, tiles=tuple(range(1, 100)))])
+    library = CublasLt(crowded)
+    product = Product(library, 8, 8, torch.bfloat16)
+    many = variants(library, product, product.offers(5, most=1), 5, 132)
+    assert len({one.data[8:16] for one in many[1:]}) == TILES_TRIED
+
+
 def test_the_report_tells_the_fastest_and_what_a_layer_gains() -> None:
     measured = []
     for shape in ("query-key-value", "output", "gate-up", "down"):
         figures = sized(256, shape, *SHAPES[shape])
         figures.torch_us, figures.torch_error = 100.0, 0.0017
         figures.candidates = [
-            Candidate({}, "slower", 0, 1.0, error=0.002, screened_us=99.0, us=97.0, ratio=0.97),
-            Candidate({}, "faster", 0, 1.0, error=0.002, screened_us=99.0, us=90.0, ratio=0.9),
-            Candidate({}, "screened", 0, 1.0, error=0.002, screened_us=120.0),
-            Candidate({}, "broken", 0, 1.0, failure="its result is wrong"),
+            Candidate("", {}, "slower", 0, 1.0, error=0.002, screened_us=99.0, us=97.0, ratio=0.97),
+            Candidate("", {}, "faster", 0, 1.0, error=0.002, screened_us=99.0, us=90.0, ratio=0.9),
+            Candidate("", {}, "screened", 0, 1.0, error=0.002, screened_us=120.0),
+            Candidate("", {}, "broken", 0, 1.0, failure="its result is wrong"),
         ]
         measured.append(figures)
     measured[1].candidates[1].ratio = measured[1].candidates[0].ratio = 1.1  # torch's stays
@@ -157,3 +188,6 @@ def test_it_measures_and_writes(tmp_path: Path) -> None:
     for product in report["products"]:
         assert [candidate["ratio"] for candidate in product["candidates"] if candidate["ratio"] is not None]
         assert not any(candidate["failure"] for candidate in product["candidates"])
+    assert [(product["rows"], product["shape"]) for product in report["variants"]] == [
+        (product["rows"], product["shape"]) for product in report["products"]
+    ]

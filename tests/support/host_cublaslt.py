@@ -36,9 +36,12 @@ class HostAlgorithm:
     """As offered."""
     sums: int = 0
     """How parts of sums are stored: a bit of the mask, or 0."""
+    tiles: tuple[int, ...] = ()
+    """That it may have instead of its own; the last of them in no other cluster than 2."""
 
     @property
     def data(self) -> bytes:
+        """Its number; a tile and a cluster if it was varied; and nothing."""
         return self.number.to_bytes(8, "little") + bytes(56)
 
 
@@ -98,6 +101,16 @@ class HostCublasLt:
             "cublasLtMatmulAlgoCheck": (self._check, c_int, [*[handle] * 6, POINTER(WHOLE), POINTER(Result)]),
             "cublasLtMatmulAlgoConfigGetAttribute": (
                 self._attribute,
+                c_int,
+                [POINTER(WHOLE), c_int, c_void_p, size, POINTER(size)],
+            ),
+            "cublasLtMatmulAlgoConfigSetAttribute": (
+                self._vary,
+                c_int,
+                [POINTER(WHOLE), c_int, c_void_p, size],
+            ),
+            "cublasLtMatmulAlgoCapGetAttribute": (
+                self._capability,
                 c_int,
                 [POINTER(WHOLE), c_int, c_void_p, size, POINTER(size)],
             ),
@@ -175,6 +188,9 @@ class HostCublasLt:
     def _check(self, _h: int, operation: int, a: int, b: int, c: int, d: int, data: Any, out: Any) -> int:
         count = self._shapes(operation, a, b, c, d)
         algorithm = self._of(data)
+        _, tile, cluster, *_ = data[0]
+        if tile and (tile not in algorithm.tiles or (tile == algorithm.tiles[-1] and cluster != 2)):
+            return NOT_SUPPORTED
         if count is None or not algorithm.suits(count):
             return NOT_SUPPORTED
         self._write(out[0], algorithm)
@@ -187,6 +203,22 @@ class HostCublasLt:
             return NOT_SUPPORTED
         ctypes.memmove(value, (self._of(data).number + attribute).to_bytes(size, "little"), size)
         written[0] = size
+        return SUCCESS
+
+    def _vary(self, data: Any, attribute: int, value: int, size: int) -> int:
+        place = {(1, 4): 1, (8, 2): 2}.get((attribute, size))  # tile, cluster
+        if place is None:
+            return INVALID_VALUE
+        data[0][place] = int.from_bytes(ctypes.string_at(value, size), "little")
+        return SUCCESS
+
+    def _capability(self, data: Any, attribute: int, value: int | None, size: int, written: Any) -> int:
+        tiles = self._of(data).tiles
+        if attribute != 6 or size not in (0, 4 * len(tiles)):
+            return INVALID_VALUE
+        written[0] = 4 * len(tiles)
+        if size and value:
+            ctypes.memmove(value, b"".join(tile.to_bytes(4, "little") for tile in tiles), size)
         return SUCCESS
 
     def _multiply(

@@ -68,6 +68,24 @@ def test_an_algorithm_is_asked_whether_it_suits_other_rows() -> None:
     assert made.workspace_of(again, 24) == 48
 
 
+def test_an_algorithm_is_varied_as_far_as_the_library_takes_it() -> None:
+    host = HostCublasLt([HostAlgorithm(1, workspace=8, tiles=(20, 24)), HostAlgorithm(2)])
+    library = CublasLt(host)
+    made = Product(library, WIDTH, DEPTH, torch.bfloat16)
+    first, second = made.offers(4, most=2)
+    assert library.tiles(first) == [20, 24]
+    assert library.tiles(second) == []
+    varied = made.varied(first, 4, tile=20, cluster=3)
+    assert varied is not None
+    assert varied.data == b"".join(number.to_bytes(8, "little") for number in (1, 20, 3, 0, 0, 0, 0, 0))
+    assert varied.workspace == 8
+    assert made.varied(first, 4, tile=21) is None
+    assert made.varied(first, 4, tile=24, cluster=3) is None
+    assert made.varied(first, 4, tile=24, cluster=2) is not None
+    assert made.varied(first, 4, stages=3) is None
+    assert first.data == HostAlgorithm(1).data
+
+
 def test_attributes_that_the_library_does_not_know_are_left_out() -> None:
     library = CublasLt(HostCublasLt([HostAlgorithm(100)]))
     assert library.attributes(Algorithm(HostAlgorithm(100).data, 0)) == {
