@@ -2,7 +2,7 @@
 
 The least is the product and the search for the likeliest token, as greedy rows have it. Beside it, on the same rows in
 the same run: temperature alone, top-p alone, and every feature of sampling on in every row. On CUDA all of it is
-measured with plain torch and with the kernel (`worker/drawing.py`), and their tokens must be the same. Rounds take the
+measured with plain torch and with the kernels (`worker/drawing.py`), and their tokens must be the same. Rounds take the
 cases in turn, so that a clock that changes changes all of them.
 """
 
@@ -124,7 +124,7 @@ def cases_of(load: Load) -> dict[str, Callable[[], Tensor]]:
 
 
 def measure(load: Load, repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds by case and way; "greedy" and "product" have one way. Raises RuntimeError if the kernel draws
+    """Median milliseconds by case and way; "greedy" and "product" have one way. Raises RuntimeError if the kernels draw
     other tokens than plain torch."""
     device, cases = load.slots.device, cases_of(load)
     runs: dict[tuple[str, str], Callable[[], Tensor]] = {
@@ -146,7 +146,7 @@ def measure(load: Load, repeats: int) -> dict[str, dict[str, float]]:
         sampler.BY_KERNELS = before
     for name in cases:
         if ("kernel" in ways(device)) and not torch.equal(chosen[name, "kernel"], chosen[name, "plain"]):
-            raise RuntimeError(f"{name}: the kernel draws other tokens than plain torch")
+            raise RuntimeError(f"{name}: the kernels draw other tokens than plain torch")
     found: dict[str, dict[str, float]] = {}
     for (name, way), values in took.items():
         found.setdefault(name, {})[way] = statistics.median(values)

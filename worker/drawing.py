@@ -77,6 +77,7 @@ _HELD_ALL = tl.constexpr(1)
 _HELD_PART = tl.constexpr(2)
 """All that may be the border is gathered."""
 _NOT_HELD = tl.constexpr(3)
+"""Too much for that."""
 
 
 class Drawn(NamedTuple):
@@ -247,10 +248,10 @@ def _bins_of_top_p(count, bins, total, top_p, least, BINS: tl.constexpr):
     needed = _needed(total, top_p)
     spare = (total - needed).to(tl.float64)
     # With a bin and those before it there is enough, or with what lies after it there would be too much …
-    enough = (tl.cumsum(fewest) >= needed.to(tl.float64)) | (tl.cumsum(most, reverse=True) - most <= spare)
+    enough = (tl.cumsum(fewest) >= needed.to(tl.float64)) | (tl.sum(most) - tl.cumsum(most) <= spare)
     last = tl.min(tl.where(enough, bins, BINS - 1))
     # … and there cannot be enough yet.
-    short = (tl.cumsum(most) < needed.to(tl.float64)) | (tl.cumsum(fewest, reverse=True) - fewest > spare)
+    short = (tl.cumsum(most) < needed.to(tl.float64)) | (tl.sum(fewest) - tl.cumsum(fewest) > spare)
     return tl.minimum(tl.sum(short.to(tl.int32)), last), last
 
 
@@ -309,32 +310,41 @@ def _border(
         over_weight = row * 0
         if mode == _HELD_PART:
             over_weight = _total(sums + row * tiles, tiles, CHUNK)
+        whole = mode == _HELD_ALL
+        wanted = row * 0
         if mode == _NOT_HELD:
-            border, left = _settle_row(
-                logits, vocab, peak, rate, least, tl.load(plans + _LAST), total, top_k, top_p, TILE, BINS
-            )
+            border, left, wanted = _settle_row(
+                logits, vocab, held, peak, rate, least, tl.load(plans + _LAST), total, top_k, top_p, HELD, TILE, BINS
+            )  # fmt: skip
         elif found <= FEW:
-            border, left, token = _settle_held(
-                logits, vocab, held, found, mode == _HELD_ALL, peak, rate, least, over_count, over_weight, total, top_k,
-                top_p, random, FEW, HELD, TILE,
+            border, left, wanted, token = _settle_held(
+                held, found, whole, vocab, peak, rate, least, over_count, over_weight, total, top_k, top_p, random,
+                FEW, HELD,
             )  # fmt: skip
-            tl.store(tokens + row, token, mode == _HELD_ALL)
+            tl.store(tokens + row, token, whole)
         else:
-            border, left, token = _settle_held(
-                logits, vocab, held, found, mode == _HELD_ALL, peak, rate, least, over_count, over_weight, total, top_k,
-                top_p, random, HELD, HELD, TILE,
+            border, left, wanted, token = _settle_held(
+                held, found, whole, vocab, peak, rate, least, over_count, over_weight, total, top_k, top_p, random,
+                HELD, HELD,
             )  # fmt: skip
-            tl.store(tokens + row, token, mode == _HELD_ALL)
+            tl.store(tokens + row, token, whole)
+        if wanted > 0:
+            border, above = _search(
+                logits, vocab, held, peak, rate, least, border, _key(peak) + 1, wanted, False, HELD, TILE
+            )
+            left = tl.cdiv(wanted - above, tl.maximum(_weight_of(border, peak, rate, least), 1))
     tl.store(borders + row, border)
     tl.store(at_borders + row, left.to(tl.int32))
 
 
 @triton.jit
 def _settle_held(
-    logits, vocab, held, found, whole, peak, rate, least, over_count, over_weight, total, top_k, top_p, random,
-    SIZE: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
+    held, found, whole, vocab, peak, rate, least, over_count, over_weight, total, top_k, top_p, random,
+    SIZE: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """The border, how many tokens at it are kept, and if all that is kept is held, the token: from up to SIZE held.
+    """From up to SIZE tokens held: the border; how many tokens at it are kept; 0, or the weight at and over top-p's
+    border, which is to be looked for in the whole row from the border on; the token, if all that is kept is held.
+
     over_count, over_weight: of the tokens over those held. total: the row's weight. top_k 0: off."""
     place = tl.arange(0, SIZE)
     inside = place < found
@@ -345,6 +355,7 @@ def _settle_held(
     left = total * 0
     each = left
     above = left
+    wanted = left
     if top_k > 0:
         border, over = _halve(key, inside, inside.to(tl.int64), top_k - over_count)
         left = top_k - over_count - over
@@ -355,14 +366,13 @@ def _settle_held(
         needed = _needed(total, top_p)
         if (top_k > 0) & (needed > above):
             left = tl.minimum(left, tl.cdiv(needed - above, tl.maximum(each, 1)))
-        else:
-            if whole | (top_k == 0):
-                border, over = _halve(key, inside, weight, needed - over_weight)
-                above = over_weight + over
-            else:  # what is left by top-k is not held: two filters, and thousands of tokens kept
-                border, above = _search(logits, vocab, peak, rate, least, border, _key(peak) + 1, needed, False, TILE)
+        elif whole | (top_k == 0):
+            border, over = _halve(key, inside, weight, needed - over_weight)
+            above = over_weight + over
             each = _weight_of(border, peak, rate, least)
             left = tl.cdiv(needed - above, tl.maximum(each, 1))
+        else:
+            wanted = needed
         total = above + left * each
     token = total * 0
     if whole:
@@ -372,7 +382,33 @@ def _settle_held(
         reached = tl.cumsum(tl.where(kept, weight, 0))
         first = tl.sum((inside & (reached <= drawn)).to(tl.int32))
         token = tl.minimum(tl.load(held + first, first < found, 2147483647), vocab - 1).to(tl.int64)
-    return border, left, token
+    return border, left, wanted, token
+
+
+@triton.jit
+def _settle_row(
+    logits, vocab, held, peak, rate, least, last, total, top_k, top_p,
+    HELD: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """As `_settle_held`, in the whole row: so many tokens may be the border that none are held yet."""
+    border = _key(peak - (last + 2).to(tl.float32) * (_DEPTH / BINS) / rate) - 1
+    left = total * 0
+    wanted = left
+    above = left
+    if top_k > 0:
+        border, over = _search(logits, vocab, held, peak, rate, least, border, _key(peak) + 1, top_k, True, HELD, TILE)
+        left = top_k - over
+    if top_p < 1.0:
+        if top_k > 0:
+            above = _over(logits, vocab, peak, rate, least, border, TILE)
+            each = _weight_of(border, peak, rate, least)
+            wanted = _needed(above + left * each, top_p)
+            if wanted > above:
+                left = tl.minimum(left, tl.cdiv(wanted - above, tl.maximum(each, 1)))
+                wanted = wanted * 0
+        else:
+            wanted = _needed(total, top_p)
+    return border, left, wanted
 
 
 @triton.jit
@@ -392,40 +428,20 @@ def _halve(key, inside, amount, needed):
 
 
 @triton.jit
-def _settle_row(
-    logits, vocab, peak, rate, least, last, total, top_k, top_p, TILE: tl.constexpr, BINS: tl.constexpr
+def _search(
+    logits, vocab, held, peak, rate, least, lo, hi, needed,
+    COUNTING: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """As `_settle_held`, in the whole row: so many tokens may be the border that none are held."""
-    top = _key(peak) + 1
-    border = _key(peak - (last + 2).to(tl.float32) * (_DEPTH / BINS) / rate) - 1
-    left = total * 0
-    each = left
-    above = left
-    if top_k > 0:
-        border, over = _search(logits, vocab, peak, rate, least, border, top, top_k, True, TILE)
-        left = top_k - over
-        above = _over(logits, vocab, peak, rate, least, border, TILE)
-        each = _weight_of(border, peak, rate, least)
-        total = above + left * each
-    if top_p < 1.0:
-        needed = _needed(total, top_p)
-        if (top_k > 0) & (needed > above):
-            left = tl.minimum(left, tl.cdiv(needed - above, tl.maximum(each, 1)))
-        else:
-            border, above = _search(logits, vocab, peak, rate, least, border, top, needed, False, TILE)
-            each = _weight_of(border, peak, rate, least)
-            left = tl.cdiv(needed - above, tl.maximum(each, 1))
-    return border, left
-
-
-@triton.jit
-def _search(logits, vocab, peak, rate, least, lo, hi, needed, COUNTING: tl.constexpr, TILE: tl.constexpr):
-    """As `_halve`, in the whole row, of counts or of weights: the border in [lo, hi). Each pass also finds the keys
-    that lie next to the middle, so that many tokens of few different logits take few passes."""
+    """As `_halve`, in the whole row, of counts or of weights: the border in [lo, hi). A pass over the row halves that,
+    until its tokens can be held. Each also finds the keys next to the middle, so that many tokens of few different
+    logits take few passes."""
     over = needed * 0
-    while hi.to(tl.int64) - lo > 1:
+    most = tl.full((), 2147483647, tl.int32)  # tokens at and over lo
+    fewest = tl.full((), 0, tl.int32)  # and at and over hi
+    while (hi.to(tl.int64) - lo > 1) & (most - fewest > HELD):
         middle = (lo + (hi.to(tl.int64) - lo >> 1)).to(tl.int32)
         there = tl.zeros((TILE,), tl.int64)
+        many = tl.zeros((TILE,), tl.int32)
         below = tl.full((TILE,), _LOWEST, tl.int32)
         above = tl.full((TILE,), 2147483647, tl.int32)
         for start in range(0, vocab, TILE):
@@ -433,20 +449,54 @@ def _search(logits, vocab, peak, rate, least, lo, hi, needed, COUNTING: tl.const
             value = tl.load(logits + at, at < vocab, float("-inf"))
             key = _key(value)
             upper = (key >= middle) & (at < vocab)
-            if COUNTING:
-                there += upper.to(tl.int64)
-            else:
+            many += upper.to(tl.int32)
+            if not COUNTING:
                 there += tl.where(upper, _weight(_share(_power(value, peak, rate)), least), 0)
             above = tl.minimum(above, tl.where(upper, key, 2147483647))
             below = tl.maximum(below, tl.where(upper, _LOWEST, key))
-        amount = tl.sum(there)
+        count = tl.sum(many)
+        if COUNTING:
+            amount = count.to(tl.int64)
+        else:
+            amount = tl.sum(there)
         enough = amount >= needed
         next_above = tl.min(above)
         next_below = tl.max(below)
         lo = tl.where(enough, tl.minimum(tl.maximum(next_above, middle), hi - 1), lo)
         hi = tl.where(enough, hi, tl.maximum(tl.minimum(next_below, middle - 1), lo) + 1)
         over = tl.where(enough, over, amount)
+        most = tl.where(enough, count, most)
+        fewest = tl.where(enough, fewest, count)
+    if hi.to(tl.int64) - lo > 1:
+        found = _hold(logits, vocab, held, lo, hi, HELD, TILE)
+        place = tl.arange(0, HELD)
+        inside = place < found
+        value = tl.load(held + HELD + place, inside, 0).to(tl.float32, bitcast=True)
+        if COUNTING:
+            amounts = inside.to(tl.int64)
+        else:
+            amounts = tl.where(inside, _weight(_share(_power(value, peak, rate)), least), 0)
+        lo, more = _halve(_key(value), inside, amounts, needed - over)
+        over += more
     return lo, over
+
+
+@triton.jit
+def _hold(logits, vocab, held, lo, hi, HELD: tl.constexpr, TILE: tl.constexpr):
+    """Puts the logits (their bits) of a row's tokens whose keys lie in [lo, hi) into `held`, as `_gather` does but for
+    the ids. Returns how many there are."""
+    count = tl.full((), 0, tl.int32)
+    tl.debug_barrier()  # what was there has been read
+    for start in range(0, vocab, TILE):
+        at = start + tl.arange(0, TILE)
+        value = tl.load(logits + at, at < vocab, float("-inf"))
+        key = _key(value)
+        inside = (key >= lo) & (key < hi) & (at < vocab)
+        place = count + tl.cumsum(inside.to(tl.int32)) - 1
+        tl.store(held + HELD + place, value.to(tl.int32, bitcast=True), inside & (place < HELD))
+        count += tl.sum(inside.to(tl.int32))
+    tl.debug_barrier()
+    return tl.minimum(count, HELD)
 
 
 @triton.jit
