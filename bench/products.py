@@ -12,13 +12,12 @@ number fills the multiprocessors better by arithmetic, and with other clusters, 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,17 @@ import torch
 import typer
 from torch import Tensor
 
-from ..worker.cublaslt import ANY_SUMS, MOST_WORKSPACE, WIDE_SUMS, Algorithm, CublasLt, CublasLtError, Product
+from ..worker.cublaslt import (
+    ANY_SUMS,
+    MOST_WORKSPACE,
+    TILES,
+    WIDE_SUMS,
+    Algorithm,
+    CublasLt,
+    CublasLtError,
+    Product,
+)
+from ..worker.products import variants
 from .attention import timed_us
 from .machine import describe_machine
 
@@ -65,11 +74,7 @@ LARGEST_ERROR: Final = 0.01
 VARIED: Final = 2
 """Algorithms of each product that are varied …"""
 TILES_TRIED: Final = 16
-"""… by so many tiles, and each in so many clusters:"""
-CLUSTERS_TRIED: Final = (2, 3, 5)
-"""1x1, 2x1 and 1x2."""
-EDGE: Final = 32
-"""What a row or column of a tile costs for each step of depth, in elements of a tile: a guess, to order tiles by."""
+"""… by so many tiles."""
 SECONDS: Final = 75.0
 
 CLUSTERS: Final = (
@@ -87,20 +92,7 @@ def _stages() -> list[str]:
     return ["-", *counted, *more, *(f"{step}xAUTO" for step in (8, 16, 32, 64, 128, 256, 768))]
 
 
-def _tiles() -> list[str]:
-    """Names of cublasLtMatmulTile_t, columns x rows of the output, in the order of their numbers."""
-    first = (
-        "8x8 8x16 16x8 8x32 16x16 32x8 8x64 16x32 32x16 64x8 32x32 32x64 64x32 32x128 64x64 128x32 64x128 128x64 "
-        "64x256 128x128 256x64 64x512 128x256 256x128 512x64 64x96 96x64 96x128 128x160 160x128 192x128 128x192 128x96 "
-        "32x256 256x32"
-    ).split()
-    by_64 = [f"{m}x{n}" for m in range(8, 769, 8) for n in range(64, 769, 64) if m * n <= 64 * 768]
-    by_8 = [f"{m}x{n}" for m in range(64, 769, 64) for n in range(8, 769, 8) if m * n <= 256 * 256]
-    return [*dict.fromkeys(["-", *first, *by_64, *by_8]), "256x512", "256x1024", "512x512", "512x1024"]
-
-
 STAGES: Final = _stages()
-TILES: Final = _tiles()
 
 
 @dataclass(slots=True)
@@ -202,7 +194,7 @@ def described(attributes: dict[str, int], workspace: int) -> str:
 
     split = attributes.get("split_k", 1)
     parts = [
-        f"tile {named(TILES, 'tile')}",
+        f"tile {named([f'{m}x{n}' for m, n in TILES], 'tile')}",
         f"stages {named(STAGES, 'stages')}",
         f"cluster {named(CLUSTERS, 'cluster')}",
         f"split {split}{SUMS.get(attributes.get('reduction', 0), ' ?') if split != 1 else ''}",
@@ -220,37 +212,6 @@ def offered(product: Product, rows: int) -> list[Algorithm]:
         for sums in (ANY_SUMS, WIDE_SUMS):
             for algorithm in product.offers(rows, most=OFFERS, workspace=workspace, sums=sums):
                 found.setdefault(algorithm.data, algorithm)
-    return list(found.values())
-
-
-def tiles_by_fit(tiles: Iterable[int], rows: int, width: int, multiprocessors: int) -> list[int]:
-    """Numbers of tiles that the library has names for, by what a product of this size should take with them."""
-
-    def cost(tile: int) -> float:
-        m, n = (int(size) for size in TILES[tile].split("x"))
-        waves = math.ceil(math.ceil(width / m) * math.ceil(rows / n) / multiprocessors)
-        return waves * (m * n + EDGE * (m + n))
-
-    return sorted((tile for tile in tiles if 0 < tile < len(TILES)), key=cost)
-
-
-def variants(
-    library: CublasLt, product: Product, bases: Iterable[Algorithm], rows: int, multiprocessors: int
-) -> list[Algorithm]:
-    """`bases` and, of each, what the library takes with other tiles and clusters; each once."""
-    bases = list(bases)
-    found = {base.data: base for base in bases}
-    for base in bases:
-        fitting: dict[int, list[Algorithm]] = {}
-        for tile in tiles_by_fit(library.tiles(base), rows, product.width, multiprocessors):
-            of_tile = [product.varied(base, rows, tile=tile, cluster=cluster) for cluster in CLUSTERS_TRIED]
-            taken = [one for one in of_tile if one is not None and one.workspace <= MOST_WORKSPACE]
-            if taken:
-                fitting[tile] = taken
-            if len(fitting) == TILES_TRIED:
-                break
-        for one in itertools.chain(*fitting.values()):
-            found.setdefault(one.data, one)
     return list(found.values())
 
 
@@ -286,7 +247,8 @@ class Bench:
         )
         bases = [Algorithm(bytes.fromhex(one.algorithm), one.workspace, one.waves) for one in tried[:VARIED]]
         many = torch.cuda.get_device_properties(self._out.device).multi_processor_count
-        self._measure(variants(self._library, self._product, bases, of.rows, many), rounds, deadline)
+        varied = variants(self._library, self._product, bases, of.rows, many, tiles=TILES_TRIED)
+        self._measure([*bases, *varied], rounds, deadline)
 
     def _measure(self, algorithms: list[Algorithm], rounds: int, deadline: float) -> None:
         figures = self.figures

@@ -48,6 +48,22 @@ _ATTRIBUTES: Final = {
 }
 
 
+def _tiles() -> list[tuple[int, int]]:
+    first = (
+        "0x0 8x8 8x16 16x8 8x32 16x16 32x8 8x64 16x32 32x16 64x8 32x32 32x64 64x32 32x128 64x64 128x32 64x128 128x64 "
+        "64x256 128x128 256x64 64x512 128x256 256x128 512x64 64x96 96x64 96x128 128x160 160x128 192x128 128x192 128x96 "
+        "32x256 256x32"
+    )
+    listed = [(int(m), int(n)) for m, n in (name.split("x") for name in first.split())]
+    by_64 = [(m, n) for m in range(8, 769, 8) for n in range(64, 769, 64) if m * n <= 64 * 768]
+    by_8 = [(m, n) for m in range(64, 769, 64) for n in range(8, 769, 8) if m * n <= 256 * 256]
+    return [*dict.fromkeys([*listed, *by_64, *by_8]), (256, 512), (256, 1024), (512, 512), (512, 1024)]
+
+
+TILES: Final = _tiles()
+"""Columns and rows of the output in a tile, by the number of cublasLtMatmulTile_t; 0: not said."""
+
+
 class _Data(ctypes.Structure):
     """cublasLtMatmulAlgo_t"""
 

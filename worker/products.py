@@ -26,7 +26,17 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .cublaslt import ALIGNMENT, MOST_WORKSPACE, WIDE_SUMS, Algorithm, CublasLt, CublasLtError, Product, loaded_library
+from .cublaslt import (
+    ALIGNMENT,
+    MOST_WORKSPACE,
+    TILES,
+    WIDE_SUMS,
+    Algorithm,
+    CublasLt,
+    CublasLtError,
+    Product,
+    loaded_library,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +50,14 @@ what the library chooses for them."""
 BUDGET_S: Final = 6.0
 """For trying, at one start. What it does not suffice for is torch's until the next."""
 OFFERS: Final = 32
+VARIED: int = 0
+"""Of what is offered, so many, the fastest, are also tried with other tiles and clusters. Whether that gains anything
+has not been measured yet."""
+TILES_TRIED: Final = 8
+CLUSTERS_TRIED: Final = (2, 3, 5)
+"""Numbers of cublasLtClusterShape_t: 1x1, 2x1 and 1x2."""
+EDGE: Final = 32
+"""What a row or column of a tile costs for each step of depth, in elements of a tile: a guess, to order tiles by."""
 FINALISTS: Final = 3
 ROUNDS: Final = 7
 TIMED_US: Final = 200.0
@@ -91,6 +109,35 @@ def wanted(
             one.weights.append(weight)
         one.rows |= {count for count in rows if count not in one.rows and not takes(operator, count, weight)}
     return list(found.values())
+
+
+def variants(
+    library: CublasLt, product: Product, bases: Sequence[Algorithm], rows: int, multiprocessors: int, *, tiles: int
+) -> list[Algorithm]:
+    """What the library takes instead of `bases` with other tiles and clusters, for so many rows: of each up to `tiles`
+    tiles, those whose number should fill the multiprocessors best. Each once, without the bases."""
+    found: dict[bytes, Algorithm] = {}
+    for base in bases:
+        tried = 0
+        for tile in _by_fit(library.tiles(base), rows, product.width, multiprocessors):
+            varied = [product.varied(base, rows, tile=tile, cluster=cluster) for cluster in CLUSTERS_TRIED]
+            taken = {one.data: one for one in varied if one is not None and one.workspace <= MOST_WORKSPACE}
+            found |= taken
+            tried += bool(taken)
+            if tried == tiles:
+                break
+    return [one for data, one in found.items() if all(base.data != data for base in bases)]
+
+
+def _by_fit(tiles: Iterable[int], rows: int, width: int, multiprocessors: int) -> list[int]:
+    """Numbers of tiles whose sizes are known, by what a product should take with them: waves of whole tiles."""
+
+    def cost(tile: int) -> float:
+        m, n = TILES[tile]
+        waves = math.ceil(math.ceil(width / m) * math.ceil(rows / n) / multiprocessors)
+        return waves * (m * n + EDGE * (m + n))
+
+    return sorted((tile for tile in tiles if 0 < tile < len(TILES)), key=cost)
 
 
 class Store:
@@ -152,9 +199,12 @@ class Store:
 class TunedProducts:
     """Products by chosen algorithms on one device, one after the other on the stream that is current."""
 
-    def __init__(self, library: CublasLt, device: torch.device, stream: Callable[[], int]) -> None:
+    def __init__(
+        self, library: CublasLt, device: torch.device, stream: Callable[[], int], multiprocessors: int
+    ) -> None:
         """`stream` gives the handle of the current one. What captured graphs read lives as long as this."""
         self._library = library
+        self._multiprocessors = multiprocessors
         self._stream = stream
         self._workspace = torch.empty(MOST_WORKSPACE, dtype=torch.uint8, device=device)
         self._products: dict[tuple[int, int, torch.dtype], Product] = {}
@@ -245,29 +295,29 @@ class TunedProducts:
     def _choose(self, case: Case, weights: Sequence[Tensor], measure: Measure) -> Algorithm | None:
         """The fastest, or None if torch's is, or nearly."""
         trial = _Trial(self._product_of(case), case, weights, self._workspace, self._stream)
-        first = measure(trial.by_torch, 2)
-        times = min(MOST_TIMED, max(2, round(TIMED_US / first)))
-        limit = measure(trial.by_torch, times)
-        screened: list[tuple[float, Algorithm]] = []
-        for algorithm in trial.offers():
-            try:
-                us = measure(trial.by(algorithm), times)
-            except CublasLtError:
-                continue  # it cannot, after all
-            if us < limit * (1 - LEAST_GAIN / 2):  # it was timed only once
-                screened.append((us, algorithm))
-        screened.sort(key=lambda one: one[0])
-        finalists = [algorithm for _, algorithm in screened[:FINALISTS] if trial.error(algorithm) <= LARGEST_ERROR]
-        runs = [trial.by_torch, *(trial.by(algorithm) for algorithm in finalists)]
-        took: list[list[float]] = [[] for _ in runs]
-        for _ in range(ROUNDS if finalists else 0):  # in turns, so that a clock that changes changes all
-            for run, us_of_run in zip(runs, took, strict=True):
-                us_of_run.append(measure(run, times))
+        times = min(MOST_TIMED, max(2, round(TIMED_US / measure(trial.by_torch, 2))))
+        limit = measure(trial.by_torch, times) * (1 - LEAST_GAIN / 2)  # each is timed only once here
+        screened = trial.screened(trial.offers(), measure, times)
+        if VARIED:
+            bases, product = [algorithm for _, algorithm in screened[:VARIED]], self._product_of(case)
+            varied = variants(self._library, product, bases, case.rows, self._multiprocessors, tiles=TILES_TRIED)
+            screened = sorted([*screened, *trial.screened(varied, measure, times)], key=_us)
+        finalists = [
+            algorithm
+            for us, algorithm in screened[:FINALISTS]
+            if us < limit and trial.error(algorithm) <= LARGEST_ERROR
+        ]
         if not finalists:
             return None
-        baseline, *medians = (statistics.median(us_of_run) for us_of_run in took)
+        runs = [trial.by_torch, *(trial.by(algorithm) for algorithm in finalists)]
+        rounds = [[measure(run, times) for run in runs] for _ in range(ROUNDS)]  # a clock that changes changes all
+        baseline, *medians = (statistics.median(us_of_run) for us_of_run in zip(*rounds, strict=True))
         least = min(medians)
         return finalists[medians.index(least)] if least <= baseline * (1 - LEAST_GAIN) else None
+
+
+def _us(timed: tuple[float, Algorithm]) -> float:
+    return timed[0]
 
 
 class _Trial:
@@ -294,6 +344,16 @@ class _Trial:
         except CublasLtError as error:
             log.warning("%s", error)
             return []
+
+    def screened(self, algorithms: Iterable[Algorithm], measure: Measure, times: int) -> list[tuple[float, Algorithm]]:
+        """What one product takes with each, in microseconds, the fastest first; without those that fail."""
+        timed = []
+        for algorithm in algorithms:
+            try:
+                timed.append((measure(self.by(algorithm), times), algorithm))
+            except CublasLtError:
+                continue
+        return sorted(timed, key=_us)
 
     def by_torch(self) -> None:
         torch.mm(self._rows, next(self._turns).t(), out=self._out)
@@ -338,7 +398,10 @@ def prepare(
             library = loaded_library()
             with torch.cuda.device(device):
                 _in_use[device] = TunedProducts(
-                    CublasLt(library), device, lambda: torch.cuda.current_stream(device).cuda_stream
+                    CublasLt(library),
+                    device,
+                    lambda: torch.cuda.current_stream(device).cuda_stream,
+                    torch.cuda.get_device_properties(device).multi_processor_count,
                 )
         tuned = _in_use[device]
         tuned.tune(wanted(uses, _takes), _store(tuned, device, folder), _device_us, progress=progress)

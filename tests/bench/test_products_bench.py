@@ -11,15 +11,12 @@ from typer.testing import CliRunner
 
 from tandem.bench.products import (
     CLUSTERS,
-    CLUSTERS_TRIED,
     HEAD,
     MOST_HEAD_ROWS,
     OFFERS,
     ROTATED,
     SHAPES,
     STAGES,
-    TILES,
-    TILES_TRIED,
     Candidate,
     Figures,
     app,
@@ -30,8 +27,6 @@ from tandem.bench.products import (
     read_shapes,
     sized,
     sums_of,
-    tiles_by_fit,
-    variants,
 )
 from tandem.worker.cublaslt import CublasLt, Product
 
@@ -69,10 +64,6 @@ def test_a_small_product_has_a_graph_that_ends() -> None:
 
 def test_names_have_the_numbers_of_the_library() -> None:
     """Numbers of cublasLt.h 13.1."""
-    tiles = {8: "16x32", 20: "128x128", 24: "256x128", 36: "8x128", 79: "32x768", 116: "64x192", 167: "112x256"}
-    tiles |= {311: "768x64", 312: "64x16", 393: "128x8", 497: "256x112", 513: "256x256", 630: "768x80", 634: "512x1024"}
-    assert {number: TILES[number] for number in tiles} == tiles
-    assert len(TILES) == 635
     assert (STAGES[1], STAGES[18], STAGES[25], STAGES[31], STAGES[35], len(STAGES)) == (
         "16x1", "64x6", "32x10", "8x3", "64xAUTO", 39,
     )  # fmt: skip
@@ -95,6 +86,7 @@ def test_algorithms_in_words() -> None:
     assert described(attributes, 3 << 20) == (
         "tile 112x256, stages 64xAUTO, cluster 2x1, split 2 in 32 bits, swizzle 1, option 3, id 66, workspace 3.0 MiB"
     )
+    assert described({"tile": 497, "stages": 38}, 0).startswith("tile 256x112, stages 768xAUTO")
     assert described({"tile": 9999}, 0).startswith("tile #9999, stages -, cluster auto, split 1, swizzle 0")
 
 
@@ -105,33 +97,6 @@ def test_each_algorithm_is_tried_once() -> None:
     numbers = [int.from_bytes(algorithm.data[:8], "little") for algorithm in found]
     assert sorted(numbers) == [1, 2, 3, *range(10, 7 + OFFERS)]
     assert numbers[0] == 3  # needs no workspace
-
-
-def test_tiles_are_ordered_by_how_they_fill_the_device() -> None:
-    names = {name: number for number, name in enumerate(TILES)}
-    tiles = [names[name] for name in ("128x256", "112x256", "64x64", "256x128")]
-    ordered = [TILES[tile] for tile in tiles_by_fit([0, *tiles, 10_000], 256, 28672, 132)]
-    assert ordered[0] == "112x256"  # 256 tiles for 2 x 132 places; of 128x256 there are 224
-    assert set(ordered) == {"128x256", "112x256", "64x64", "256x128"}
-
-
-def test_variants_are_what_the_library_takes_of_other_tiles_and_clusters() -> None:
-    first, second, refused = 20, 24, 17
-    host = HostCublasLt([HostAlgorithm(1, tiles=(first, second)), HostAlgorithm(2), HostAlgorithm(3, tiles=(refused,))])
-    host.algorithms[2].workspace = 1 << 40
-    library = CublasLt(host)
-    product = Product(library, 8, 8, torch.bfloat16)
-    bases = product.offers(5, most=9)
-    found = [[int.from_bytes(one.data[at : at + 8], "little") for at in (0, 8, 16)] for one in variants(
-        library, product, bases, 5, 132
-    )]  # fmt: skip
-    assert found[:2] == [[1, 0, 0], [2, 0, 0]]
-    assert sorted(found[2:]) == [*([1, first, cluster] for cluster in CLUSTERS_TRIED), [1, second, 2]]
-    crowded = HostCublasLt([HostAlgorithm(1, tiles=tuple(range(1, 100)))])
-    library = CublasLt(crowded)
-    product = Product(library, 8, 8, torch.bfloat16)
-    many = variants(library, product, product.offers(5, most=1), 5, 132)
-    assert len({one.data[8:16] for one in many[1:]}) == TILES_TRIED
 
 
 def test_the_report_tells_the_fastest_and_what_a_layer_gains() -> None:

@@ -67,6 +67,8 @@ class Launch:
     workspace: int
     weight: int
     """Addresses."""
+    data: bytes
+    """The algorithm's."""
 
 
 @dataclass
@@ -236,5 +238,5 @@ class HostCublasLt:
             self.alive[layout].read(at) for at, layout in ((a, a_layout), (b, b_layout), (d, d_layout))
         )
         out.copy_(weight.t().float() @ rows.float() * algorithm.factor)
-        self.launches.append(Launch(algorithm.number, count, stream or 0, workspace, a))
+        self.launches.append(Launch(algorithm.number, count, stream or 0, workspace, a, bytes(data[0])))
         return SUCCESS

@@ -7,7 +7,16 @@ import gc
 import pytest
 import torch
 
-from tandem.worker.cublaslt import ANY_SUMS, WIDE_SUMS, Algorithm, CublasLt, CublasLtError, Product, loaded_library
+from tandem.worker.cublaslt import (
+    ANY_SUMS,
+    TILES,
+    WIDE_SUMS,
+    Algorithm,
+    CublasLt,
+    CublasLtError,
+    Product,
+    loaded_library,
+)
 
 from support.host_cublaslt import FLOAT16, NOT_SUPPORTED, HostAlgorithm, HostCublasLt, Launch
 
@@ -28,7 +37,7 @@ def test_products_of_any_number_of_rows(dtype: torch.dtype) -> None:
         out = torch.empty(count, WIDTH, dtype=dtype)
         made.launch(algorithm, rows, weight, out, workspace, stream=0x77)
         torch.testing.assert_close(out, rows @ weight.t())
-        assert host.launches[-1] == Launch(5, count, 0x77, workspace.data_ptr(), weight.data_ptr())
+        assert host.launches[-1] == Launch(5, count, 0x77, workspace.data_ptr(), weight.data_ptr(), algorithm.data)
 
 
 def test_offers_are_asked_for_with_their_limits() -> None:
@@ -66,6 +75,17 @@ def test_an_algorithm_is_asked_whether_it_suits_other_rows() -> None:
     again = Algorithm(algorithm.data, algorithm.workspace)
     assert again == algorithm
     assert made.workspace_of(again, 24) == 48
+
+
+def test_tiles_have_the_numbers_of_the_library() -> None:
+    """Some of cublasLt.h 13.1."""
+    numbers = {
+        8: (16, 32), 20: (128, 128), 24: (256, 128), 36: (8, 128), 79: (32, 768), 116: (64, 192), 167: (112, 256),
+        311: (768, 64), 312: (64, 16), 393: (128, 8), 497: (256, 112), 513: (256, 256), 630: (768, 80),
+        634: (512, 1024),
+    }  # fmt: skip
+    assert {number: TILES[number] for number in numbers} == numbers
+    assert len(TILES) == 635
 
 
 def test_an_algorithm_is_varied_as_far_as_the_library_takes_it() -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tandem.worker import operators, products
-from tandem.worker.cublaslt import Algorithm, CublasLt
-from tandem.worker.products import LEAST_SHARE, Case, Store, TunedProducts, Wanted, wanted
+from tandem.worker.cublaslt import TILES, Algorithm, CublasLt, Product
+from tandem.worker.products import CLUSTERS_TRIED, LEAST_SHARE, Case, Store, TunedProducts, Wanted, variants, wanted
 
 from support.host_cublaslt import HostAlgorithm, HostCublasLt
 
@@ -50,7 +50,7 @@ class Bench:
         self.host, self.us, self.folder = HostCublasLt(algorithms), us, folder
         self.tried: list[int] = []
         """Numbers of rows, in order, of what was launched while trying."""
-        self.tuned = TunedProducts(CublasLt(self.host), CPU, stream=lambda: 7)
+        self.tuned = TunedProducts(CublasLt(self.host), CPU, stream=lambda: 7, multiprocessors=132)
 
     def measure(self, launch: Callable[[], None], _times: int) -> float:
         before = len(self.host.launches)
@@ -255,6 +255,44 @@ def test_weights_take_turns(tmp_path: Path) -> None:
     bench.tuned.tune([Wanted(weights, {16})], Store(tmp_path, MADE_ON), bench.measure)
     seen = [launch.weight for launch in bench.host.launches]
     assert set(seen) == {one.data_ptr() for one in weights}
+
+
+def test_variants_fill_the_device_as_the_library_allows() -> None:
+    number_of = {size: number for number, size in enumerate(TILES)}
+    wide, narrow, small = number_of[128, 256], number_of[112, 256], number_of[64, 64]
+    host = HostCublasLt([HostAlgorithm(1, tiles=(small, wide, narrow, 10_000, wide)), HostAlgorithm(2)])
+    library = CublasLt(host)
+    product = Product(library, 28672, 8, torch.bfloat16)
+    bases = product.offers(256, most=9)
+
+    def found(tiles: int) -> list[tuple[int, ...]]:
+        made = variants(library, product, bases, 256, 132, tiles=tiles)
+        return [tuple(int.from_bytes(one.data[at : at + 8], "little") for at in (0, 8, 16)) for one in made]
+
+    # 256 tiles of 112 x 256 nearly fill 2 x 132 places; of 128 x 256 there are only 224.
+    assert found(1) == [(1, narrow, cluster) for cluster in CLUSTERS_TRIED]
+    assert {tile for _, tile, _ in found(9)} == {narrow, wide, small}
+    assert [cluster for _, tile, cluster in found(9) if tile == wide] == [2]  # in no other, says the library
+    assert not variants(library, product, bases[1:], 256, 132, tiles=9)
+
+
+def test_variants_are_tried_if_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench([HostAlgorithm(1, tiles=(20, 24))], {1: 90.0}, tmp_path)
+    monkeypatch.setattr(products, "VARIED", 1)
+    varied: set[bytes] = set()
+
+    def measure(launch: Callable[[], None], times: int) -> float:
+        us = bench.measure(launch, times)
+        data = bench.host.launches[-1].data if bench.host.launches and us != TORCH_US else b""
+        varied.add(data[8:16])
+        return us - (data[8:9] == bytes([20])) * 10
+
+    bench.tuned.tune([Wanted([weight()], {16})], Store(tmp_path, MADE_ON), measure)
+    assert varied >= {number.to_bytes(8, "little") for number in (20, 24)}
+    (chosen,) = Store(tmp_path, MADE_ON).read().values()
+    assert chosen is not None
+    assert chosen.data[8] == 20
+    assert bench.by(16) == 1
 
 
 def test_what_is_wanted_goes_by_shape_and_leaves_out_what_has_kernels() -> None:
