@@ -119,7 +119,8 @@ def variants(
     found: dict[bytes, Algorithm] = {}
     for base in bases:
         tried = 0
-        for tile in _by_fit(library.tiles(base), rows, product.width, multiprocessors):
+        told = library.tiles(base) or range(1, len(TILES))
+        for tile in _by_fit(told, rows, product.width, multiprocessors):
             varied = [product.varied(base, rows, tile=tile, cluster=cluster) for cluster in CLUSTERS_TRIED]
             taken = {one.data: one for one in varied if one is not None and one.workspace <= MOST_WORKSPACE}
             found |= taken
@@ -204,12 +205,12 @@ class TunedProducts:
     ) -> None:
         """`stream` gives the handle of the current one. What captured graphs read lives as long as this."""
         self._library = library
+        self.version = library.version
         self._multiprocessors = multiprocessors
         self._stream = stream
         self._workspace = torch.empty(MOST_WORKSPACE, dtype=torch.uint8, device=device)
         self._products: dict[tuple[int, int, torch.dtype], Product] = {}
         self._chosen: dict[Case, Algorithm | None] = {}
-        self.version = library.version
         self._found: dict[Case, tuple[Product, Algorithm] | None] = {}
         """For each number of rows that came; None: torch's."""
 
@@ -221,7 +222,9 @@ class TunedProducts:
             found = self._found[case]
         except KeyError:
             found = self._found[case] = self._find(case)
-        if found is None or not rows.is_contiguous() or (rows.data_ptr() | weight.data_ptr()) % ALIGNMENT:
+        if found is None or not (rows.is_contiguous() and weight.is_contiguous()):
+            return None
+        if (rows.data_ptr() | weight.data_ptr()) % ALIGNMENT:
             return None
         product, algorithm = found
         out = rows.new_empty((count, case.width))
@@ -416,6 +419,7 @@ def _store(tuned: TunedProducts, device: torch.device, folder: Path) -> Store:
         "multiprocessors": properties.multi_processor_count,
         "cublaslt": tuned.version,
         "torch": str(torch.__version__),
+        "varied": VARIED,
     }
     return Store(folder, made_on)
 

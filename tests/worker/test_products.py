@@ -134,6 +134,9 @@ def test_other_shapes_and_dtypes_and_layouts_are_torchs(tmp_path: Path) -> None:
     assert bench.tuned.product(given.float(), by.float()) is None
     assert bench.tuned.product(given.half(), by.half()) is None
     assert bench.tuned.product(aligned(torch.randn(DEPTH, 16)).to(torch.bfloat16).t(), by) is None
+    turned = aligned(torch.randn(DEPTH, WIDTH).to(torch.bfloat16)).t()
+    assert turned.shape == by.shape
+    assert bench.tuned.product(given, turned) is None
     beside = aligned(torch.randn(17, DEPTH).to(torch.bfloat16))[1:]  # 32 bytes behind
     assert beside.is_contiguous()
     assert bench.tuned.product(beside, by) is None
