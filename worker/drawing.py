@@ -46,6 +46,8 @@ _CHUNK: int = 32
 """Tiles whose books a program looks at at a time."""
 
 _LOWEST = tl.constexpr(-(2**31))
+_NOTHING = tl.constexpr(-(2**23))
+"""The bits of -inf."""
 _DEPTH = tl.constexpr(float(sampler.WEIGHT_BITS))
 """Tokens whose share is below 2 ** -_DEPTH weigh nothing."""
 _WHOLE = tl.constexpr(2.0**sampler.WEIGHT_BITS)
@@ -348,7 +350,7 @@ def _settle_held(
     over_count, over_weight: of the tokens over those held. total: the row's weight. top_k 0: off."""
     place = tl.arange(0, SIZE)
     inside = place < found
-    value = tl.load(held + HELD + place, inside, 0).to(tl.float32, bitcast=True)
+    value = tl.load(held + HELD + place, inside, _NOTHING).to(tl.float32, bitcast=True)
     key = _key(value)
     weight = tl.where(inside, _weight(_share(_power(value, peak, rate)), least), 0)
     border = tl.full((), _LOWEST, tl.int32)
@@ -471,7 +473,7 @@ def _search(
         found = _hold(logits, vocab, held, lo, hi, HELD, TILE)
         place = tl.arange(0, HELD)
         inside = place < found
-        value = tl.load(held + HELD + place, inside, 0).to(tl.float32, bitcast=True)
+        value = tl.load(held + HELD + place, inside, _NOTHING).to(tl.float32, bitcast=True)
         if COUNTING:
             amounts = inside.to(tl.int64)
         else:
