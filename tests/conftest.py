@@ -1,5 +1,6 @@
 """Rules that hold for every test: no leaks, no network, one thread, warnings are errors, a GPU or a skip."""
 
+import gc
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from support.grids import whole_grid
 from support.leaks import end_descendants, leaked, mark_descendants, snapshot
 
 mark_descendants()
+gc.disable()  # till all modules are imported: three thousand with torch, of which nothing becomes garbage
 ROOT = Path(__file__).resolve().parents[1]
 LEAK_DEADLINE_S = DEADLINE_S / 5
 FAILED = pytest.StashKey[bool]()
@@ -56,6 +58,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gpu and not _cuda():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Let the cycle collector look at what the tests make, and no more at the modules."""
+    gc.freeze()
+    gc.enable()
 
 
 def _cuda() -> bool:
