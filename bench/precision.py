@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..worker.inspection import make_batch
-from ..worker.loading import ModelSource
 from ..worker.model import PagedModel, load_model
+from ..worker.sources import ModelSource
 from .machine import describe_machine
 
 BLOCK_SIZE = 16

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from ..protocol.messages import MAX_CONTEXT, FileInfo, ModelDescription
 from .config import WorkerConfig
 from .generation_config import default_sampling, stop_token_ids
-from .loading import LoadError, ModelSource, local_folder, max_positions, weight_files
+from .loading import local_folder, max_positions, weight_files
 from .model import PagedModel
 from .rope import fixed_positions
+from .sources import LoadError, ModelSource
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PretrainedConfig
 
 from ..protocol.sampling import SamplingParams
-from .loading import LoadError, ModelSource, local_folder
+from .loading import local_folder
+from .sources import LoadError, ModelSource
 
 _TokenId = Annotated[int, Field(strict=True)]
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

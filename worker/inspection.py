@@ -23,7 +23,7 @@ from .attention.registry import (
 )
 from .batch import Batch
 from .kv_cache import LayerKV
-from .loading import LoadError
+from .sources import LoadError
 
 PROBE_TOKENS = 20
 PROBE_BLOCK_SIZE = 8

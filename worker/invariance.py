@@ -29,8 +29,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .batch import Batch
-from .loading import LoadError
 from .row_kernels import LetsThrough, RowKernels
+from .sources import LoadError
 
 ROW_TILE: Final = 16
 MAX_THREADS: Final = 2

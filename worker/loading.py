@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..protocol.errors import ConfigurationError
+from .sources import LoadError, ModelSource, alike, folder_here
 
 Progress = Callable[[str, float], None]
 """Called with what is going on and the share of it that is done, 0 to 1."""
@@ -34,37 +32,11 @@ _LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class LoadError(ConfigurationError):
-    """A model cannot be served; the message names what is wrong and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where a model comes from. `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` hold for hub ids."""
-
-    model: str
-    """A folder with config.json, or a hub id."""
-    revision: str | None = None
-    trust_remote_code: bool = False
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    seed: int = 0
-    """Seed of dummy weights."""
-
-
 def local_folder(source: ModelSource) -> Path:
     """The folder that holds the model's small files (config, tokenizer), fetched from the hub if need be."""
-    folder = Path(source.model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise LoadError(f"{folder} holds no config.json, so it is not a transformers model")
-        if source.revision is not None:
-            raise LoadError(
-                f"--revision {source.revision} chooses among the versions of a hub model, but --model {source.model} "
-                "is a folder, which has one; leave --revision out"
-            )
+    folder = folder_here(source)
+    if folder is not None:
         return folder
-    if source.model.startswith((".", "/", "~")) or source.model.count("/") > 1:
-        raise LoadError(f"no such folder: {source.model}{_alike(source.model)}")
     return _fetch(source, _SMALL_FILES + (["*.py"] if source.trust_remote_code else []), source.revision)
 
 
@@ -235,19 +207,8 @@ def _fetch(source: ModelSource, patterns: list[str], revision: str | None) -> Pa
         return Path(snapshot_download(source.model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise LoadError(
-            f"{source.model} is neither a folder here nor could it be fetched from the hub{_alike(source.model)}: "
+            f"{source.model} is neither a folder here nor could it be fetched from the hub{alike(source.model)}: "
             f"{error} "
             "(a hub id is written OWNER/NAME, and without a model the small built-in one is served; HF_TOKEN gives "
             "access to gated models; HF_HUB_OFFLINE allows only what is cached)"
         ) from error
-
-
-def _alike(model: str) -> str:
-    """What folder may have been meant, as the end of a sentence; empty if none is named nearly so."""
-    path = Path(model)
-    try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
-    except OSError:
-        return ""
-    found = get_close_matches(path.name, names, n=1, cutoff=0.75)
-    return f"; did you mean {path.parent / found[0]}?" if found else ""

@@ -47,11 +47,13 @@ def _serve(config: WorkerConfig, status: StatusPipe, stopping: StopSignals) -> N
     from ..protocol.tracing import Tracer
     from ..protocol.transport import Address
     from .link import Link
+    from .sources import ModelSource, folder_here
 
     if sys.flags.optimize > 1:
         raise ConfigurationError(
             "python -OO and PYTHONOPTIMIZE=2 take docstrings away, without which transformers loads no model; use -O"
         )
+    folder_here(ModelSource(config.model, config.revision))  # a name that is mistyped is told at once
     log_writer = configure(config.name or "worker", config.log_level, config.log_format)
     try:
         address = Address(config.scheduler)

@@ -10,8 +10,8 @@ from torch import nn
 
 from .adjustments import table_bytes
 from .config import WorkerConfig
-from .loading import LoadError
 from .model import PagedModel
+from .sources import LoadError
 from .warmup import run_largest_graphs, run_largest_step
 
 CPU_CACHE_BYTES = 1024**3

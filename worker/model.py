@@ -24,11 +24,12 @@ from .attention.sharing import Cutting
 from .batch import Batch
 from .compiling import Compiled, compile_rows
 from .kv_cache import FP8, KVCache, LayerKV, kv_bytes_per_block
-from .loading import LoadError, ModelSource, Progress, local_folder, read_config, resolve_dtype, weight_files
+from .loading import Progress, local_folder, read_config, resolve_dtype, weight_files
 from .pieces import TrunkPieces
 from .quantization import problem as quantization_problem
 from .quantization import quantize_linears
 from .sampler import greedy
+from .sources import LoadError, ModelSource
 from .weights import dummy_module, safetensors_module
 
 log = logging.getLogger(__name__)

@@ -25,12 +25,13 @@ from .grammars.book import GrammarBook
 from .grammars.checker import GrammarChecker
 from .graphs import LARGEST_GRAPH, graph_sizes
 from .link import Failure, Link
-from .loading import ModelSource, tokenizer_files
+from .loading import tokenizer_files
 from .memory import copy_bandwidth, count_blocks, weight_bytes_per_step
 from .model import PagedModel, load_model
 from .pieces import piece_sizes
 from .pipeline import Pipeline
 from .session import Session
+from .sources import ModelSource
 from .stopping import StopSignals
 from .warmup import longest_step_s, warm_up
 

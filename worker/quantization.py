@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import operators
-from .loading import LoadError
+from .sources import LoadError
 
 FP8: Final = torch.float8_e4m3fn
 MULTIPLE: Final = 16

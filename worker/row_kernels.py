@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .loading import LoadError
+from .sources import LoadError
 
 _SAFE: Final = frozenset(
     (

@@ -16,11 +16,11 @@ from .adjustments import Adjustments
 from .batch import Batch
 from .config import WorkerConfig
 from .features import NOTHING, StepFeatures
-from .loading import LoadError
 from .logprobs import tell
 from .model import PagedModel
 from .pieces import piece_sizes
 from .sampler import SamplingColumns, sample
+from .sources import LoadError
 
 CPU_TRIAL_S: Final = 0.4
 """A step that should take longer on a CPU is not tried."""

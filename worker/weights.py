@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .attention.registry import ATTENTION_NAME
-from .loading import LoadError, ModelSource, Progress
+from .loading import Progress
+from .sources import LoadError, ModelSource
 
 
 def dummy_module(

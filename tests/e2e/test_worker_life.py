@@ -25,8 +25,9 @@ from tandem import Client
 from tandem.protocol.status import StatusPipe
 from tandem.worker.config import WorkerConfig
 from tandem.worker.describe import SAMPLE_BYTES, SAMPLES, default_name, fingerprint
-from tandem.worker.loading import LoadError, ModelSource, local_folder
+from tandem.worker.loading import local_folder
 from tandem.worker.main import _explain
+from tandem.worker.sources import LoadError, ModelSource
 
 from support.deadlines import DEADLINE_S
 from support.tiny_models import save_tiny

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.worker.inspection import make_batch
-from tandem.worker.loading import ModelSource
 from tandem.worker.model import PagedModel, load_model
+from tandem.worker.sources import ModelSource
 
 from support.tiny_models import VOCAB, save_tiny
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tandem.worker.invariance import MAX_THREADS, ROW_TILE, RowTiles, check_tiles, configure_threads, tiled_product
-from tandem.worker.loading import LoadError
+from tandem.worker.sources import LoadError
 
 from support.paged import Sequences, check_any_batch, load_tiny, random_tokens
 from support.tiny_models import ARCHITECTURES, VOCAB

@@ -10,9 +10,9 @@ import torch
 
 from tandem.protocol.errors import ConfigurationError
 from tandem.worker.config import WorkerConfig
-from tandem.worker.loading import LoadError
 from tandem.worker.model import choose_backend
 from tandem.worker.process import choose_device
+from tandem.worker.sources import LoadError
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

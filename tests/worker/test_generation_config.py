@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tandem.worker.generation_config import default_sampling, stop_token_ids
-from tandem.worker.loading import LoadError, ModelSource, read_config
+from tandem.worker.loading import read_config
+from tandem.worker.sources import LoadError, ModelSource
 
 from support.tiny_models import EOS, VOCAB, save_tiny
 

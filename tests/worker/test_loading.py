@@ -13,14 +13,9 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, dynamic_module_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tandem.worker.loading import (
-    LoadError,
-    ModelSource,
-    read_config,
-    resolve_dtype,
-    tokenizer_files,
-)
+from tandem.worker.loading import read_config, resolve_dtype, tokenizer_files
 from tandem.worker.model import PagedModel, load_model
+from tandem.worker.sources import LoadError, ModelSource
 
 from support.paged import Sequences, load, quiet, random_tokens
 from support.remote_code import MARK, save_with_code

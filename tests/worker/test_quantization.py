@@ -13,9 +13,9 @@ from tandem.worker.attention.ops import OperatorRouter
 from tandem.worker.compiling import compile_rows
 from tandem.worker.inspection import inspect_layers, run_trunk
 from tandem.worker.kv_cache import KVCache, LayerKV
-from tandem.worker.loading import LoadError
 from tandem.worker.operators import LARGEST, quantize_rows
 from tandem.worker.quantization import Fp8Linear, quantize_linears
+from tandem.worker.sources import LoadError
 
 from support.compiled import DenseRouter, DenseStep, calls, kept, paged
 from support.paged import Sequences, compute_randomly, load, random_tokens

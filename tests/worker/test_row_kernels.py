@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import tandem.worker
 from tandem.worker import invariance
 from tandem.worker.inspection import make_batch
-from tandem.worker.loading import LoadError
 from tandem.worker.row_kernels import RowKernels
+from tandem.worker.sources import LoadError
 
 from support import plain_kernels, triton_interpreter
 from support.paged import load, random_tokens

@@ -11,7 +11,7 @@ from transformers.models.starcoder2 import modeling_starcoder2
 from tandem.worker.config import WorkerConfig
 from tandem.worker.describe import choose_max_model_len
 from tandem.worker.inspection import PROBE_TOKENS
-from tandem.worker.loading import LoadError
+from tandem.worker.sources import LoadError
 
 from support.paged import Sequences, compute_randomly, load, random_tokens
 from support.tiny_models import VOCAB, WINDOW
