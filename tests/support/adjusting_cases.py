@@ -21,6 +21,7 @@ from tandem.worker.features import NOT_YET, NOTHING, StepFeatures, mask_words
 
 from support import triton_interpreter
 from support.grids import pairwise
+from support.plain_sampling import plain_torch
 
 SPARE_SLOTS: Final = 3
 MASKS: Final = {"none": None, "few": 40, "half": 2, "nothing": 10**9}
@@ -120,7 +121,8 @@ class Tried:
             self.logits, self.slots, self.position, tables._tables(), masks=case.masks != "none",
             penalties=case.penalties, biases=case.biases, sequences=case.sequences,
         )  # fmt: skip
-        plain = tables.apply(case.features, self.logits, self.slots, self.position)
+        with plain_torch():
+            plain = tables.apply(case.features, self.logits, self.slots, self.position)
         if not torch.equal(by_kernel, plain):
             yield f"logits at {(by_kernel != plain).nonzero()[:5].tolist()}"
         tokens = self._integers(0, case.vocab, case.rows).to(self.slots.device, torch.int64)
@@ -133,7 +135,8 @@ class Tried:
         noted = tables._seen.clone(), tables._recent.clone()
         tables._seen.copy_(before[0])
         tables._recent.copy_(before[1])
-        tables.note(case.features, self.slots, self.position, tokens)
+        with plain_torch():
+            tables.note(case.features, self.slots, self.position, tokens)
         if not (torch.equal(noted[0], tables._seen) and torch.equal(noted[1], tables._recent)):
             yield "what was noted"
 

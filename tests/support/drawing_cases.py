@@ -17,6 +17,8 @@ from torch import Tensor
 from tandem.worker import sampler
 from tandem.worker.sampler import SamplingColumns, likeliest_by_search, ordered_bits, sample, shares
 
+from support.plain_sampling import plain_torch
+
 TOP_P: Final = (1e-6, 0.1, 0.5, 0.9, 0.999, 1.0)
 MIN_P: Final = (0.0, 1e-6, 0.05, 1.0)
 KINDS: Final = (
@@ -92,7 +94,8 @@ def differences(logits: Tensor, columns: SamplingColumns) -> Iterator[str]:
     differ = (before.masked_fill(~kept, 0) != expected).any(-1) & ~greedy
     if differ.any():
         yield f"what rows {differ.nonzero().flatten().tolist()[:9]} keep"
-    others = (drawn.tokens != sample(logits, columns)).nonzero().flatten().tolist()
+    with plain_torch():
+        others = (drawn.tokens != sample(logits, columns)).nonzero().flatten().tolist()
     if others:
         yield f"the tokens of rows {others[:9]}"
 
