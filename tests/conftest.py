@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from support.deadlines import DEADLINE_S
+from support.gateway import Served, service
 from support.grids import whole_grid
 from support.leaks import end_descendants, leaked, mark_descendants, snapshot
 
@@ -136,3 +137,10 @@ def one_name_per_module() -> Iterator[None]:
             twice.append(f"{path.relative_to(ROOT)} as {name}")
     if twice:
         pytest.fail("modules of tandem imported under a second name: " + ", ".join(sorted(twice)), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    """One service with HTTP for all tests that leave it as it was."""
+    with service() as found:
+        yield found
