@@ -34,12 +34,12 @@ rows' contexts are cut."""
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Numbers of rows to capture when up to `most` rows decode: a step computes at most a third more rows than it has,
-    and beyond 256, where time goes with the rows, an eighth."""
-    steps = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]
-    size = 256
+    """Numbers of rows to capture when up to `most` rows decode: a step wastes at most a third of its rows. Between 256
+    and 512, products of 288 rows take as long as of 320, and of 448 longer than of 512 (docs/performance.md)."""
+    steps = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512]
+    size = steps[-1]
     while size < most:
-        size += max(32, size // 8 // 32 * 32)
+        size += size // 4
         steps.append(size)
     return [*(size for size in steps if size < most), most]
 

@@ -16,5 +16,5 @@ def test_every_number_of_rows_finds_a_graph_that_is_not_much_larger(most: int) -
     assert sizes[-1] == most
     for rows in range(1, most + 1):
         size = sizes[bisect_left(sizes, rows)]
-        assert rows <= size <= (max(rows + 7, 4 * rows // 3) if rows <= 256 else max(rows + 31, 9 * rows // 8))
-    assert len(sizes) < 50
+        assert rows <= size <= max(rows + 7, 4 * rows // 3)
+    assert len(sizes) < 40
