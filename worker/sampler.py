@@ -16,10 +16,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-BY_KERNELS = False
+BY_KERNELS = True
 """On CUDA kernels take the place of `sample` (drawing.py) and of adjustments (adjusting.py): the same
-tokens in a few passes over memory. Off until both have been run and measured on a GPU; the tests in tests/gpu run
-both."""
+tokens in a few passes over memory. Off, torch does it there as on a CPU; tests/gpu and bench.sampling compare them."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (vLLM's limit): dividing by them would overflow."""
 WEIGHT_BITS: Final = 40

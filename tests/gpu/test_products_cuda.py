@@ -119,7 +119,7 @@ def test_a_model_computes_what_it_computed(always: dict[torch.device, products.T
         results[name] = torch.cat([logits.float() for step in steps for logits in step.values()])
     (tuned,) = always.values()
     used = {case for case, found in tuned._found.items() if found is not None}
-    assert {case.rows for case in used} >= {40, 64, 96}
+    assert {case.rows for case in used} >= {64, 96}  # the largest first, as far as its seconds go
     assert Case(96, 512, 256, torch.bfloat16) in used
 
     def relative(name: str) -> float:
