@@ -144,7 +144,7 @@ def _to_map(message: object) -> dict[str, Any]:
 
 def _column_packer(dtype: np.dtype[Any]) -> Callable[[Any], bytes]:
     def pack(value: Any) -> bytes:
-        if value.dtype != dtype:
+        if value.dtype is not dtype and value.dtype != dtype:
             raise TypeError(f"a column of {dtype.name} cannot take {value.dtype.name}")
         packed: bytes = value.tobytes()
         return packed

@@ -17,7 +17,7 @@ plan of a registration, counted from 0. A `ticket` is a client's own handle of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypeAlias, TypeVar, dataclass_transform
 
 import numpy as np
@@ -97,15 +97,22 @@ def _no_floats() -> npt.NDArray[Any]:
     return NO_FLOATS
 
 
+_NO_COLUMNS = (_no_ints, _no_longs, _no_floats)
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 def message(cls: type[_T]) -> type[_T]:
     """Makes a message class: frozen, by keyword, unknown fields refused when decoded.
 
     That nobody assigns to a field is for the type checker to see: at run time a frozen class takes three times as long
-    to make, and a step makes several.
+    to make, and a step makes several. Nor does anybody write to the empty columns that are defaults, so these are
+    defaults of the constructor too: to get each from its factory would be most of what a plan costs.
     """
     cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-    return dataclass(slots=True, kw_only=True, eq=False)(cls)
+    made = dataclass(slots=True, kw_only=True, eq=False)(cls)
+    empty = {one.name: one.default_factory() for one in fields(made) if one.default_factory in _NO_COLUMNS}  # type: ignore[arg-type]
+    made.__init__.__kwdefaults__ = {**(made.__init__.__kwdefaults__ or {}), **empty}
+    return made
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))

@@ -80,6 +80,12 @@ class Match:
     """Nothing that was looked for follows; else there was nothing more to look for, or it is `pending`."""
 
 
+@lru_cache(maxsize=1_024)
+def _nothing_at(place: Place) -> Match:
+    """What is found of most sequences; the same object for all that begin there, since nobody changes one."""
+    return Match([], place, False, True)
+
+
 def _unused(block: int) -> ValueError:
     return ValueError(f"block {block} is given back, but nobody uses it")
 
@@ -272,7 +278,7 @@ class BlockPool:
             else:
                 branch = index.get((run.name, at, piece))
                 if branch is None:
-                    return Match(found, place, False, True)
+                    return Match(found, place, False, True) if found else _nothing_at(place)
                 run, at, blocks = branch, 0, branch.blocks
             block = blocks[at]
             if block in pending:

@@ -114,10 +114,10 @@ class Core:
         highest = highest_token(prompts) if len(prompts) > 1 else None
         for event in events:
             match event:
+                case Submitted():  # first, since of these come the most
+                    self._submitted(event, now, out, highest if len(event.prompt) <= SHORT else None)
                 case StepDone():
                     self._step_done(event, now, out)
-                case Submitted():
-                    self._submitted(event, now, out, highest if len(event.prompt) <= SHORT else None)
                 case Cancelled():
                     self._cancelled(event.client, event.ticket, now, out)
                 case ClientLost():
@@ -171,35 +171,36 @@ class Core:
     def _submitted(self, event: Submitted, now: float, out: list[Instruction], highest: int | None = None) -> None:
         """Whatever the door did not foresee fails this submission, and nothing else. `highest`: see `find_fault`."""
         try:
-            self._take_in(event, now, out, highest)
-        except Exception as error:  # noqa: BLE001
-            story = f"submission of ticket {event.ticket} by client {event.client} failed: {error!r}"
-            out.append(Trouble(story))
-            for ticket in range(event.ticket, event.ticket + event.n):
-                request = self._requests.get(event.client, {}).get(ticket)
-                if request is not None:
-                    self._withdraw(request, "error", now, out, INTERNAL)
-                else:
-                    out.append(Reject(client=event.client, ticket=ticket, code="internal", message=INTERNAL))
-
-    def _take_in(self, event: Submitted, now: float, out: list[Instruction], highest: int | None) -> None:
-        model, plain = self.model, is_plain(event.sampling)
-        rejected = self._turned_away(event, model, now, plain, highest)
-        if rejected is not None or model is None:
-            # Refused as a whole: every ticket hears the same.
-            out.extend(replace(rejected, ticket=event.ticket + i) for i in range(event.n) if rejected is not None)
-            return
-        if event.sampling.structured_outputs is not None:
-            unfit = self._grammar_fault(event, event.sampling.structured_outputs, now)
-            if unfit is None:
-                return  # it waits for a worker's word
-            if unfit:
-                out.extend(replace(fault, ticket=event.ticket + i) for fault in unfit for i in range(event.n))
+            model, plain = self.model, is_plain(event.sampling)
+            rejected = self._turned_away(event, model, now, plain, highest)
+            if rejected is not None or model is None:
+                # Refused as a whole: every ticket hears the same.
+                out.extend(replace(rejected, ticket=event.ticket + i) for i in range(event.n) if rejected is not None)
                 return
-        for i in range(event.n):
-            self._accept(make_request(event, i, model, self._next_number, now, plain), event, now, out)
-            self._next_number += 1
-        self.counters.resumptions += event.resumed
+            if not plain and event.sampling.structured_outputs is not None:
+                unfit = self._grammar_fault(event, event.sampling.structured_outputs, now)
+                if unfit is None:
+                    return  # it waits for a worker's word
+                if unfit:
+                    out.extend(replace(fault, ticket=event.ticket + i) for fault in unfit for i in range(event.n))
+                    return
+            for i in range(event.n):
+                self._accept(make_request(event, i, model, self._next_number, now, plain), event, now, out)
+                self._next_number += 1
+            if event.resumed:
+                self.counters.resumptions += 1
+        except Exception as error:  # noqa: BLE001
+            self._fail(event, error, now, out)
+
+    def _fail(self, event: Submitted, error: Exception, now: float, out: list[Instruction]) -> None:
+        """Ends whatever a submission has begun, and refuses the rest."""
+        out.append(Trouble(f"submission of ticket {event.ticket} by client {event.client} failed: {error!r}"))
+        for ticket in range(event.ticket, event.ticket + event.n):
+            request = self._requests.get(event.client, {}).get(ticket)
+            if request is not None:
+                self._withdraw(request, "error", now, out, INTERNAL)
+            else:
+                out.append(Reject(client=event.client, ticket=ticket, code="internal", message=INTERNAL))
 
     def _grammar_fault(self, event: Submitted, grammar: StructuredOutputsParams, now: float) -> list[Reject] | None:
         """The refusal of a submission for its grammar, nothing if that is fine; None if the submission has to wait to
@@ -228,14 +229,20 @@ class Core:
                 self._cancelled(event.client, ticket, now, out)
 
     def _accept(self, request: Request, event: Submitted, now: float, out: list[Instruction]) -> None:
-        self._requests.setdefault(request.client, {})[request.ticket] = request
+        open_here = self._requests.get(request.client)
+        if open_here is None:
+            open_here = self._requests[request.client] = {}
+        open_here[request.ticket] = request
         out.append(Accept(request.client, request.ticket, request.number))
-        if len(event.generated) and int(event.generated[-1]) in request.stops:
-            self._end(request, "stop", len(request.known), now, out)
-        elif len(request.known) >= request.limit:
-            self._end(request, "length", len(request.known), now, out)
+        if request.resumed and int(event.generated[-1]) in request.stops:
+            self._end(request, "stop", request.length, now, out)
+        elif request.prompt_length + request.resumed >= request.limit:
+            self._end(request, "length", request.length, now, out)
         else:
-            self._wait(request)
+            if request.suspicions:
+                self._wait(request)
+            else:
+                self._queue.push(request)
             if event.timeout_s is not None:
                 self._deadlines.add(now + event.timeout_s, request)
 
@@ -245,20 +252,23 @@ class Core:
         """The refusal of a submission that is invalid or more than the service may hold."""
         if model is None:
             return self._refusals.overloaded(event, "no worker has joined yet", "workers", 1, 0, now)
-        open_here, grammars = self._requests.get(event.client, NOBODYS), self._grammars
-        taken, held_here = None, 0
+        open_here, grammars, queue = self._requests.get(event.client, NOBODYS), self._grammars, self._queue
+        waiting, tokens, held_here = len(queue.by_number), queue.tokens, 0
+        fault = None
         if event.n > 1 or event.ticket in open_here or grammars.held:
             taken, held_here = self._find_taken(event, open_here)
-        if taken is not None:
-            fault: Invalid | None = Invalid(
-                f"ticket {taken} is in use by another open request of this client", "ticket", "unused", str(taken)
-            )
-        else:
+            waiting += grammars.held
+            tokens += grammars.held_tokens
+            if taken is not None:
+                what = f"ticket {taken} is in use by another open request of this client"
+                fault = Invalid(what, "ticket", "unused", str(taken))
+        if fault is None:
             fault = find_fault(event, model, self._policy.max_n, plain, highest)
         if fault is not None:
             return invalid(event, fault)
-        waiting = len(self._queue.by_number) + len(self._quarantine.waiting.by_number) + grammars.held
-        tokens = self._queue.tokens + self._quarantine.waiting.tokens + grammars.held_tokens
+        if self._quarantine.active:
+            waiting += self.suspects
+            tokens += self._quarantine.waiting.tokens
         return self._refusals.over_limits(event, len(open_here) + held_here, waiting, tokens, now)
 
     def _find_taken(self, event: Submitted, open_here: dict[int, Request]) -> tuple[int | None, int]:
@@ -288,7 +298,7 @@ class Core:
 
     def _withdraw(self, request: Request, reason: str, now: float, out: list[Instruction], error: str = "") -> None:
         """Ends an open request wherever it is, with what it has."""
-        known = len(request.known)
+        known = request.length
         if not (self._queue.remove(request) or self._quarantine.waiting.remove(request)):
             replica, slot = self._locate(request)
             known = int(replica.rows.known[slot])
@@ -316,6 +326,7 @@ class Core:
     ) -> None:
         """Ends a request that is nowhere any more, outside a step's own delivery."""
         ended = self._forget(request, reason, known, now, error)
+        self._rate.ended(now)
         out.append(Deliver(NO_LONGS, NO_LONGS, NO_INTS, NO_INTS, ((request.client, ended),)))
 
     def _forget(self, request: Request, reason: str, known: int, now: float, error: str = "") -> Ended:
@@ -323,7 +334,6 @@ class Core:
         del of_client[request.ticket]
         if not of_client:
             del self._requests[request.client]
-        self._rate.ended(now)
         self.counters.ended(request, reason, known, now)
         ended = request.ended(reason, known, now, error)
         self._on_end(request, ended)
@@ -352,13 +362,13 @@ class Core:
             self.counters.moved += 1
             if request.number not in launched:
                 self._return(request)
-            elif request is replica.alone and not is_cleared(request, len(request.known)):
+            elif request is replica.alone and not is_cleared(request, request.length):
                 launched.remove(request.number)
                 self.counters.poisoned += 1
-                self._end(request, "error", len(request.known), now, out, POISONOUS)
+                self._end(request, "error", request.length, now, out, POISONOUS)
             else:
                 launched.remove(request.number)
-                suspect(request, len(request.known))
+                suspect(request, request.length)
                 accused.append(request)
                 self._return(request)
         accused += self._suspect_elsewhere(launched)
@@ -376,7 +386,7 @@ class Core:
         found = [one for of_client in self._requests.values() for one in of_client.values() if one.number in launched]
         for request in found:
             if self._queue.remove(request) or self._quarantine.waiting.remove(request):
-                suspect(request, len(request.known))
+                suspect(request, request.length)
                 self._wait(request)
                 continue
             replica, slot = self._locate(request)
@@ -429,10 +439,8 @@ class Core:
         self.counters.generation_tokens += len(commit.token)
         self.counters.more_tokens(len(commit.token) - len(commit.first), now - replica.committed_at)
         replica.committed_at = now
-        for slot in commit.first:
-            request = replica.rows.request[slot]
-            if request is not None:
-                self.counters.first_token(request, now)
+        if commit.first:
+            self.counters.first_tokens(replica.rows.owners(commit.first), now)
         ended = self._finish(replica, commit, now) if commit.finishes else ()
         replica.settle()
         if len(commit.token) or ended or commit.prompts:
@@ -446,15 +454,17 @@ class Core:
 
     def _finish(self, replica: Replica, commit: Commit, now: float) -> tuple[tuple[int, Ended], ...]:
         """Ends the requests whose last token a commit has brought, or that cannot go on."""
-        ends = [(slot, "stop", "") for slot in commit.stopped]
-        ends += [(slot, "length", "") for slot in commit.exhausted]
-        ends += [(slot, "error", error) for slot, error in commit.failed]
-        slots = [slot for slot, _, _ in ends]
-        requests, known = replica.rows.owners(slots), replica.rows.known[np.array(slots)].tolist()
+        slots, failed = commit.stopped + commit.exhausted, commit.failed
+        reasons = ["stop"] * len(commit.stopped) + ["length"] * len(commit.exhausted) + ["error"] * len(failed)
+        errors = [""] * len(slots) + [error for _, error in failed]
+        slots += [slot for slot, _ in failed]
+        cell, requests = replica.rows.cells.known, replica.rows.owners(slots)
+        known = [cell[slot] for slot in slots]
         replica.release(slots)
         ended = []
-        for request, tokens, (_, reason, error) in zip(requests, known, ends, strict=True):
+        for request, tokens, reason, error in zip(requests, known, reasons, errors, strict=True):
             ended.append((request.client, self._forget(request, reason, tokens, now, error)))
+        self._rate.ended(now, len(ended))
         return tuple(ended)
 
     # --- planning --------------------------------------------------------------------------------------------------
@@ -490,8 +500,8 @@ class Core:
             request = rows.request[slot]
             if request is None or rows.phase[slot] == ENDING:
                 continue  # its end is in flight
-            request.known = rows.tokens(slot)
-            request.probes.clear()
+            request.learn(rows.tokens(slot))
+            request.probes = None
             if not must_be_alone(request) and all(other.offer(request) is None for other in elsewhere):
                 break
             self.counters.moved += 1
@@ -512,7 +522,7 @@ class Core:
         while (head := self._queue.head()) is not None:
             if self._place(head, now, out):
                 continue
-            if not any(r.accepts for r in self._replicas.values()) or not self._place_another(now, out):
+            if not any(r.accepts() for r in self._replicas.values()) or not self._place_another(now, out):
                 return
 
     def _place_another(self, now: float, out: list[Instruction]) -> bool:
@@ -545,6 +555,8 @@ class Core:
         if len(offers) > 1:
             replica, match = min(offers, key=lambda offer: offer[0].cost(request, offer[1]))
         if match.pending:
+            for other, found in offers:
+                other.remember(request, found)
             return False
         self._queue.remove(request)
         self._settle_in(request, replica, match, now, out)
@@ -572,10 +584,11 @@ class Core:
             replica.admit(request, match)
         except Exception as error:  # noqa: BLE001
             out.append(Trouble(f"{request!r} could not be given a place: {error!r}"))
-            self._end(request, "error", len(request.known), now, out, INTERNAL)
+            self._end(request, "error", request.length, now, out, INTERNAL)
             return
-        self.counters.looked_up_tokens += len(request.known)
-        self.counters.cached_tokens += len(match.blocks) * replica.limits.block_size
+        self.counters.looked_up_tokens += request.length
+        if match.blocks:
+            self.counters.cached_tokens += len(match.blocks) * replica.limits.block_size
 
     # --- integrity -------------------------------------------------------------------------------------------------
 

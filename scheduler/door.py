@@ -43,7 +43,9 @@ def is_plain(sampling: SamplingParams) -> bool:
 def highest_token(prompts: list[IntColumn]) -> int:
     """Of all these prompts, which have a token at least; negative ones count as the higher."""
     # As bytes they are put together in a quarter of the time.
-    return int(_biggest(np.frombuffer(b"".join([prompt.tobytes() for prompt in prompts]), np.uint32)))
+    tokens = np.frombuffer(b"".join([prompt.tobytes() for prompt in prompts]), np.uint32)
+    highest: int = tokens.item(tokens.argmax())  # for a few it takes half of the time of `max`
+    return highest
 
 
 def find_fault(
@@ -54,7 +56,7 @@ def find_fault(
     `highest_token` counts; None if that is not known."""
     return (
         (_bad_count(request, max_n) if request.n > 1 or request.sample or request.ticket >= LAST_TICKET else None)
-        or _bad_length(request.prompt, model)
+        or (None if 0 < len(request.prompt) < model.max_model_len else _bad_length(request.prompt, model))
         or (_bad_tokens("prompt", request.prompt, model) if highest is None or highest >= model.vocab_size else None)
         or (_bad_tokens("generated", request.generated, model) if len(request.generated) else None)
         or (_no_seed(request.sampling) if request.sampling.seed is None else None)

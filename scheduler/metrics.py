@@ -100,20 +100,21 @@ class Counters:
         self.plan_bytes = Histogram("plan_bytes", BYTES)
         self._first_tokens: list[float] = []
         """Seconds until the first token, of requests that are not in the histogram yet."""
-        self._endings: list[tuple[float, ...]] = []
-        """Of each request that has ended, what `enter_pending` takes, NaN where nothing."""
+        self._endings: list[tuple[float | None, ...]] = []
+        """Of each request that has ended, what `enter_pending` takes; NumPy makes NaN of None."""
 
-    def first_token(self, request: Request, now: float) -> None:
-        """A request got the first token of an attempt; its own first one or, after a preemption or the loss of a
-        worker, its next."""
-        if request.first_token_at is None:
-            request.first_token_at = now
-            self.prompt_tokens += request.prompt_length
-            self._first_tokens.append(now - request.submitted_at)
-            if len(self._first_tokens) >= MOST_ENDINGS:
-                self.enter_pending()
-        elif request.last_token_at is not None:
-            self.inter_token_latency.observe(now - request.last_token_at)
+    def first_tokens(self, requests: Sequence[Request], now: float) -> None:
+        """Requests got the first token of an attempt; their own first one or, after a preemption or the loss of a
+        worker, their next."""
+        for request in requests:
+            if request.first_token_at is None:
+                request.first_token_at = now
+                self.prompt_tokens += request.prompt_length
+                self._first_tokens.append(now - request.submitted_at)
+            elif request.last_token_at is not None:
+                self.inter_token_latency.observe(now - request.last_token_at)
+        if len(self._first_tokens) >= MOST_ENDINGS:
+            self.enter_pending()
 
     def more_tokens(self, rows: int, seconds: float) -> None:
         """So many rows got a token that came `seconds` after their last one."""
@@ -123,13 +124,12 @@ class Counters:
     def ended(self, request: Request, reason: str, known: int, now: float) -> None:
         """A request ended, knowing so many tokens."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
-        started, first = request.started_at, request.first_token_at
         self._endings.append(
             (
                 now,
                 request.submitted_at,
-                NAN if started is None else started,
-                NAN if first is None else first,
+                request.started_at,
+                request.first_token_at,
                 request.prompt_length,
                 known,
                 request.resumed,

@@ -39,7 +39,7 @@ class WaitingQueue:
         entry = (not request.goes_first, rank, request.number, request)
         heapq.heappush(self._heap, entry)
         self.by_number[request.number] = entry
-        self.tokens += len(request.known)
+        self.tokens += request.length
 
     def head(self) -> Request | None:
         """The request whose turn is next; it stays in the queue."""
@@ -69,10 +69,14 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> bool:
         """Takes a request out, wherever it stands; False if it was not waiting."""
-        if self.by_number.pop(request.number, None) is None:
+        entry = self.by_number.pop(request.number, None)
+        if entry is None:
             return False
-        self.tokens -= len(request.known)
-        if len(self._heap) > 2 * len(self.by_number) + 64:
+        self.tokens -= request.length
+        heap = self._heap
+        if heap and heap[0] is entry:
+            heapq.heappop(heap)
+        elif len(heap) > 2 * len(self.by_number) + 64:
             self._heap = list(self.by_number.values())
             heapq.heapify(self._heap)
         return True

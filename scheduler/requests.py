@@ -19,9 +19,11 @@ class Request:
         "goes_first",
         "held_back",
         "known",
+        "length",
         "last_token_at",
         "limit",
         "number",
+        "packed",
         "passed",
         "preemptions",
         "priority",
@@ -66,8 +68,12 @@ class Request:
         self.ticket = ticket
         self.known = known
         """Prompt and generated tokens, int32."""
+        length = self.length = len(known)
+        """Of `known`."""
+        self.packed: bytes | None = None
+        """The same as bytes, between a look for a place and the place."""
         self.prompt_length = prompt_length
-        self.resumed = len(known) - prompt_length
+        self.resumed = length - prompt_length
         """Generated tokens that it came with."""
         self.limit = limit
         """The request ends when it knows so many tokens, prompt included."""
@@ -78,7 +84,7 @@ class Request:
         """It uses sampling parameters that need columns of their own; see joining.py."""
         self.held_back = held_back
         """Tokens that must not come before `min_tokens` are generated."""
-        self.prompt_told = prompt_length if len(known) > prompt_length else 1
+        self.prompt_told = prompt_length if length > prompt_length else 1
         """Positions of the prompt whose log-probabilities were sent, if they are asked for; the first has none. They
         come before the first token."""
         self.seed = seed
@@ -95,11 +101,11 @@ class Request:
         """Where it runs, or ran last."""
         self.suspicions = suspicions
         """Deaths of workers while it was in a launched step, without enough tokens between (see quarantine.py)."""
-        self.suspected_at = len(known)
+        self.suspected_at = length
         """Tokens that it knew at the last of them."""
         self.passed = 0
         """Requests behind it in the queue that got a place before it."""
-        self.probes: dict[int, tuple[int, Match]] = {}
+        self.probes: dict[int, tuple[int, Match]] | None = None
         """By worker: what its prefix cache held while the request waited, and the generation in which that was so."""
         self.cached_tokens: int | None = None
         """Prompt tokens that were found in the prefix cache at its first place."""
@@ -108,6 +114,10 @@ class Request:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         """Of a request that lost its place, once it had tokens."""
+
+    def learn(self, known: IntColumn) -> None:
+        """From now on it has these tokens, prompt and generated."""
+        self.known, self.length, self.packed = known, len(known), None
 
     @property
     def tells_prompt(self) -> bool:
@@ -135,6 +145,6 @@ class Request:
         """Its story, for the log."""
         return (
             f"request {self.number} (client {self.client}, ticket {self.ticket}, attempt {self.attempt}, "
-            f"{self.prompt_length} prompt tokens, {len(self.known)} known, limit {self.limit}, "
+            f"{self.prompt_length} prompt tokens, {self.length} known, limit {self.limit}, "
             f"priority {self.priority}, {self.suspicions} suspicions, {self.sampling})"
         )

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from .blocks import Place, root
+from .blocks import BYTES_PER_TOKEN, Place, root
 from .events import IntColumn, LongColumn, WorkerLimits
 from .requests import Request
 
@@ -28,12 +29,27 @@ FALSE_ALARMS = 64
 """When so many tokens for each slot were looked at in vain, the stop tokens of rows that are gone are forgotten."""
 ATTEMPT_BITS = 16
 """Of an attempt, in an identity."""
+ATTEMPT_MASK = (1 << ATTEMPT_BITS) - 1
 
 
 def identity_of(request: Request) -> int:
     """Request number and attempt as one number. Of the attempt it holds the last ATTEMPT_BITS: results are told apart
     by it while a few steps are in flight, and an attempt is at least a step."""
-    return request.number << ATTEMPT_BITS | request.attempt & (1 << ATTEMPT_BITS) - 1
+    return request.number << ATTEMPT_BITS | request.attempt & ATTEMPT_MASK
+
+
+class Cells(NamedTuple):
+    """Columns of Rows, the same memory: to read or store a single number takes half of what it takes through NumPy."""
+
+    client: memoryview
+    ticket: memoryview
+    prompt_length: memoryview
+    known: memoryview
+    planned: memoryview
+    last: memoryview
+    room: memoryview
+    identity: memoryview
+    phase: memoryview
 
 
 class Rows:
@@ -61,6 +77,7 @@ class Rows:
         self.history = np.empty((slots, limits.max_model_len), np.int32)
         """[slot, position]: committed tokens. Pages of it are touched only as rows grow."""
         self._flat_history = self.history.reshape(-1)
+        self._history_bytes = self._flat_history.data.cast("B")
         self._max_model_len = limits.max_model_len
         self._stop_tokens: set[int] = set()
         """Of all rows here, and of some that were: only a row that samples one is looked at …"""
@@ -79,6 +96,7 @@ class Rows:
         """By slot: log-probabilities to be told of each token of the prompt."""
         self.request: list[Request | None] = [None] * slots
         self._block_size = limits.block_size
+        self.cells = Cells(*(getattr(self, name).data for name in Cells._fields))
         self.free = list(range(slots))
         """FREE slots, a heap."""
 
@@ -87,31 +105,40 @@ class Rows:
         """Slots that are not FREE."""
         return self.slots - len(self.free)
 
-    def open(self, request: Request, blocks: list[int], computed: int) -> int:
-        """Gives the lowest free slot to a request in PREFILL, `computed` of whose tokens stand in its blocks already;
-        returns the slot. There must be one. If it raises, the slot is still free."""
-        slot = self.free[0]
-        length = len(request.known)
-        self.client[slot] = request.client
-        self.ticket[slot] = request.ticket
-        self.prompt_length[slot] = request.prompt_length
-        self.known[slot] = length
-        self.planned[slot] = computed
-        self.last[slot] = request.limit - 1
-        self.room[slot] = len(blocks) * self._block_size
+    def open(self, request: Request, tokens: bytes, blocks: list[int], computed: int) -> int:
+        """Gives the lowest free slot to a request in PREFILL, `computed` of whose known tokens (`tokens`: int32, as
+        bytes) stand in its blocks already; returns the slot. There must be one. If it raises, the slot is still
+        free."""
+        slot, length = self.free[0], len(tokens) // BYTES_PER_TOKEN
+        if length > self._max_model_len:
+            raise ValueError(f"{length} tokens are over the worker's context of {self._max_model_len}")
+        begin = slot * self._max_model_len * BYTES_PER_TOKEN
+        self._history_bytes[begin : begin + len(tokens)] = tokens
+        client, ticket, prompt_length, known, planned, last, room, identity, phase = self.cells
+        client[slot] = request.client
+        ticket[slot] = request.ticket
+        prompt_length[slot] = request.prompt_length
+        known[slot] = length
+        planned[slot] = computed
+        last[slot] = request.limit - 1
+        room[slot] = len(blocks) * self._block_size
         self.blocks[slot] = blocks
-        self.history[slot, :length] = request.known
         if not request.stops <= self._stop_tokens:
             self._heed(request.stops)
-        if request.sampling.logprobs is not None:
-            self.entries[slot] = request.sampling.logprobs + 1
-            self.telling += 1
-        if request.sampling.prompt_logprobs is not None and request.tells_prompt:
-            self.prompt_entries[slot] = request.sampling.prompt_logprobs + 1
+        if request.rare:
+            self._open_logprobs(request, slot)
         self.request[slot] = request
-        self.identity[slot] = identity_of(request)
-        self.phase[slot] = PREFILL
+        identity[slot] = request.number << ATTEMPT_BITS | request.attempt & ATTEMPT_MASK  # as `identity_of`
+        phase[slot] = PREFILL
         return heapq.heappop(self.free)
+
+    def _open_logprobs(self, request: Request, slot: int) -> None:
+        sampling = request.sampling
+        if sampling.logprobs is not None:
+            self.entries[slot] = sampling.logprobs + 1
+            self.telling += 1
+        if sampling.prompt_logprobs is not None and request.tells_prompt:
+            self.prompt_entries[slot] = sampling.prompt_logprobs + 1
 
     def owners(self, slots: Sequence[int]) -> list[Request]:
         """Whose slots these are. Raises RuntimeError if one is FREE."""
@@ -120,18 +147,21 @@ class Rows:
             raise RuntimeError(f"of slots {slots} only {len(found)} have an owner")
         return found
 
-    def close(self, slots: LongColumn) -> None:
+    def close(self, slots: Sequence[int]) -> None:
         """Frees slots; their blocks are the caller's to give back."""
-        self.phase[slots] = FREE
-        self.identity[slots] = -1
+        phase, identity = self.cells.phase, self.cells.identity
+        requests, blocks, free = self.request, self.blocks, self.free
+        for slot in slots:
+            phase[slot] = FREE
+            identity[slot] = -1
+            requests[slot] = None
+            blocks[slot] = []
+            heapq.heappush(free, slot)
         if self.telling:
             self.telling -= int(np.count_nonzero(self.entries[slots]))
             self.entries[slots] = 0
-        for slot in slots.tolist():
-            self.request[slot] = None
-            self.blocks[slot] = []
-            heapq.heappush(self.free, slot)
-            if self.prompt_entries:
+        if self.prompt_entries:
+            for slot in slots:
                 self.prompt_entries.pop(slot, None)
 
     def _heed(self, stops: frozenset[int]) -> None:
@@ -172,6 +202,11 @@ class Rows:
         self._flat_history[slots * self._max_model_len + position] = tokens
         self.known[slots] = position + 1
         return position
+
+    def packed(self, slot: int, begin: int, end: int) -> bytes:
+        """Committed tokens `begin` to `end` (exclusive) as bytes, int32."""
+        first = slot * self._max_model_len
+        return self._history_bytes[BYTES_PER_TOKEN * (first + begin) : BYTES_PER_TOKEN * (first + end)].tobytes()
 
     def tokens(self, slot: int) -> IntColumn:
         """A copy of the committed tokens, int32[known]."""

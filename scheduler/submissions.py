@@ -22,23 +22,23 @@ from .throughput import EndingRate
 def make_request(event: Submitted, i: int, model: ModelDescription, number: int, now: float, plain: bool) -> Request:
     """The request `number`, for the sample `i` of those that a submission asks for; the door has found no fault.
     `plain`: what `door.is_plain` says of its sampling parameters."""
-    sampling = event.sampling
-    if sampling.prompt_logprobs is not None and event.sample + i:
+    sampling, prompt, sample = event.sampling, event.prompt, event.sample + i
+    if sampling.prompt_logprobs is not None and sample:
         sampling = replace(sampling, prompt_logprobs=None)  # the prompt is told once, with sample 0
-    limit = model.max_model_len
-    if sampling.max_tokens is not None and len(event.prompt) + sampling.max_tokens < limit:
-        limit = len(event.prompt) + sampling.max_tokens
+    length, limit = len(prompt), model.max_model_len
+    if sampling.max_tokens is not None and length + sampling.max_tokens < limit:
+        limit = length + sampling.max_tokens
     return Request(  # by position: keywords make it cost three times as much
         number,
         event.client,
         event.ticket + i,
-        np.concatenate([event.prompt, event.generated]) if len(event.generated) else event.prompt,
-        len(event.prompt),
+        np.concatenate([prompt, event.generated]) if len(event.generated) else prompt,
+        length,
         limit,
         sampling,
         _stops(() if sampling.ignore_eos else model.eos_token_ids, sampling.stop_token_ids),
         now,
-        0 if sampling.seed is None else sample_seed(sampling.seed, event.sample + i),
+        0 if sampling.seed is None else sample_seed(sampling.seed, sample) if sample else sampling.seed,
         event.priority,
         root(event.cache_salt),
         event.resumed,
