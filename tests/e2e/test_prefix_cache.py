@@ -39,7 +39,7 @@ async def chat(address: str) -> tuple[list[tuple[int, ...]], list[int]]:
         history: list[int] = []
         for turn in range(TURNS):
             new = [20 + (turn * 7 + i) % 50 for i in range(5 + 3 * turn)]
-            done = await client.generate(history + new, temperature=0.0, max_tokens=30, ignore_eos=True)
+            done = await client.generate(history + new, temperature=0.0, max_tokens=20, ignore_eos=True)
             answers.append(tuple(done.token_ids))
             beyond.append(done.usage.prompt_tokens - done.usage.cached_tokens - len(new))
             history += [*new, *done.token_ids]
