@@ -31,10 +31,12 @@ from .fusion import (
     fuse_sums_with_norms,
     merge_products,
     product_uses,
+    put_together,
     share_row_count,
     use_own_products,
 )
 from .fusion_fp8 import gate_scaled_products, merge_scaled_products, quantize_in_norms
+from .traces import Shelf, Trace, names_in
 
 log = logging.getLogger(__name__)
 
@@ -77,19 +79,43 @@ def compile_rows(
     examples: Sequence[Tensor],
     *,
     backend: Callable[[GraphModule, list[Any]], Callable[..., Any]] | None = None,
+    shelf: Shelf | None = None,
 ) -> Compiled:
     """Compiles `function`, which calls `module` and returns one tensor.
 
     `examples` are tensors like its arguments; the length of their first dimension is taken to vary, and to be the same
-    for all. `backend` turns the rewritten graph and fake inputs into a callable; without it, inductor does. Parameters
-    of `module` may become views of larger ones. Raises whatever a tracer or compiler raises over code it cannot take.
+    for all. `backend` turns the rewritten graph and fake inputs into a callable; without it, inductor does. `shelf`
+    keeps the rewritten graph for the next start, and has it from the last. Parameters of `module` may become views of
+    larger ones. Raises whatever a tracer or compiler raises over code it cannot take.
     """
     start = time.perf_counter()
-    traced, parameters, fakes, mode, products = _trace(module, function, examples)
+    call = _Call(module, function)
+    named = {**dict(call.named_parameters()), **dict(call.named_buffers())}
+    place = None if shelf is None else shelf.place(module, examples)
+    trace = None if shelf is None or place is None else shelf.take(place)
+    found = trace is not None
+    if trace is None:
+        trace, parameters = _trace(call, named, examples)
+        if shelf is not None and place is not None:
+            trace = shelf.put(place, trace)
+    else:
+        parameters = [
+            named[names[0]] if len(names) == 1 else put_together([named[name] for name in names])
+            for names in trace.inputs
+        ]
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [*_fake_rows(mode, examples), *(mode.from_tensor(value, static_shapes=True) for value in parameters)]
+    traced_s = time.perf_counter() - start
     with tracing(TracingContext(mode)), torch.no_grad():
-        compiled = (backend or _inductor)(traced, fakes)
-    log.info("compiled %s in %.1f s", type(module).__name__, time.perf_counter() - start)
-    return Compiled(compiled, parameters, products)
+        compiled = (backend or _inductor)(trace.graph, fakes)
+    log.info(
+        "compiled %s in %.1f s, %.1f s of them for %s",
+        type(module).__name__,
+        time.perf_counter() - start,
+        traced_s,
+        "reading the kept trace" if found else "tracing",
+    )
+    return Compiled(compiled, parameters, [(name, parameters[at]) for name, at in trace.products])
 
 
 class _Call(nn.Module):
@@ -104,12 +130,9 @@ class _Call(nn.Module):
         return self._function(*rows)
 
 
-def _trace(
-    module: nn.Module, function: Callable[..., Tensor], examples: Sequence[Tensor]
-) -> tuple[GraphModule, list[Tensor], list[Any], FakeTensorMode, list[tuple[str, Tensor]]]:
-    """The rewritten graph, the parameters that it takes after the rows, fake inputs, their mode, and its products."""
-    call = _Call(module, function)
-    named = {**dict(call.named_parameters()), **dict(call.named_buffers())}
+def _trace(call: _Call, named: dict[str, Tensor], examples: Sequence[Tensor]) -> tuple[Trace, list[Tensor]]:
+    """The trace, and the parameters that its graph takes after the rows. `named`: the call's, of which some may become
+    views of larger ones."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fake_rows = _fake_rows(mode, examples)
     fake_parameters = [mode.from_tensor(value, static_shapes=True) for value in named.values()]
@@ -133,12 +156,16 @@ def _trace(
         "own products": use_own_products(graph, inputs) + gate_scaled_products(graph, inputs),
         "searches": fuse_likeliest(graph),
     }
-    log.info("%s: rewrote %s", type(module).__name__, ", ".join(f"{many} {what}" for what, many in rewritten.items()))
+    counts = ", ".join(f"{many} {what}" for what, many in rewritten.items())
+    log.info("%s: rewrote %s", type(call.module).__name__, counts)
     _drop_unused(traced, keep=placeholders[: len(examples)])
     del traced.shape_env  # which no cache of compiled code can take into its key
+    for node in graph.nodes:
+        node.meta.clear()  # of this mode, where a compiler uses another; a kept trace has none either
     parameters = [inputs[node] for node in graph.nodes if node.op == "placeholder" and node in inputs]
-    fakes = [*fake_rows, *(mode.from_tensor(value, static_shapes=True) for value in parameters)]
-    return traced, parameters, fakes, mode, product_uses(graph, inputs)
+    place = {id(value): at for at, value in enumerate(parameters)}
+    products = [(name, place[id(weight)]) for name, weight in product_uses(graph, inputs)]
+    return Trace(traced, [names_in(named, value) for value in parameters], products), parameters
 
 
 def _fake_rows(mode: FakeTensorMode, examples: Sequence[Tensor]) -> list[Any]:

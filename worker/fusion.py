@@ -106,17 +106,22 @@ def _rows_source(product: Node) -> Node:
 
 def merged_input(graph: Graph, inputs: dict[Node, Tensor], nodes: list[Node]) -> Node:
     """A new input that holds the values of `nodes` one below the other; these become views of it."""
-    values = [inputs[node] for node in nodes]
-    value = torch.cat(values)
-    start = 0
-    for part in values:
-        part.data = value[start : start + part.shape[0]]
-        start += part.shape[0]
+    value = put_together([inputs[node] for node in nodes])
     last: Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
         merged: Node = graph.placeholder(f"merged_{nodes[0].name}")
     inputs[merged] = value
     return merged
+
+
+def put_together(values: list[Tensor]) -> Tensor:
+    """A tensor of these one below the other, which become views of it."""
+    value = torch.cat(values)
+    start = 0
+    for part in values:
+        part.data = value[start : start + part.shape[0]]
+        start += part.shape[0]
+    return value
 
 
 def _replace_products(

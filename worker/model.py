@@ -30,6 +30,7 @@ from .quantization import problem as quantization_problem
 from .quantization import quantize_linears
 from .sampler import greedy
 from .sources import LoadError, ModelSource
+from .traces import Shelf
 from .weights import dummy_module, safetensors_module
 
 log = logging.getLogger(__name__)
@@ -97,8 +98,9 @@ class PagedModel:
         from the device, as it may in a model's own code (batch-invariant mode refuses a model that does)."""
         return self.compiled or self._by_row_kernels
 
-    def compile(self) -> None:
-        """Compiles the trunk, and the head with greedy sampling, for any number of tokens.
+    def compile(self, traces: Path | None = None) -> None:
+        """Compiles the trunk, and the head with greedy sampling, for any number of tokens. `traces`: a folder for what
+        the next start need not trace again.
 
         A model that cannot be compiled, or that computes something else when it is, goes on as it was; a warning says
         so. Not for batch-invariant mode.
@@ -111,8 +113,14 @@ class PagedModel:
                     self._trunk,
                     lambda ids, positions: inspection.run_trunk(self._trunk, ids, positions, self._router),
                     [tokens, tokens],
+                    shelf=None if traces is None else Shelf(traces, f"trunk {self._router.caller} {self._layer_of}"),
                 ),
-                choose=compile_rows(self._head, lambda hidden: greedy(self.logits(hidden)), [rows]),
+                choose=compile_rows(
+                    self._head,
+                    lambda hidden: greedy(self.logits(hidden)),
+                    [rows],
+                    shelf=None if traces is None else Shelf(traces, "choice"),
+                ),
             )
             self._check()
         except torch.OutOfMemoryError:

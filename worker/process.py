@@ -111,7 +111,7 @@ def _load(config: WorkerConfig, status: StatusPipe) -> tuple[WorkerHello, PagedM
     weight_bytes, bandwidth = weight_bytes_per_step(model), copy_bandwidth(device)
     if device.type == "cuda" and not config.enforce_eager and not config.batch_invariant:
         status.progress("compiling the model", 0.0)
-        model.compile()
+        model.compile(cache_folder() / "traces")
         if products.TUNED and model.compiled:
             rows = _graph_sizes(config)
             tokens = sorted({*rows, *piece_sizes(config.max_num_batched_tokens)})

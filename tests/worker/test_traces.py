@@ -1,0 +1,155 @@
+"""A kept trace gives what tracing gave, and is not taken for another model's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tandem.worker.attention.ops import OperatorRouter
+from tandem.worker.compiling import Compiled, compile_rows
+from tandem.worker.inspection import inspect_layers, run_trunk
+from tandem.worker.quantization import quantize_linears
+from tandem.worker.traces import Shelf, key_of
+
+from support.compiled import DenseStep, kept, paged
+from support.tiny_models import VOCAB
+
+
+class Untraceable(OperatorRouter):
+    """The model's Python must not run."""
+
+    def attend_layer(self, *_: Any) -> Tensor:
+        raise AssertionError("the model was traced anew")
+
+
+def compiled_by(shelf: Shelf, model: PreTrainedModel, router: Callable[..., OperatorRouter], caller: int) -> Compiled:
+    trunk = model.get_decoder()
+    layers = inspect_layers(model, trunk, torch.device("cpu"))
+    routes = router({layer.layer_idx: index for index, layer in enumerate(layers)})
+    routes.caller = caller
+    routes.enter(DenseStep(layers))  # type: ignore[arg-type]
+    example = torch.zeros(2, dtype=torch.int64)
+    return compile_rows(
+        trunk, lambda ids, at: run_trunk(trunk, ids, at, routes), [example, example], backend=kept([]), shelf=shelf
+    )
+
+
+def hidden(compiled: Compiled, count: int = 37) -> Tensor:
+    return compiled(torch.arange(count) * 31 % VOCAB, torch.arange(count))
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen2"])
+def test_a_kept_trace_computes_what_the_traced_model_does(arch: str, quantized: bool, tmp_path: Path) -> None:
+    found = []
+    for router in (OperatorRouter, Untraceable):
+        model = paged(arch, tmp_path / "model", torch.bfloat16)
+        if quantized:
+            quantize_linears(model.get_decoder())
+        compiled = compiled_by(Shelf(tmp_path / "traces", "trunk"), model, router, 1_000_000)
+        found.append((hidden(compiled), [(name, weight.shape) for name, weight in compiled.products]))
+        # What was put together is not kept twice.
+        held = {value.untyped_storage().data_ptr() for value in compiled._parameters}
+        own = {value.untyped_storage().data_ptr() for value in model.get_decoder().parameters()}
+        assert own <= held
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert quantized or found[0][1]
+
+
+def test_parameters_are_this_models_own(tmp_path: Path) -> None:
+    """The trace holds no value."""
+    results = []
+    for scale in (1.0, 0.5):
+        model = paged("llama", tmp_path / "model", torch.bfloat16)
+        with torch.no_grad():
+            model.get_decoder().layers[0].mlp.down_proj.weight.mul_(scale)
+        results.append(hidden(compiled_by(Shelf(tmp_path / "traces", "trunk"), model, OperatorRouter, 1_000_000)))
+    assert len(list((tmp_path / "traces").iterdir())) == 1
+    assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("how", ["cut off", "no trace", "something else", "of another user"])
+def test_what_cannot_be_read_is_traced_anew(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shelf = Shelf(tmp_path / "traces", "trunk")
+    expected = hidden(compiled_by(shelf, paged("llama", tmp_path / "model", torch.bfloat16), OperatorRouter, 1_000_000))
+    (path,) = shelf.folder.iterdir()
+    match how:
+        case "cut off":
+            path.write_bytes(path.read_bytes()[:-100])
+        case "no trace":
+            path.write_bytes(b"\x80\x04N.")
+        case "something else":
+            path.write_text("hello")
+        case _:
+            path.chmod(0o666)
+    with caplog.at_level(logging.WARNING):
+        again = compiled_by(shelf, paged("llama", tmp_path / "model", torch.bfloat16), OperatorRouter, 1_000_000)
+    assert torch.equal(hidden(again), expected)
+    assert how == "no trace" or "tracing anew" in caplog.text
+    # And the new trace took the other's place.
+    compiled_by(shelf, paged("llama", tmp_path / "model", torch.bfloat16), Untraceable, 1_000_000)
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "traces").write_text("no folder")
+    compiled = compiled_by(
+        Shelf(tmp_path / "traces", "trunk"),
+        paged("llama", tmp_path / "model", torch.bfloat16),
+        OperatorRouter,
+        1_000_000,
+    )
+    assert hidden(compiled).shape[0] == 37
+    assert "cannot be kept" in caplog.text
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float, width: int = 8) -> None:
+        super().__init__()
+        self.factor = factor
+        self.linear = nn.Linear(width, width)
+
+
+class Inherited(Scaled):
+    pass
+
+
+def test_whatever_a_trace_depends_on_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [torch.zeros(3, 8)]
+    plain = key_of(Scaled(2.0), rows, "rows")
+    assert key_of(Scaled(2.0), [torch.zeros(5, 8)], "rows") == plain
+    others = [
+        key_of(Scaled(2.0), rows, "others"),
+        key_of(Scaled(3.0), rows, "rows"),
+        key_of(Scaled(2.0, width=9), rows, "rows"),
+        key_of(Scaled(2.0).to(torch.float64), rows, "rows"),
+        key_of(Scaled(2.0).eval(), rows, "rows"),
+        key_of(Inherited(2.0), rows, "rows"),
+        key_of(Scaled(2.0), [torch.zeros(3, 9)], "rows"),
+        key_of(Scaled(2.0), [rows[0].double()], "rows"),
+    ]
+    monkeypatch.setattr(transformers, "__version__", "0")
+    others.append(key_of(Scaled(2.0), rows, "rows"))
+    assert len({plain, *others}) == 1 + len(others)
+
+
+def test_the_code_of_a_models_classes_is_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with models that bring their own code: the same names, another body."""
+    file = tmp_path / "own_model.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import importlib
+
+    keys = []
+    for body in ("return x", "return x + 1"):
+        file.write_text(f"from torch import nn\n\n\nclass Own(nn.Module):\n    def forward(self, x):\n        {body}\n")
+        importlib.invalidate_caches()
+        keys.append(key_of(importlib.import_module("own_model").Own(), [torch.zeros(2, 2)], "rows"))
+    assert keys[0] != keys[1]
