@@ -232,17 +232,17 @@ class BlockPool:
     def _evict(self, least: int, most: int) -> None:
         """Makes `least` idle blocks free, or up to `most` where that saves parting what became idle together."""
         users, runs, index, free = self._users, self._run, self._index, self._free
-        stale = self._num_entries > self._num_idle
-        evicted = 0
-        while evicted < least or (self._idle and evicted + len(self._idle[0][1]) <= most):
-            stamp, blocks = self._idle[0]
+        stale, idle = self._num_entries > self._num_idle, self._idle
+        evicted = entries = 0
+        while evicted < least or (idle and evicted + len(idle[0][1]) <= most):
+            stamp, blocks = idle[0]
             if evicted + len(blocks) > most:
                 popped = blocks[evicted - least :]
                 del blocks[evicted - least :]
             else:
                 popped = blocks
-                self._idle.popleft()
-            self._num_entries -= len(popped)
+                idle.popleft()
+            entries += len(popped)
             if stale:
                 popped = [block for block in popped if users[block] == stamp]
                 if not popped:
@@ -257,6 +257,7 @@ class BlockPool:
                 self._cut_off(popped)
             free += popped
             evicted += len(popped)
+        self._num_entries -= entries
         self._num_idle -= evicted
         self.evictions += evicted
         self.cached -= evicted

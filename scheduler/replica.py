@@ -388,15 +388,15 @@ class Replica:
         rows = self.rows
         slots = lengths = NO_INTS
         if chunk_slot:
-            slots, lengths = np.array(chunk_slot, np.int32), np.array(chunk_length, np.int32)
+            slots, lengths = _ints(chunk_slot), _ints(chunk_length)
         plan = StepPlan(
             epoch=self._epoch,
             registration=self.worker,
             step=self._next_step,
             after_idle=self._idle,
-            leave=np.array(self._leaving, np.int32) if self._leaving else NO_INTS,
+            leave=_ints(self._leaving) if self._leaving else NO_INTS,
             grow_slot=grown.astype(np.int32) if added else NO_INTS,
-            grow_block=np.array(added, np.int32) if added else NO_INTS,
+            grow_block=_ints(added) if added else NO_INTS,
             chunk_slot=slots,
             chunk_length=lengths,
             **self._introductions(),
@@ -601,7 +601,7 @@ class Replica:
         for at in more:
             ending.append(len(decoding) + at)
             ending_slot.append(completed[at])
-        return np.concatenate([decoding, np.array(completed, np.int64)]), ending, ending_slot
+        return np.concatenate([decoding, _ints(completed)]), ending, ending_slot
 
     def _chunks_planned(self, slots: list[int], lengths: list[int]) -> tuple[list[int], list[int]]:
         """Moves rows past chunks; returns the slots of which all known tokens are planned now, and where among them
@@ -639,7 +639,7 @@ class Replica:
         numbers = np.frombuffer(b"".join([numbers for _, numbers, _ in joining]), _JOINING)
         columns: dict[str, Any] = {name: numbers[name] for name in _JOINED}
         columns["join_token"] = np.frombuffer(b"".join([tokens for _, _, tokens in joining]), np.int32)
-        columns["join_block"] = np.frombuffer(struct.pack(f"<{len(blocks)}i", *blocks), np.int32)
+        columns["join_block"] = _ints(blocks)
         if self._joining_rare:
             requests = self.rows.owners(slots)
             columns |= _join_grammars(requests) | rare_columns(slots, requests, self.limits.vocab_size)
@@ -687,6 +687,11 @@ class Replica:
         for broken, story in problems:
             if broken:
                 raise AssertionError(f"worker {self.worker}: {story}")
+
+
+def _ints(values: list[int]) -> IntColumn:
+    """A column of these, which nobody writes to. NumPy takes twice as long for each to find out that it is a number."""
+    return np.frombuffer(struct.pack(f"<{len(values)}i", *values), np.int32)
 
 
 def _highest(token: IntColumn) -> int:

@@ -18,6 +18,8 @@ from .policy import Policy
 from .requests import Request
 from .throughput import EndingRate
 
+_NO_SALT = root("")
+
 
 def make_request(event: Submitted, i: int, model: ModelDescription, number: int, now: float, plain: bool) -> Request:
     """The request `number`, for the sample `i` of those that a submission asks for; the door has found no fault.
@@ -40,7 +42,7 @@ def make_request(event: Submitted, i: int, model: ModelDescription, number: int,
         now,
         0 if sampling.seed is None else sample_seed(sampling.seed, sample) if sample else sampling.seed,
         event.priority,
-        root(event.cache_salt),
+        root(event.cache_salt) if event.cache_salt else _NO_SALT,
         event.resumed,
         not plain and is_rare(sampling),
         tuple({*model.eos_token_ids, *sampling.stop_token_ids}) if sampling.min_tokens else (),

@@ -13,7 +13,8 @@ from tandem.client.prompts import resolve_sampling
 from tandem.protocol.codec import decode, encode
 from tandem.protocol.errors import InvalidRequest, ProtocolError
 from tandem.protocol.messages import ModelDescription, Submit
-from tandem.protocol.sampling import SamplingParams
+from tandem.protocol.sampling import SAMPLING_FIELDS, SamplingParams
+from tandem.protocol.structured import StructuredOutputsParams
 from tandem.scheduler.door import find_fault, is_plain
 from tandem.scheduler.events import Submitted
 
@@ -37,6 +38,42 @@ def fault(prompt_length: int = 4, **sampling: Any) -> tuple[str, str, str] | Non
         return None
     assert found.field in found.message
     return found.field, found.limit, found.value
+
+
+IN_EVERY_ROW: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.5,
+    "seed": 7,
+    "max_tokens": 9,
+    "ignore_eos": True,
+}
+PARTICULAR: dict[str, Any] = {
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": -0.1,
+    "frequency_penalty": 0.1,
+    "logit_bias": {},
+    "allowed_token_ids": (1,),
+    "bad_words_token_ids": ((1,),),
+    "min_tokens": 1,
+    "stop_token_ids": (0,),
+    "structured_outputs": StructuredOutputsParams(regex="a"),
+    "logprobs": 0,
+    "prompt_logprobs": 0,
+    "bad_words": ("a",),
+    "stop": ("a",),
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING_FIELDS)
+def test_parameters_are_plain_unless_one_is_set_that_not_every_row_has_a_column_for(name: str) -> None:
+    """What is plain is looked at no further, so a parameter that is new must be in one of these lists."""
+    both = IN_EVERY_ROW | PARTICULAR
+    assert is_plain(SamplingParams())
+    assert is_plain(SamplingParams(**{name: both[name]})) == (name in IN_EVERY_ROW)
 
 
 @pytest.mark.parametrize(
