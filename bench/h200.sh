@@ -37,16 +37,18 @@ home=$(mktemp -d)
 chmod 700 "$home"
 service=
 trap stop_service EXIT
+trap 'tail -n 30 "$home"/*log; exit 143' TERM  # whoever ran out of patience learns what it was doing
 
 start_service() { # start_service FLAGS…: waits until it is ready
   stop_service
-  "${tandem[@]}" serve --address "ipc://$home/service" "${http[@]}" "${model[@]}" "$@" >"$home/log" 2>&1 &
+  "${tandem[@]}" serve --address "ipc://$home/service" "${http[@]}" "${model[@]}" "$@" \
+    > >(while IFS= read -r line; do printf '%(%T)T %s\n' -1 "$line"; done >"$home/log") 2>&1 &
   service=$!
-  until grep -q '^Serving ' "$home/log"; do
+  until grep -qs '^[0-9:]* Serving ' "$home/log"; do
     kill -0 "$service" 2>/dev/null || { tail -n 30 "$home/log"; exit 1; }
     sleep 0.1
   done
-  grep -m1 '^Serving ' "$home/log"
+  grep -m1 '^[0-9:]* Serving ' "$home/log"
 }
 
 stop_service() {
