@@ -27,7 +27,7 @@ while getopts r: option; do
   case $option in r) REPEATS=$OPTARG ;; *) exit 2 ;; esac
 done
 shift $((OPTIND - 1))
-(( $# )) || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+(( $# )) || { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 2; }
 
 tandem=("$PYTHON" -P -c 'import sys; from tandem.launch.cli import main; sys.exit(main())')
 model=(--model bench/shapes/llama-3.1-8b --load-format dummy --dtype bfloat16 --max-model-len 16384
@@ -41,6 +41,7 @@ trap 'tail -n 30 "$home"/*log; exit 143' TERM  # whoever ran out of patience lea
 
 start_service() { # start_service FLAGS…: waits until it is ready
   stop_service
+  rm -f "$home/log"  # the one before says that it serves
   "${tandem[@]}" serve --address "ipc://$home/service" "${http[@]}" "${model[@]}" "$@" \
     > >(while IFS= read -r line; do printf '%(%T)T %s\n' -1 "$line"; done >"$home/log") 2>&1 &
   service=$!
