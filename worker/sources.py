@@ -29,8 +29,12 @@ class ModelSource:
 
 def folder_here(source: ModelSource) -> Path | None:
     """The folder that was named, or None if a hub id was. Raises LoadError for a folder that is none, or no model's."""
-    folder = Path(source.model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(source.model).expanduser()
+        found = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # of a name that is too long, a folder that is not open, ~nobody
+        raise LoadError(f"--model {source.model} cannot be looked up: {error}") from error
+    if found:
         if not (folder / "config.json").is_file():
             raise LoadError(f"{folder} holds no config.json, so it is not a transformers model")
         if source.revision is not None:

@@ -165,6 +165,9 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(LoadError) as missing:
         load(tmp_path / "Lama-3-8B")
     assert str(missing.value) == f"no such folder: {tmp_path}/Lama-3-8B; did you mean {tmp_path}/Llama-3-8B?"
+    for name in ("~no.such.user/model", str(tmp_path / ("m" * 300))):
+        with pytest.raises(LoadError, match=f"--model {name} cannot be looked up: "):
+            load(name)
     tiny_config("llama").save_pretrained(tmp_path)
     with pytest.raises(LoadError, match=r"lacks model.safetensors; convert"):
         load(tmp_path)
