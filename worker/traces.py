@@ -2,7 +2,8 @@
 seconds for 32 of them.
 
 A trace holds what that Python decided. So its key has what it decides by: versions, the code of the module's classes
-and of this package, the config, the plain attributes of all submodules, and names, shapes and dtypes of parameters.
+(and what lies beside it, where a model brings its own) and of this package, the config, the plain attributes of all
+submodules, and names, shapes and dtypes of parameters.
 Like a compiler's caches, the files are code that is run: they belong in a folder of the user's own.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import logging
 import os
 import pickle
@@ -18,7 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -48,9 +50,13 @@ class Shelf:
     about: str
     """Which function, and whatever it decides by that `key_of` does not find in the module."""
 
-    def place(self, module: nn.Module, examples: Sequence[Tensor]) -> Path:
-        """Of the trace of such a module."""
-        return self.folder / f"{key_of(module, examples, self.about)}.trace"
+    def place(self, module: nn.Module, examples: Sequence[Tensor]) -> Path | None:
+        """Of the trace of such a module; None, with a warning, if it cannot be told from others."""
+        try:
+            return self.folder / f"{key_of(module, examples, self.about)}.trace"
+        except (OSError, TypeError) as error:
+            log.warning("the trace of %s is not kept, since some code of the model has no file: %s", self.about, error)
+            return None
 
     def take(self, path: Path) -> Trace | None:
         """The trace that was put there; None if there is none that can be read."""
@@ -75,9 +81,14 @@ class Shelf:
             written = pickle.dumps(trace)
             kept = pickle.loads(written)  # noqa: S301 - as above
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(written)
-            os.replace(file.name, path)
+            handle, name = tempfile.mkstemp(dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(written)
+                os.replace(name, path)
+            except BaseException:
+                os.unlink(name)
+                raise
         except Exception as error:  # noqa: BLE001 - of many kinds, and the start goes on without
             log.warning("the trace of %s cannot be kept: %s: %s", self.about, type(error).__name__, error)
             return trace
@@ -86,7 +97,8 @@ class Shelf:
 
 
 def key_of(module: nn.Module, examples: Sequence[Tensor], about: str) -> str:
-    """Hex digits that differ where the trace of a function of `module` might."""
+    """Hex digits that differ where the trace of a function of `module` might. Raises OSError or TypeError if the code
+    of one of its classes is in no file that can be read."""
     found = hashlib.sha256()
     for part in _decisive(module, examples, about):
         found.update(part if isinstance(part, bytes) else repr(part).encode())
@@ -99,13 +111,14 @@ def _decisive(module: nn.Module, examples: Sequence[Tensor], about: str) -> Iter
     yield [(tuple(example.shape[1:]), example.dtype, _device(example)) for example in examples]
     config = getattr(module, "config", None)
     yield None if config is None else sorted(config.to_dict().items(), key=lambda item: str(item[0]))
-    files = set(Path(__file__).parent.rglob("*.py"))
+    kinds = set()
     for name, part in module.named_modules():
         plain = {key: value for key, value in vars(part).items() if isinstance(value, int | float | str | tuple | None)}
         yield name, type(part).__module__, type(part).__qualname__, sorted(plain.items())
-        files.update(_files_of(type(part)))
+        kinds.add(type(part))
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         yield name, tuple(value.shape), value.stride(), value.dtype, _device(value)
+    files = {*Path(__file__).parent.rglob("*.py"), *itertools.chain.from_iterable(map(_files_of, kinds))}
     for path in sorted(files):
         yield path.read_bytes()
 
@@ -116,11 +129,21 @@ def _device(value: Tensor) -> tuple[str, str]:
     return str(device), torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+_VERSIONED: Final = frozenset({"builtins", "torch", *sys.stdlib_module_names})
+"""Packages whose code goes by their version."""
+
+
 def _files_of(kind: type) -> Iterator[Path]:
-    """Where the code of a class and of those that it inherits from is; torch's own goes by its version."""
+    """Where the code of a class and of those that it inherits from is, and of a model's own code also what lies beside
+    it, since its classes may call that."""
     for base in kind.__mro__:
-        if base.__module__.partition(".")[0] not in ("builtins", "torch"):
-            yield Path(inspect.getfile(base))
+        package = base.__module__.partition(".")[0]
+        if package in _VERSIONED:
+            continue
+        file = Path(inspect.getfile(base))
+        yield file
+        if package != "transformers":
+            yield from file.parent.glob("*.py")
 
 
 def names_in(values: Mapping[str, Tensor], whole: Tensor) -> list[str]:

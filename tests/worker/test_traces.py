@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 from transformers import PreTrainedModel
 
 from tandem.worker.attention.ops import OperatorRouter
 from tandem.worker.compiling import Compiled, compile_rows
 from tandem.worker.inspection import inspect_layers, run_trunk
 from tandem.worker.quantization import quantize_linears
-from tandem.worker.traces import Shelf, key_of
+from tandem.worker.traces import Shelf, Trace, key_of
 
 from support.compiled import DenseStep, kept, paged
 from support.tiny_models import VOCAB
@@ -99,6 +102,15 @@ def test_what_cannot_be_read_is_traced_anew(how: str, tmp_path: Path, caplog: py
     compiled_by(shelf, paged("llama", tmp_path / "model", torch.bfloat16), Untraceable, 1_000_000)
 
 
+def test_what_could_not_be_kept_leaves_nothing_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "taken"
+    path.mkdir()
+    trace = Trace(GraphModule(nn.Module(), Graph()), [], [])
+    assert Shelf(tmp_path, "trunk").put(path, trace) is trace
+    assert list(tmp_path.iterdir()) == [path]
+    assert "cannot be kept" in caplog.text
+
+
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "traces").write_text("no folder")
     compiled = compiled_by(
@@ -141,15 +153,31 @@ def test_whatever_a_trace_depends_on_is_in_its_key(monkeypatch: pytest.MonkeyPat
     assert len({plain, *others}) == 1 + len(others)
 
 
-def test_the_code_of_a_models_classes_is_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with models that bring their own code: the same names, another body."""
-    file = tmp_path / "own_model.py"
+@pytest.mark.parametrize("changed", ["own_model.py", "own_helpers.py"])
+def test_the_code_that_a_model_brings_is_in_its_key(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same names, another body: of a class, and of a function beside it."""
+    bodies = {
+        "own_model.py": "from torch import nn\n\n\nclass Own(nn.Module):\n    pass\n",
+        "own_helpers.py": "def scaled(x):\n    return x\n",
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).write_text(body)
     monkeypatch.syspath_prepend(str(tmp_path))
-    import importlib
+    monkeypatch.setitem(sys.modules, "own_model", sys)  # the patch forgets the module when the test is over
+    del sys.modules["own_model"]
+    module = importlib.import_module("own_model")
+    before = key_of(module.Own(), [torch.zeros(2, 2)], "rows")
+    (tmp_path / changed).write_text(bodies[changed] + "# changed\n")
+    assert key_of(module.Own(), [torch.zeros(2, 2)], "rows") != before
 
-    keys = []
-    for body in ("return x", "return x + 1"):
-        file.write_text(f"from torch import nn\n\n\nclass Own(nn.Module):\n    def forward(self, x):\n        {body}\n")
-        importlib.invalidate_caches()
-        keys.append(key_of(importlib.import_module("own_model").Own(), [torch.zeros(2, 2)], "rows"))
-    assert keys[0] != keys[1]
+
+def test_code_that_is_in_no_file_is_traced_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing would tell that it has changed."""
+    own = type("Own", (nn.Linear,), {"__module__": "nowhere"})(8, 8).requires_grad_(False)
+    rows = torch.ones(3, 8)
+    compiled = compile_rows(own, lambda x: own(x), [rows], backend=kept([]), shelf=Shelf(tmp_path, "rows"))
+    assert torch.equal(compiled(rows), own(rows))
+    assert not list(tmp_path.iterdir())
+    assert "is not kept" in caplog.text
