@@ -202,12 +202,13 @@ class PagedModel:
 
     @torch.no_grad()
     def logits(self, hidden_rows: Tensor) -> Tensor:
-        """The model's head over rows [N, hidden]: [N, vocab_size] float32, soft caps and scales as the model does."""
+        """The model's head over rows [N, hidden]: [N, vocab_size] float32, contiguous; soft caps and scales as the
+        model does."""
         count = hidden_rows.shape[0]
         with invariance.mode_for(self.device) if self.batch_invariant else nullcontext():
             rows = invariance.pad_rows(hidden_rows) if self._fills_up else hidden_rows
             logits: Tensor = self._head(inputs_embeds=rows.unsqueeze(0), use_cache=False).logits
-            return logits[0, :count].float()
+            return logits[0, :count].float().contiguous()  # some models cut padding off
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Of each row of float32 logits [N, vocab], in batch-invariant mode whatever the other rows are."""

@@ -63,6 +63,26 @@ def test_kv_cache_sizes(tmp_path: Path) -> None:
     assert model.scratch_block == 5
 
 
+def test_logits_are_contiguous_where_a_model_cuts_its_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As kernels take them, also in float32, whose conversion copies nothing."""
+    model, own = load_tiny("llama", tmp_path)
+    head = model._head
+
+    def cut(**given: Any) -> Any:
+        found = head(**given)
+        found.logits = found.logits[..., : VOCAB - 3]
+        return found
+
+    monkeypatch.setattr(model, "_head", cut)
+    rows = torch.randn(5, own.config.hidden_size)
+    with torch.no_grad():
+        logits, expected = model.logits(rows), own.lm_head(rows)[:, : VOCAB - 3]
+    assert logits.is_contiguous()
+    torch.testing.assert_close(logits, expected)
+
+
 def test_two_models_in_one_process_keep_apart(tmp_path: Path) -> None:
     """One computes between the other's steps, with other layers and other blocks."""
     tokens = random_tokens(30, VOCAB, 3)
