@@ -100,7 +100,8 @@ async def completions(streams: Sequence[CompletionStream]) -> list[Completion]:
             tasks = [group.create_task(stream.collect()) async for _, stream in _started(streams)]
         return [task.result() for task in tasks]
     except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+        first = failed.exceptions[0]
+        raise first from first.__cause__  # the group says nothing more
     finally:
         for stream in streams:
             await stream.aclose()

@@ -130,6 +130,19 @@ def test_prompts_begin_one_at_a_time(way: Callable[[list[CompletionStream]], Awa
 
 
 @pytest.mark.parametrize("way", [_whole, _streamed])
+def test_a_failure_keeps_its_cause_for_the_log(way: Callable[[list[CompletionStream]], Awaitable[None]]) -> None:
+    async def fail(_: float | None) -> Started:
+        raise RuntimeError("a mishap") from OSError("its cause")
+
+    async def run() -> None:
+        await way([CompletionStream(fail, None), CompletionStream(fail, None)])
+
+    with pytest.raises(RuntimeError, match="a mishap") as failed:
+        asyncio.run(run())
+    assert isinstance(failed.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("way", [_whole, _streamed])
 def test_a_prompt_that_fails_ends_the_others_before_all_have_begun(
     way: Callable[[list[CompletionStream]], Awaitable[None]],
 ) -> None:
