@@ -93,7 +93,7 @@ def _draw(weights: Tensor, bits: Tensor) -> Tensor:
     low = total & ((1 << _RANDOM_BITS) - 1)
     drawn = (total >> _RANDOM_BITS) * bits + (low * bits >> _RANDOM_BITS)
     tokens = torch.searchsorted(cumulative, drawn[:, None], right=True).squeeze(1)
-    return tokens.clamp_max(weights.shape[-1] - 1)  # only NaN logits get there
+    return tokens.clamp_max(weights.shape[-1] - 1)  # only a row that weighs nothing gets there
 
 
 def uniform(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def shares(logits: Tensor, temperature: Tensor) -> Tensor:
 
 def _weights(logits: Tensor, columns: SamplingColumns) -> Tensor:
     """[N, vocab] int64: how likely each token is to be drawn, 0 for those that are filtered out. Never 0 for a whole
-    row, unless its logits hold NaN or no finite number."""
+    row, unless its largest logit is no finite number."""
     share = shares(logits, columns.temperature)
     weights = share.to(torch.int64)
     if columns.min_p is not None:
