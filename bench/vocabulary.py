@@ -50,8 +50,11 @@ def make_tokenizer(vocab_size: int, seed: int = 0) -> Tokenizer:
 
 def make_folder(shape: Path, out: Path, seed: int = 0) -> None:
     """Copies the files of `shape` and adds tokenizer.json and tokenizer_config.json. Raises FileNotFoundError if it has
-    no config.json, FileExistsError if `out` is there."""
+    no config.json, FileExistsError if `out` is there, ValueError if the config tells no vocabulary, or too small a one.
+    """
     config: dict[str, Any] = json.loads((shape / "config.json").read_text())
+    if "vocab_size" not in config:
+        raise ValueError(f"{shape / 'config.json'} has no vocab_size, so it does not tell how many tokens to make")
     tokenizer = make_tokenizer(config["vocab_size"], seed)
     end = config.get("eos_token_id")
     shutil.copytree(shape, out)

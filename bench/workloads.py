@@ -6,6 +6,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
@@ -142,7 +143,8 @@ def _more_sampling(text: str | None) -> dict[str, Any]:
 
 def sampling_of(load: Load, index: int, output_tokens: int) -> SamplingParams:
     """Of request `index`."""
-    has_more = math.floor((index + 1) * load.sampling_share) > math.floor(index * load.sampling_share)
+    share = Fraction(str(load.sampling_share))  # in binary, 0.57 of 100 is 56
+    has_more = math.floor((index + 1) * share) > math.floor(index * share)
     return _SAMPLING.validate_python(
         {
             "temperature": load.temperature,

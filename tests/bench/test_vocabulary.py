@@ -55,6 +55,9 @@ def test_it_serves_structured_output_for_a_share_of_a_load(tmp_path: Path, bench
 def test_what_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="config.json"):
         main(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 5000}}')
+    with pytest.raises(typer.BadParameter, match="has no vocab_size"):
+        main(tmp_path, tmp_path / "out")
     (tmp_path / "config.json").write_text('{"vocab_size": 100}')
     with pytest.raises(typer.BadParameter, match="a tokenizer of 100 tokens has no room"):
         main(tmp_path, tmp_path / "out")

@@ -178,3 +178,9 @@ def test_more_sampling_parameters_are_a_share_of_the_requests_spread_evenly() ->
     assert (own.temperature, own.max_tokens, own.ignore_eos, own.seed) == (0.8, 9, True, 7)
     assert own.structured_outputs is not None
     assert json.loads(own.structured_outputs.json or "") == {"type": "integer"}
+
+
+@pytest.mark.parametrize("share", [0.07, 0.29, 0.57, 0.58, 1.0])
+def test_a_share_of_a_hundred_requests_is_as_many_as_it_says(share: float) -> None:
+    load = build(Load, {"sampling_params": '{"top_k": 7}', "sampling_share": share})
+    assert sum(sampling_of(load, index, 9).top_k == 7 for index in range(100)) == round(100 * share)
