@@ -31,7 +31,7 @@ from ..protocol.errors import ConfigurationError, TandemError
 from ..protocol.sampling import SamplingParams
 from ..protocol.structured import StructuredOutputsParams
 from .metrics import HttpFailed, Outcome
-from .workloads import Ids, Load, Wanted, plan, prompt_of, sampling_of
+from .workloads import Ids, Load, Wanted, more_sampling, plan, prompt_of, sampling_of
 
 if TYPE_CHECKING:
     from .http_client import HttpClient
@@ -72,10 +72,15 @@ class ClientProcess:
         part: int,
         parts: int,
     ) -> None:
-        """Raises ConfigurationError if the load is text and the model has no tokenizer, or the trace is not good."""
+        """Raises ConfigurationError if the load is text and the model has no tokenizer, if HTTP does not know one of
+        its sampling parameters, or if the trace is not good."""
         if (load.text or load.chat) and tokenizer is None:
             flag = "--chat" if load.chat else "--text"
             raise ConfigurationError(f"{flag}: the model comes without a tokenizer; send token ids")
+        if http is not None and "bad_words_token_ids" in more_sampling(load.sampling_params):
+            raise ConfigurationError(
+                "--sampling-params: bad_words_token_ids cannot be asked for over HTTP (bad_words can)"
+            )
         self._client = client
         self._http = http
         self._tokenizer = tokenizer

@@ -92,7 +92,7 @@ class Load(BaseModel):
                 raise ValueError(
                     f"--{name.replace('_', '-')} is for --workload {' or '.join(workloads)}, not {self.workload}"
                 )
-        _more_sampling(self.sampling_params)
+        more_sampling(self.sampling_params)
         if self.sampling_share < 1.0 and self.sampling_params is None:
             raise ValueError("--sampling-share is for --sampling-params, which are not given")
         if self.workload == "trace":
@@ -118,7 +118,7 @@ class Load(BaseModel):
 _OWN_FLAGS = {"max_tokens": "--output-tokens", "seed": "--seed"}
 
 
-def _more_sampling(text: str | None) -> dict[str, Any]:
+def more_sampling(text: str | None) -> dict[str, Any]:
     """What --sampling-params sets. Raises ValueError by name for what it cannot."""
     if text is None:
         return {}
@@ -149,7 +149,7 @@ def sampling_of(load: Load, index: int, output_tokens: int) -> SamplingParams:
         {
             "temperature": load.temperature,
             "ignore_eos": load.ignore_eos,
-            **(_more_sampling(load.sampling_params) if has_more else {}),
+            **(more_sampling(load.sampling_params) if has_more else {}),
             "max_tokens": output_tokens,
             "seed": load.seed + index,
         }

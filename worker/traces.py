@@ -18,6 +18,7 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 log = logging.getLogger(__name__)
+
+MOST_KEPT: Final = 64
+"""Traces in a folder, of some 200 KB each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Shelf:
                     log.warning("the kept trace %s can be written by other users: tracing anew", path)
                     return None
                 trace = pickle.load(file)  # noqa: S301 - the user's own, as a compiler's caches are
+                os.utime(file.fileno())  # used, so it stays
         except FileNotFoundError:
             return None
         except Exception as error:  # noqa: BLE001 - of many kinds, and the module is traced instead
@@ -93,7 +98,17 @@ class Shelf:
             log.warning("the trace of %s cannot be kept: %s: %s", self.about, type(error).__name__, error)
             return trace
         assert isinstance(kept, Trace)
+        self._tidy()
         return kept
+
+    def _tidy(self) -> None:
+        """Removes what has not been used for longest: each version of a model or of our code leaves one behind."""
+        found = []
+        for path in self.folder.glob("*.trace"):
+            with suppress(FileNotFoundError):  # another process tidies up too
+                found.append((path.stat().st_mtime, path))
+        for _, path in sorted(found)[:-MOST_KEPT]:
+            path.unlink(missing_ok=True)
 
 
 def key_of(module: nn.Module, examples: Sequence[Tensor], about: str) -> str:

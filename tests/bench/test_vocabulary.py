@@ -62,3 +62,14 @@ def test_what_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="a tokenizer of 100 tokens has no room"):
         main(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_that_http_does_not_know_is_refused_before_anything_is_sent(bench: Any, tmp_path: Path) -> None:
+    config = tmp_path / "system.yaml"
+    config.write_text("threads: 1\ndevice: cpu\nmax-num-seqs: 2\n")
+    code, _, err = bench(
+        *("offline", "--num-prompts", "2", "--backend", "openai", "--config", str(config)),
+        *("--sampling-params", '{"bad_words_token_ids": [[5]]}'),
+    )
+    assert code != 0
+    assert "bad_words_token_ids cannot be asked for over HTTP" in err

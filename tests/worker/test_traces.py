@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from transformers import PreTrainedModel
 
+from tandem.worker import traces
 from tandem.worker.attention.ops import OperatorRouter
 from tandem.worker.compiling import Compiled, compile_rows
 from tandem.worker.inspection import inspect_layers, run_trunk
@@ -181,3 +183,15 @@ def test_code_that_is_in_no_file_is_traced_each_time(tmp_path: Path, caplog: pyt
     assert torch.equal(compiled(rows), own(rows))
     assert not list(tmp_path.iterdir())
     assert "is not kept" in caplog.text
+
+
+def test_the_traces_used_last_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "MOST_KEPT", 2)
+    shelf = Shelf(tmp_path, "rows")
+    made = traces.Trace(torch.fx.symbolic_trace(nn.Linear(2, 2)), [], [])
+    for number, name in enumerate("ab"):
+        shelf.put(tmp_path / f"{name}.trace", made)
+        os.utime(tmp_path / f"{name}.trace", (number + 1, number + 1))
+    assert shelf.take(tmp_path / "a.trace") is not None
+    shelf.put(tmp_path / "c.trace", made)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "c"]
