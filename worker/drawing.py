@@ -100,8 +100,8 @@ def draw(logits: Tensor, columns: SamplingColumns) -> Drawn:
     rows, vocab = logits.shape
     if not logits.is_contiguous():
         raise ValueError(f"logits must be contiguous, and have strides {logits.stride()}")
-    if vocab > 1 << 20:
-        raise ValueError(f"a vocabulary of {vocab} tokens: sums of weights hold up to {1 << 20}")
+    if vocab > sampler.LARGEST_DRAWN:
+        raise ValueError(f"a vocabulary of {vocab} tokens: sums of weights hold up to {sampler.LARGEST_DRAWN}")
     device, tiles = logits.device, triton.cdiv(vocab, _TILE)
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

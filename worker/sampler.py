@@ -19,6 +19,8 @@ from torch import Tensor
 BY_KERNELS = True
 """On CUDA kernels take the place of `sample` (drawing.py) and of adjustments (adjusting.py): the same
 tokens in a few passes over memory. Off, torch does it there as on a CPU; tests/gpu and bench.sampling compare them."""
+LARGEST_DRAWN: Final = 1 << 20
+"""Tokens of a vocabulary that the drawing kernels' sums have room for; torch draws from larger ones."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (vLLM's limit): dividing by them would overflow."""
 WEIGHT_BITS: Final = 40
@@ -76,7 +78,7 @@ def greedy(logits: Tensor) -> Tensor:
 
 def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
     """One token per row of float32 logits [N, vocab]: [N] int64. Does not wait for the device."""
-    if BY_KERNELS and logits.is_cuda:
+    if BY_KERNELS and logits.is_cuda and logits.shape[1] <= LARGEST_DRAWN:
         from . import drawing
 
         return drawing.draw(logits, columns).tokens
