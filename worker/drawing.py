@@ -242,8 +242,8 @@ def _bins_of_top_p(count, bins, total, top_p, least, BINS: tl.constexpr):
     """Between which bins the border lies. A token weighs something between what tokens at its bin's edges would, or
     nothing where min-p may leave it out; rounding down takes up to 1 away."""
     edge = bins.to(tl.float32) * (_DEPTH / BINS)
-    upper = tl.exp2(_DEPTH - edge) * (1.0 + _SLACK)
-    lower = tl.exp2(_DEPTH - edge - _DEPTH / BINS) * (1.0 - _SLACK)
+    upper = tl.exp2(-edge + _DEPTH) * (1.0 + _SLACK)
+    lower = tl.exp2(-edge + (_DEPTH - _DEPTH / BINS)) * (1.0 - _SLACK)
     many = count.to(tl.float64)
     most = many * tl.where(upper >= least, upper, 0.0).to(tl.float64)
     fewest = many * tl.where(lower >= least, tl.maximum(lower - 1.0, 0.0), 0.0).to(tl.float64)

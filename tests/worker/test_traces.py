@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from transformers import PreTrainedModel
@@ -150,7 +149,7 @@ def test_whatever_a_trace_depends_on_is_in_its_key(monkeypatch: pytest.MonkeyPat
         key_of(Scaled(2.0), [torch.zeros(3, 9)], "rows"),
         key_of(Scaled(2.0), [rows[0].double()], "rows"),
     ]
-    monkeypatch.setattr(transformers, "__version__", "0")
+    monkeypatch.setattr("tandem.worker.traces.transformers.__version__", "0")
     others.append(key_of(Scaled(2.0), rows, "rows"))
     assert len({plain, *others}) == 1 + len(others)
 
