@@ -4,7 +4,7 @@ seconds for 32 of them.
 A trace holds what that Python decided. So its key has what it decides by: versions, the code of the module's classes
 (and what lies beside it, where a model brings its own) and of this package, the config, the plain attributes of all
 submodules, and names, shapes and dtypes of parameters.
-Like a compiler's caches, the files are code that is run: they belong in a folder of the user's own.
+A file is a list of calls in JSON, of operators that are looked up by name: nothing in it is run.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import json
 import logging
+import operator
 import os
-import pickle
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from typing import Any, Final
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 log = logging.getLogger(__name__)
 
@@ -65,30 +66,25 @@ class Shelf:
     def take(self, path: Path) -> Trace | None:
         """The trace that was put there; None if there is none that can be read."""
         try:
-            with path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                    log.warning("the kept trace %s can be written by other users: tracing anew", path)
-                    return None
-                trace = pickle.load(file)  # noqa: S301 - the user's own, as a compiler's caches are
-                os.utime(file.fileno())  # used, so it stays
+            trace = _read(json.loads(path.read_text(encoding="utf-8")))
+            os.utime(path)  # used, so it stays
         except FileNotFoundError:
             return None
         except Exception as error:  # noqa: BLE001 - of many kinds, and the module is traced instead
             log.warning("the kept trace %s cannot be read (%s: %s): tracing anew", path, type(error).__name__, error)
             return None
-        return trace if isinstance(trace, Trace) else None
+        return trace
 
     def put(self, path: Path, trace: Trace) -> Trace:
         """Keeps it; returns it as `take` will give it, so that a compiler's caches see the same graph then as now.
         A trace that cannot be kept is returned as it is, with a warning."""
         try:
-            written = pickle.dumps(trace)
-            kept = pickle.loads(written)  # noqa: S301 - as above
+            written = json.dumps(_written(trace))
+            kept = _read(json.loads(written))
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent)
             try:
-                with os.fdopen(handle, "wb") as file:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
                     file.write(written)
                 os.replace(name, path)
             except BaseException:
@@ -97,7 +93,6 @@ class Shelf:
         except Exception as error:  # noqa: BLE001 - of many kinds, and the start goes on without
             log.warning("the trace of %s cannot be kept: %s: %s", self.about, type(error).__name__, error)
             return trace
-        assert isinstance(kept, Trace)
         self._tidy()
         return kept
 
@@ -109,6 +104,100 @@ class Shelf:
                 found.append((path.stat().st_mtime, path))
         for _, path in sorted(found)[:-MOST_KEPT]:
             path.unlink(missing_ok=True)
+
+
+_NAMESPACES: Final = ("aten", "prims", "tandem")
+_NAMED: Final = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+
+
+def _written(trace: Trace) -> dict[str, Any]:
+    """As JSON has it. Raises TypeError for a graph with something that `_read` would not know."""
+    nodes = list(trace.graph.graph.nodes)
+    number = {node: at for at, node in enumerate(nodes)}
+    calls = [
+        [node.op, _name_of(node), _value_written(node.args, number), _value_written(dict(node.kwargs), number)]
+        for node in nodes
+    ]
+    return {"calls": calls, "inputs": trace.inputs, "products": trace.products}
+
+
+def _read(written: dict[str, Any]) -> Trace:
+    """Raises whatever a wrong type, name or number leads to."""
+    graph, nodes = Graph(), list[Node]()
+    for op, name, args, kwargs in written["calls"]:
+        match op:
+            case "placeholder":
+                nodes.append(graph.placeholder(name))
+            case "call_function":
+                nodes.append(graph.call_function(_target(name), _value_read(args, nodes), _value_read(kwargs, nodes)))
+            case "output":
+                nodes.append(graph.output(_value_read(args, nodes)[0]))
+            case _:
+                raise ValueError(f"a node that is a {op}")
+    graph.lint()
+    inputs = [[str(name) for name in names] for names in written["inputs"]]
+    return Trace(GraphModule(nn.Module(), graph), inputs, [(str(name), int(at)) for name, at in written["products"]])
+
+
+def _name_of(node: Node) -> str:
+    target: Any = node.target
+    if node.op in ("placeholder", "output"):
+        return str(target)
+    own = getattr(target, "__name__", "")
+    name = f"operator.{own}" if getattr(operator, own, None) is target else str(target)
+    if node.op != "call_function" or _target(name) is not target:
+        raise TypeError(f"{node.op} {target} cannot be found by its name")
+    return name
+
+
+def _target(name: str) -> Any:
+    """operator.X, or an operator of torch or of ours with its overload. Raises ValueError for any other."""
+    space, _, rest = name.partition(".")
+    if space == "operator" and not rest.startswith("_"):
+        return getattr(operator, rest)
+    packet, _, overload = rest.partition(".")
+    if space not in _NAMESPACES:
+        raise ValueError(f"{name} is no operator that a trace may have")
+    return getattr(getattr(getattr(torch.ops, space), packet), overload)
+
+
+def _value_written(value: Any, number: dict[Node, int]) -> Any:
+    if isinstance(value, Node):
+        return {"node": number[value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {"dict": {str(key): _value_written(item, number) for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_value_written(item, number) for item in value]}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    for kind, type_ in _NAMED.items():
+        if isinstance(value, type_):
+            return {kind: str(value).removeprefix("torch.")}
+    raise TypeError(f"a {type(value).__name__} among the arguments")
+
+
+def _value_read(written: Any, nodes: list[Node]) -> Any:
+    if not isinstance(written, dict):
+        return written
+    ((kind, value),) = written.items()
+    match kind:
+        case "node":
+            return nodes[value]
+        case "dict":
+            return {key: _value_read(item, nodes) for key, item in value.items()}
+        case "list":
+            return [_value_read(item, nodes) for item in value]
+        case "tuple":
+            return tuple(_value_read(item, nodes) for item in value)
+        case "device":
+            return torch.device(value)
+    found = getattr(torch, value)
+    if not isinstance(found, _NAMED[kind]):
+        raise TypeError(f"torch.{value} is no {kind}")
+    return found
 
 
 def key_of(module: nn.Module, examples: Sequence[Tensor], about: str) -> str:

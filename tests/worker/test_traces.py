@@ -81,7 +81,7 @@ def test_parameters_are_this_models_own(tmp_path: Path) -> None:
     assert not torch.equal(*results)
 
 
-@pytest.mark.parametrize("how", ["cut off", "no trace", "something else", "of another user"])
+@pytest.mark.parametrize("how", ["cut off", "no trace", "something else", "another operator"])
 def test_what_cannot_be_read_is_traced_anew(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shelf = Shelf(tmp_path / "traces", "trunk")
     expected = hidden(compiled_by(shelf, paged("llama", tmp_path / "model", torch.bfloat16), OperatorRouter, 1_000_000))
@@ -90,15 +90,15 @@ def test_what_cannot_be_read_is_traced_anew(how: str, tmp_path: Path, caplog: py
         case "cut off":
             path.write_bytes(path.read_bytes()[:-100])
         case "no trace":
-            path.write_bytes(b"\x80\x04N.")
+            path.write_text("{}")
         case "something else":
             path.write_text("hello")
         case _:
-            path.chmod(0o666)
+            path.write_text(path.read_text().replace("aten.", "os.", 1))
     with caplog.at_level(logging.WARNING):
         again = compiled_by(shelf, paged("llama", tmp_path / "model", torch.bfloat16), OperatorRouter, 1_000_000)
     assert torch.equal(hidden(again), expected)
-    assert how == "no trace" or "tracing anew" in caplog.text
+    assert "tracing anew" in caplog.text
     # And the new trace took the other's place.
     compiled_by(shelf, paged("llama", tmp_path / "model", torch.bfloat16), Untraceable, 1_000_000)
 
@@ -187,7 +187,9 @@ def test_code_that_is_in_no_file_is_traced_each_time(tmp_path: Path, caplog: pyt
 def test_the_traces_used_last_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "MOST_KEPT", 2)
     shelf = Shelf(tmp_path, "rows")
-    made = traces.Trace(torch.fx.symbolic_trace(nn.Linear(2, 2)), [], [])
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.neg.default, (graph.placeholder("x"),)))
+    made = traces.Trace(torch.fx.GraphModule(nn.Module(), graph), [], [])
     for number, name in enumerate("ab"):
         shelf.put(tmp_path / f"{name}.trace", made)
         os.utime(tmp_path / f"{name}.trace", (number + 1, number + 1))
