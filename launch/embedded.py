@@ -10,9 +10,10 @@ from typing import Self
 from ..protocol.errors import ConfigurationError
 from .config import Options
 from .directory import PrivateDirectory
+from .relay import Listener
 from .signals import uninterrupted
 from .status import Ready
-from .supervisor import ChildDied, Listener, PassThrough
+from .supervisor import ChildDied, PassThrough
 from .system import System
 
 

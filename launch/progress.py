@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from .relay import PATIENCE_S
 from .status import Progress as StageProgress
 from .status import Ready, Status
+from .stderr import lockless_stderr, say
 
 
 class StartDisplay:
@@ -24,7 +26,7 @@ class StartDisplay:
     """
 
     def __init__(self, *, quiet: bool = False, as_written: bool = False) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(file=lockless_stderr(), highlight=False)
         self._quiet = quiet
         self._as_written = as_written
         self._lock = threading.Lock()  # the supervisor's thread speaks while the owner's opens and closes the bars
@@ -41,14 +43,18 @@ class StartDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            return  # nobody reads what we write, and what comes next must not wait for it
+        try:
             if self._bars is not None:
                 self._bars.stop()
             self._bars = None
             self._tasks.clear()
+        finally:
+            self._lock.release()
 
     def status(self, name: str, status: Status) -> None:
-        """A status line of a process; called by the supervisor's thread."""
+        """A status line of a process; called in the supervisor's thread for that."""
         with self._lock:
             if self._quiet or not isinstance(status, StageProgress | Ready):
                 return  # a failure is reported by whoever waits for the process
@@ -58,7 +64,7 @@ class StartDisplay:
                 self._say(name, status)
 
     def output(self, name: str, line: str) -> None:
-        """A line that a process wrote; called by the supervisor's thread."""
+        """A line that a process wrote; called in the supervisor's thread for that."""
         with self._lock:
             try:
                 self._console.print(Text(line if self._as_written else f"[{name}] {line}"), soft_wrap=True)
@@ -90,10 +96,7 @@ class StartDisplay:
 
 def note(text: str) -> None:
     """A line of ours on stderr. Says nothing if stderr is gone."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        return
+    say(text)
 
 
 class PromptCount:

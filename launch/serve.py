@@ -61,7 +61,7 @@ def serve(
         finally:
             with uninterrupted(redeliver=False):  # a process that died is no reason to stop half-way either
                 if ending.is_last:
-                    note("Stopping.")
+                    system.tell("Stopping.")
                 system.stop()
 
 

@@ -1,8 +1,9 @@
 """Starts child processes, listens to them, notices when one dies or hangs, starts it again, and ends them all.
 
 One thread does everything: it starts the children (which are tethered to it, see tether.py), and then sleeps until a
-child speaks, a child dies or its owner asks for something. The owner's thread waits by reading a pipe, so that an
-interrupt reaches it at once and no lock is ever held while it does.
+child speaks, a child dies or its owner asks for something. What the children say reaches the listener through a relay,
+so that a terminal that takes nothing does not hold it. The owner's thread waits by reading a pipe, so that an interrupt
+reaches it at once and no lock is ever held while it does.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from __future__ import annotations
 import os
 import select
 import selectors
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from ..protocol.errors import TandemError
 from .child import Child, ChildSpec, read_now
+from .relay import LAUNCHER, PATIENCE_S, Listener, Relay
 from .restarts import RestartHistory
 from .status import Alive, Drained, Failed, Ready, Status
+from .stderr import say
 
 GRACE_S = 5.0
 """How long a child that was asked to end may take before it is killed."""
@@ -28,18 +29,6 @@ UNKNOWN_S = 10.0
 """How long a ready child may be unknown to the one that should know it (see ChildSpec.known_to)."""
 LOOK_S = 1.0
 """How often is looked for children that hang."""
-LAUNCHER = "launcher"
-"""The name under which the supervisor itself tells the listener what it does."""
-
-
-class Listener(Protocol):
-    """Hears what the children say, in the supervisor's thread; must not block or raise."""
-
-    def status(self, name: str, status: Status) -> None:
-        """A status line of a child; not each sign of life."""
-
-    def output(self, name: str, line: str) -> None:
-        """A line that a child wrote to stdout or stderr, without its end."""
 
 
 class ChildDied(TandemError):
@@ -69,7 +58,8 @@ class Supervisor:
 
     def __init__(self, listener: Listener, on_death: Callable[[ChildDied], None] | None = None) -> None:
         """`on_death` is called in the supervisor's thread when `death` is set; must not block."""
-        self._listener = listener
+        self._settling = False
+        self._relay = Relay(listener, self._passed_on)
         self._on_death = on_death
         self._children: dict[str, Child] = {}
         self._histories: dict[str, RestartHistory] = {}
@@ -107,6 +97,7 @@ class Supervisor:
             return bool(found) or self.death is not None
 
         self._wait(over, timeout_s)
+        self._settle()
         if self.death is not None:
             raise self.death
         if not found:
@@ -116,7 +107,13 @@ class Supervisor:
     def wait_for_death(self, timeout_s: float | None = None) -> ChildDied | None:
         """Blocks until a child ends unasked for good, and returns that; None after `timeout_s`."""
         self._wait(lambda: self.death is not None, timeout_s)
+        if self.death is not None:
+            self._settle()
         return self.death
+
+    def tell(self, line: str) -> None:
+        """Passes a line of the owner's to the listener, after all that came before; does not wait for it."""
+        self._relay.output(LAUNCHER, line)
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """Asks the children to end, kills each that has not within `grace_s`, and returns when all are gone."""
@@ -124,6 +121,8 @@ class Supervisor:
             return
         self._ask(lambda: self._begin_stop(grace_s))
         self._thread.join()
+        self._settling = False  # a listener that is left behind must not write to what is closed below
+        self._relay.close()
         self._closed = True
         for fd in (self._wake_read, self._wake_write, self._news_read, self._news_write):
             os.close(fd)
@@ -144,6 +143,22 @@ class Supervisor:
             _drain(self._news_read)
         if self._failure is not None:
             raise self._failure
+
+    def _settle(self) -> None:
+        """Waits until the listener has heard what was said so far, as long as it hears anything at all."""
+        self._settling = True
+        try:
+            while not self._relay.is_silent:
+                before = self._relay.passed_on
+                self._wait(lambda: self._relay.passed_on != before, PATIENCE_S)  # noqa: B023  (called before it changes)
+                if self._relay.passed_on == before:
+                    return
+        finally:
+            self._settling = False
+
+    def _passed_on(self) -> None:
+        if self._settling:
+            self._tell_owner()
 
     # The supervisor's thread
 
@@ -207,7 +222,7 @@ class Supervisor:
         if data is None:
             return False
         for line in child.lines(data):
-            self._listener.output(child.spec.name, line)
+            self._relay.output(child.spec.name, line)
         if not data:
             self._selector.unregister(child.output)
         return bool(data)
@@ -218,7 +233,7 @@ class Supervisor:
             return False
         for status in child.status_lines.feed(data):
             if not isinstance(status, Alive):
-                self._listener.status(child.spec.name, status)
+                self._relay.status(child.spec.name, status)
             self._note(child, status)
         if not data:
             self._selector.unregister(child.statuses)
@@ -278,7 +293,7 @@ class Supervisor:
         while child.statuses in self._selector.get_map() and self._heard_status(child):
             pass
         for line in child.lines(b"\n") if child.unfinished else ():
-            self._listener.output(child.spec.name, line)
+            self._relay.output(child.spec.name, line)
         for fd in (child.output, child.statuses, child.pidfd):
             if fd in self._selector.get_map():
                 self._selector.unregister(fd)
@@ -292,7 +307,7 @@ class Supervisor:
         if self._stopping:
             self._ask_to_end()
         elif child.drained:
-            self._listener.output(LAUNCHER, f"{name} was drained and has ended")
+            self._relay.output(LAUNCHER, f"{name} was drained and has ended")
         else:
             self._lose(child.spec, ChildDied(name, how, list(child.words), child.told))
 
@@ -308,7 +323,7 @@ class Supervisor:
             return
         self._to_start[spec.name] = (time.monotonic() + delay_s, spec)
         reason = f": {death.told}" if death.told else ""
-        self._listener.output(LAUNCHER, f"{spec.name} {death.how}{reason}; starting it again in {delay_s:g} s")
+        self._relay.output(LAUNCHER, f"{spec.name} {death.how}{reason}; starting it again in {delay_s:g} s")
 
     def _die(self, death: ChildDied) -> None:
         first, self.death = self.death is None, self.death or death
@@ -354,7 +369,4 @@ class PassThrough:
 
     def output(self, name: str, line: str) -> None:
         """To stderr, with the child's name."""
-        try:
-            print(f"[{name}] {line}", file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            return  # our own stderr is gone: nobody is left to read
+        say(f"[{name}] {line}")

@@ -17,9 +17,10 @@ from .child import ChildSpec
 from .config import Options, build
 from .directory import PrivateDirectory
 from .gateways import GATEWAY_NAME, GATEWAY_READY_S, Gateways
+from .relay import Listener
 from .restarts import RestartPolicy, SupervisionConfig
 from .status import Ready
-from .supervisor import GRACE_S, ChildDied, Listener, Supervisor
+from .supervisor import GRACE_S, ChildDied, Supervisor
 
 BUILTIN_NAME = "tandem-builtin"
 SCHEDULER = "scheduler"
@@ -151,6 +152,11 @@ class System:
         if self._supervisor is None:
             raise RuntimeError("this system has not been started")
         return self._supervisor.wait_for_death(timeout_s)
+
+    def tell(self, line: str) -> None:
+        """Passes a line of ours to the listener, without waiting for it. Nothing happens before `start`."""
+        if self._supervisor is not None:
+            self._supervisor.tell(line)
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """Ends all processes and removes their sockets; kills what has not ended within `grace_s` seconds."""

@@ -4,6 +4,7 @@ what it would have got."""
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -46,6 +47,8 @@ def serving(address: str, engine: list[str]) -> Iterator[Service]:
         "serve", "--no-http", "--address", address, "--data-parallel-size", "2", *engine, environment={}
     ) as serve:
         serve.wait_for("Ctrl-C ends it.")
+        assert serve.process.stdout is not None
+        fcntl.fcntl(serve.process.stdout, fcntl.F_SETPIPE_SZ, 4_096)  # full at once, as nobody reads until the end
         yield Service(address, serve, engine, asyncio.run(_undisturbed(address)))
         serve.send(signal.SIGINT)
         assert serve.finish() == 0, serve.output

@@ -14,9 +14,10 @@ import pytest
 
 from tandem.launch import supervisor as supervisor_module
 from tandem.launch.child import ChildSpec
+from tandem.launch.relay import LAUNCHER
 from tandem.launch.restarts import RestartHistory, RestartPolicy
 from tandem.launch.status import Ready, Status
-from tandem.launch.supervisor import LAUNCHER, ChildDied, Supervisor
+from tandem.launch.supervisor import ChildDied, Supervisor
 
 from support.deadlines import DEADLINE_S
 

@@ -7,11 +7,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tandem.launch.child import ChildSpec
+from tandem.launch.relay import LAUNCHER, MOST_CHARACTERS, Relay
+from tandem.launch.restarts import RestartPolicy
 from tandem.launch.status import Failed, Progress, Ready, Status
 from tandem.launch.supervisor import ChildDied, StartTimeout, Supervisor
 
@@ -108,6 +111,56 @@ def test_only_the_last_words_are_kept_but_all_are_passed_on() -> None:
         assert death is not None
         assert death.words == [f"line {number}" for number in range(19_970, 20_000)]
         assert [line for _, line in heard.lines] == [f"line {number}" for number in range(20_000)]
+
+
+class Blocked(Heard):
+    """A listener that does not return from the first line that it hears until it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard, self.may_return = threading.Event(), threading.Event()
+
+    def output(self, name: str, line: str) -> None:
+        super().output(name, line)
+        self.heard.set()
+        self.may_return.wait()
+
+
+def test_a_listener_that_does_not_return_holds_nothing() -> None:
+    """A terminal that is stopped: a child that ends is started again, its death for good is noticed, the end comes."""
+    heard = Blocked()
+    with supervisor(heard) as one:
+        spec = child("a", "say=hello", "ready", "kill")
+        one.start(replace(spec, restart=RestartPolicy(max_restarts=2, first_delay_s=0.01)))
+        death = one.wait_for_death(DEADLINE_S)
+        assert death is not None
+        assert death.how == "was killed by SIGKILL, the last of 3 early ends in a row"
+        one.stop()
+        assert heard.lines == [("a", "hello")]
+        heard.may_return.set()
+
+
+def test_what_does_not_fit_is_counted_and_told_in_its_place() -> None:
+    heard = Blocked()
+    passed = threading.Event()
+    relay = Relay(heard, passed.set)
+    relay.output("a", "first")
+    assert heard.heard.wait(DEADLINE_S)
+    line = "x" * (MOST_CHARACTERS // 4)
+    for _ in range(7):
+        relay.output("a", line)
+    relay.status("a", Progress("load", 0.5))
+    heard.may_return.set()
+    while not relay.is_silent:
+        assert passed.wait(DEADLINE_S)
+        passed.clear()
+    relay.output("a", "last")
+    relay.close()
+    assert heard.lines == [
+        *[("a", "first"), *[("a", line)] * 4],
+        *[(LAUNCHER, "3 lines left out here: nobody read them"), ("a", "last")],
+    ]
+    assert heard.statuses == []
 
 
 def test_death_of_one_ends_the_others_and_the_first_death_is_kept() -> None:
@@ -222,7 +275,7 @@ def test_an_interrupt_reaches_the_waiting_owner() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-LAUNCHER = """
+LAUNCHER_SCRIPT = """
 import sys, signal
 from tandem.launch.child import ChildSpec
 from tandem.launch.supervisor import PassThrough, Supervisor
@@ -235,12 +288,33 @@ signal.pause()
 
 def test_even_a_killed_launcher_leaves_no_orphan() -> None:
     with subprocess.Popen(
-        [sys.executable, "-P", "-c", LAUNCHER, str(TESTS)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", LAUNCHER_SCRIPT, str(TESTS)], stdout=subprocess.PIPE, text=True
     ) as launcher:
         assert launcher.stdout is not None
         pid = int(launcher.stdout.readline())
         launcher.kill()
         wait_until_gone(pid)
+
+
+NOBODY_READS = """
+import sys
+from tandem.launch.child import ChildSpec
+from tandem.launch.supervisor import PassThrough, Supervisor
+one = Supervisor(PassThrough())
+one.start(ChildSpec("a", "support.child", ["say_lines=20000", "exit=1"], {"PYTHONPATH": sys.argv[1]}))
+print(one.wait_for_death(60).how, flush=True)
+one.stop()
+"""
+
+
+def test_a_program_ends_as_ever_though_nobody_reads_its_stderr() -> None:
+    command = [sys.executable, "-P", "-c", NOBODY_READS, str(TESTS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ended unexpectedly with exit code 1\n"
+        assert program.wait(DEADLINE_S) == 0
+        assert program.stderr is not None
+        assert program.stderr.readline() == "[a] line 0\n"
 
 
 def test_failed_is_a_status() -> None:
