@@ -88,6 +88,8 @@ def probe_tokens(vocab_size: int, salt: int, device: torch.device) -> Tensor:
 def inspect_layers(module: PreTrainedModel, trunk: nn.Module, device: torch.device) -> tuple[LayerKV, ...]:
     """The model's attention layers in the order in which they run. Raises LoadError naming what is not supported."""
     config: PretrainedConfig = module.config
+    if config.num_hidden_layers < 1:
+        raise LoadError(f"{type(module).__name__} has {config.num_hidden_layers} layers by its config; it needs one")
     inspector = LayerInspector(dense_attention)
     tokens = probe_tokens(config.vocab_size, 0, device)
     with torch.no_grad():
@@ -236,6 +238,12 @@ def check_same(name: str, paged: Tensor, own: Tensor, dtype: torch.dtype, *, qua
     difference = (paged - own).norm(dim=-1) / own.norm(dim=-1).clamp_min(1e-6)
     exact = dtype == torch.float32
     worst = float(difference.max() if exact else difference.median())
+    if not own.isfinite().all():
+        raise LoadError(
+            f"{name} computes {'NaN' if own.isnan().any() else 'infinite logits'} from ordinary tokens, by itself too: "
+            "its weights are damaged, its config has a value that cannot be, or numbers leave the range of "
+            f"{str(dtype).removeprefix('torch.')} (--dtype float32 has the widest)"
+        )
     limit = _TOLERANCE_32_BIT if exact else _TOLERANCE_8_BIT if quantized else _TOLERANCE_16_BIT
     if not worst <= limit:
         raise LoadError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -29,6 +30,7 @@ _TOKENIZER_FILES: Final = (
 )
 _FOREIGN_TOKENIZERS: Final = ("*.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
 _LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
+_WEIGHT_KINDS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -42,16 +44,20 @@ def local_folder(source: ModelSource) -> Path:
 
 def weight_files(source: ModelSource, folder: Path, progress: Progress) -> list[Path]:
     """The model's safetensors files, fetched from the hub if `folder` is a hub snapshot without them."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    index, whole = folder / "model.safetensors.index.json", "model.safetensors"
+    sharded = index.is_file() and not (folder / whole).is_file()  # transformers prefers a whole one too
+    names = _shards(source, index) if sharded else [whole]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and not Path(source.model).expanduser().is_dir():
         for done, name in enumerate(missing):
             progress(f"downloading {name} ({done + 1} of {len(missing)})", done / len(missing))
             _fetch(source, [name], folder.name)  # of the same commit as the config
         missing = [name for name in names if not (folder / name).is_file()]
+    if missing and sharded:
+        raise LoadError(
+            f"{source.model} lacks {len(missing)} of the {len(names)} files that {index.name} names "
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); copy or download them again"
+        )
     if missing:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f" (found {', '.join(others[:3])}, formats the worker does not load)" if others else ""
@@ -60,6 +66,28 @@ def weight_files(source: ModelSource, folder: Path, progress: Progress) -> list[
             "or use load format 'dummy' for random weights"
         )
     return [folder / name for name in names]
+
+
+def _shards(source: ModelSource, index: Path) -> list[str]:
+    """The names of the files that an index of sharded weights tells, each once. Raises LoadError for one that
+    transformers could not follow, or that leads out of the model's folder."""
+    try:
+        given = json.loads(index.read_bytes())
+    except ValueError as error:
+        raise LoadError(f"{source.model}: {index.name} cannot be read: {error}; download it again") from error
+    of = given.get("weight_map") if isinstance(given, dict) else None
+    if not isinstance(of, dict) or not of or not all(isinstance(name, str) for name in of.values()):
+        raise LoadError(f"{source.model}: {index.name} has no weight_map from tensors to files; download it again")
+    if not isinstance(given.get("metadata"), dict):
+        raise LoadError(
+            f"{source.model}: {index.name} has no metadata, without which transformers does not read it; add "
+            '"metadata": {}'
+        )
+    names = sorted(set(of.values()))
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).suffix != ".safetensors":
+            raise LoadError(f"{source.model}: {index.name} names {name!r:.100}, which is no weight file of the model")
+    return names
 
 
 def read_config(source: ModelSource, folder: Path) -> PretrainedConfig:
@@ -151,21 +179,40 @@ def resolve_dtype(
 
 
 def _first_dtype(weights: list[Path]) -> torch.dtype | None:
-    """The dtype of the first floating-point tensor of a safetensors file, read from its header."""
     names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     for path in weights[:1]:
-        with path.open("rb") as file:
-            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in names:
-                return names[entry["dtype"]]
+        return next((names[kind] for kind in _stored(path).values() if kind in names), None)
     return None
+
+
+def check_weights(weights: list[Path]) -> None:
+    """Raises LoadError for a safetensors file that is damaged, or holds weights that are no floating-point numbers of
+    16 bits or more: transformers would take them for such, and leave their scales out."""
+    for path in weights:
+        for name, kind in _stored(path).items():
+            if name.endswith(".weight") and kind not in _WEIGHT_KINDS:
+                raise LoadError(
+                    f"{path}: {name} is kept as {kind}: it is quantized, though the config has no quantization_config, "
+                    "and the worker loads unquantized weights only (F64, F32, F16, BF16)"
+                )
+
+
+def _stored(path: Path) -> dict[str, str]:
+    """The names of a safetensors file's tensors with what their numbers are kept as. Raises LoadError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as begin:
+            pointer = begin.read(32).startswith(b"version https://git-lfs")
+        remedy = "it is a Git LFS pointer: run git lfs pull there" if pointer else "copy or download it again"
+        raise LoadError(f"{path} is no whole safetensors file: {error}; {remedy}") from error
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
     """Most tokens of a sequence that the model's config allows; None if it sets no limit."""
     limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return int(limit) if limit and limit > 0 else None
 
 
 def tokenizer_files(source: ModelSource) -> dict[str, bytes]:
@@ -178,11 +225,23 @@ def tokenizer_files(source: ModelSource) -> dict[str, bytes]:
     files = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
     legacy_template = folder / "chat_template.json"
     if "chat_template.jinja" not in files and legacy_template.is_file():
-        files["chat_template.jinja"] = json.loads(legacy_template.read_text())["chat_template"].encode()
+        files["chat_template.jinja"] = _legacy_template(source, legacy_template)
     foreign = sorted(path.name for pattern in _FOREIGN_TOKENIZERS for path in folder.glob(pattern))
     if "tokenizer.json" not in files and foreign:
         files["tokenizer.json"] = _convert_tokenizer(source, folder, foreign)
     return files
+
+
+def _legacy_template(source: ModelSource, path: Path) -> bytes:
+    try:
+        template = json.loads(path.read_bytes())["chat_template"]
+        if not isinstance(template, str):
+            raise TypeError(f"chat_template is a {type(template).__name__}, not a string")
+        return template.encode()
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(
+            f"{source.model}: {path.name} cannot be used: {type(error).__name__}: {error}; mend or remove it"
+        ) from error
 
 
 def _convert_tokenizer(source: ModelSource, folder: Path, found: list[str]) -> bytes:

@@ -24,7 +24,7 @@ from .attention.sharing import Cutting
 from .batch import Batch
 from .compiling import Compiled, compile_rows
 from .kv_cache import FP8, KVCache, LayerKV, kv_bytes_per_block
-from .loading import Progress, local_folder, read_config, resolve_dtype, weight_files
+from .loading import Progress, check_weights, local_folder, read_config, resolve_dtype, weight_files
 from .pieces import TrunkPieces
 from .quantization import problem as quantization_problem
 from .quantization import quantize_linears
@@ -368,6 +368,7 @@ def load_model(
     folder = local_folder(source)
     config = read_config(source, folder)
     weights = [] if source.load_format == "dummy" else weight_files(source, folder, progress)
+    check_weights(weights)
     dtype = resolve_dtype(dtype, config, device, weights)
     experts = invariance.experts_implementation(device) if batch_invariant else None
     if source.load_format == "dummy":

@@ -65,11 +65,15 @@ def safetensors_module(
             local_files_only=True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
     module, info = loaded
-    for kind in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info[kind])
+    sizes = sorted((str(name), tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"])
+    for kind, names in (
+        ("missing_keys", sorted(map(str, info["missing_keys"]))),
+        ("mismatched_keys", [f"{name} has shape {stored} instead of {wanted}" for name, stored, wanted in sizes]),
+    ):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise LoadError(f"{source.model}: its weight files do not fit its config ({kind}: {shown})")

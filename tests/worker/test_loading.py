@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, dynamic_module_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from tandem.worker.config import WorkerConfig
+from tandem.worker.describe import choose_max_model_len
 from tandem.worker.loading import read_config, resolve_dtype, tokenizer_files
 from tandem.worker.model import PagedModel, load_model
 from tandem.worker.sources import LoadError, ModelSource
@@ -154,6 +156,75 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def edit_weights(folder: Path, changes: dict[str, torch.Tensor]) -> None:
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), **changes}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model.norm.weight": torch.ones(65)}, r"mismatched_keys: model.norm.weight has shape \(65,\) instead"),
+        ({"lm_head.weight": torch.ones(VOCAB, 64, dtype=torch.int8)}, "lm_head.weight is kept as I8: it is quantized"),
+        ({"lm_head.weight": torch.full((VOCAB, 64), torch.nan)}, "computes NaN .*: its weights are damaged"),
+        ({"lm_head.weight": torch.full((VOCAB, 64), torch.inf)}, "computes .*by itself too: its weights are damaged"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_named(changes: dict[str, torch.Tensor], named: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    edit_weights(tmp_path, changes)
+    with pytest.raises(LoadError, match=named):
+        load(tmp_path)
+
+
+def test_weights_that_no_model_asks_for_are_left(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    edit_weights(tmp_path, {"model.layers.7.norm.weight": torch.ones(3)})
+    assert load(tmp_path).vocab_size == VOCAB
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 5_000, -1])
+def test_a_damaged_weight_file_is_named(length: int, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(LoadError, match=r"model.safetensors is no whole safetensors file: .*copy or download it again"):
+        load(tmp_path)
+    with pytest.raises(LoadError, match="is no whole safetensors file"):
+        resolve_dtype("auto", tiny_config_without_dtype(), torch.device("cuda"), [path])
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(LoadError, match="run git lfs pull"):
+        load(tmp_path)
+
+
+def tiny_config_without_dtype() -> Any:
+    config = tiny_config("llama")
+    config.dtype = None
+    return config
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "cannot be read: "),
+        ("[1]", "has no weight_map"),
+        ('{"metadata": {}, "weight_map": {}}', "has no weight_map"),
+        ('{"metadata": {}, "weight_map": {"a": 1}}', "has no weight_map"),
+        ('{"weight_map": {"a": "b.safetensors"}}', 'add "metadata": {}'),
+        ('{"metadata": {}, "weight_map": {"a": "../b.safetensors"}}', r"names '\.\./b.safetensors'"),
+        ('{"metadata": {}, "weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd'"),
+        ('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}', r"lacks 1 of the 1 files .*\(b.safetensors\)"),
+    ],
+)
+def test_indexes_of_shards_that_are_refused(text: str, named: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    load(tmp_path)  # of a file with everything, which transformers prefers as well
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match=named):
+        load(tmp_path)
+
+
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"no such folder: /nowhere/at/all"):
         load("/nowhere/at/all")
@@ -224,6 +295,9 @@ def test_configs_that_are_refused(changes: dict[str, Any], named: str, tmp_path:
         ({"num_key_value_heads": 0}, "its weights cannot be loaded"),
         ({"head_dim": 0}, "its weights cannot be loaded"),
         ({"vocab_size": -1}, "its weights cannot be loaded"),
+        ({"num_hidden_layers": 0}, "has 0 layers by its config"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "its config has a value that cannot be"),
+        ({"model_type": "mistral", "architectures": None, "sliding_window": -1}, "has a window of -1 tokens"),
     ],
 )
 def test_configs_with_values_that_cannot_be(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -277,6 +351,14 @@ def test_state_between_steps_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
         load(tmp_path)
 
 
+@pytest.mark.parametrize("positions", [0, -4])
+def test_a_config_without_a_context_length(positions: int, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    edit_config(tmp_path, max_position_embeddings=positions)
+    with pytest.raises(LoadError, match="does not say how long a sequence may be; give --max-model-len"):
+        choose_max_model_len(WorkerConfig(scheduler="ipc:///x", model="m"), load(tmp_path))
+
+
 def test_flashinfer_where_it_cannot_be_is_refused(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     with pytest.raises(LoadError, match="'flashinfer' cannot be used: it needs a CUDA device, not cpu"):
@@ -299,6 +381,14 @@ def test_tokenizer_files_are_read_and_other_formats_converted(tmp_path: Path) ->
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>"}')
     converted = Tokenizer.from_str(tokenizer_files(source)["tokenizer.json"].decode())
     assert converted.encode("abb").tokens == ["ab", "b"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"chat_template": [1]}'])
+def test_a_chat_template_file_that_holds_none_is_refused(text: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    (tmp_path / "chat_template.json").write_text(text)
+    with pytest.raises(LoadError, match="chat_template.json cannot be used: .*; mend or remove it"):
+        tokenizer_files(ModelSource(str(tmp_path)))
 
 
 def test_a_tokenizer_that_cannot_be_converted_is_refused(tmp_path: Path) -> None:

@@ -125,14 +125,16 @@ def describe_layer(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         raise UnsupportedAttentionError(
             f"{name}: query heads {query_heads} x {query.shape[2]} do not fit key heads {kv_heads} x {key.shape[2]}"
         )
-    scaling = options.get("scaling")
+    scaling, window = options.get("scaling"), options.get("sliding_window")
+    if window is not None and window < 1:
+        raise UnsupportedAttentionError(f"{name} has a window of {window} tokens (sliding_window); it needs at least 1")
     return LayerKV(
         layer_idx=layer_idx_of(module),
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=key.shape[2],
         value_dim=value.shape[2],
-        window=options.get("sliding_window"),
+        window=window,
         scale=float(scaling) if scaling is not None else key.shape[2] ** -0.5,
         softcap=options.get("softcap"),
     )
