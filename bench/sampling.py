@@ -2,7 +2,7 @@
 
 The least is the product and the search for the likeliest token, as greedy rows have it. Beside it, on the same rows in
 the same run: temperature alone, top-p alone, and every feature of sampling on in every row. On CUDA all of it is
-measured with plain torch and with the kernels (`worker/drawing.py`), and their tokens must be the same. Rounds take the
+measured with plain torch and with the kernels (`worker/drawing/`), and their tokens must be the same. Rounds take the
 cases in turn, so that a clock that changes changes all of them.
 """
 

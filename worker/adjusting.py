@@ -1,5 +1,3 @@
-# Triton reads a kernel's annotations: it takes none but its own.
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """What `Adjustments.apply` and `note` do, in three kernels instead of some fifty operations of torch, for CUDA.
 
 `_adjust_tiles` takes tokens away by masks and applies the penalties, a tile of a row's vocabulary to a program, and

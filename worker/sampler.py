@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 BY_KERNELS = True
-"""On CUDA kernels take the place of `sample` (drawing.py) and of adjustments (adjusting.py): the same
+"""On CUDA kernels take the place of `sample` (drawing/) and of adjustments (adjusting.py): the same
 tokens in a few passes over memory. Off, torch does it there as on a CPU; tests/gpu and bench.sampling compare them."""
 LARGEST_DRAWN: Final = 1 << 20
 """Tokens of a vocabulary that the drawing kernels' sums have room for; torch draws from larger ones."""
@@ -79,9 +79,9 @@ def greedy(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
     """One token per row of float32 logits [N, vocab]: [N] int64. Does not wait for the device."""
     if BY_KERNELS and logits.is_cuda and logits.shape[1] <= LARGEST_DRAWN:
-        from . import drawing
+        from .drawing.draw import draw
 
-        return drawing.draw(logits, columns).tokens
+        return draw(logits, columns).tokens
     bits = _random_bits(columns.seed, columns.sample_index, columns.position)
     tokens = _draw(_weights(logits, columns), bits)
     return torch.where(columns.temperature < GREEDY_BELOW, greedy(logits), tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -75,15 +76,16 @@ def test_rows_that_hold_no_numbers_end_and_disturb_no_others(monkeypatch: pytest
 
 def test_a_step_of_another_number_of_rows_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a request would wait for a compiler."""
-    from tandem.worker import drawing
+    from tandem.worker.drawing import borders, choosing, gathering, weighing
 
     monkeypatch.setattr(sampler, "BY_KERNELS", True)
     columns = columns_of(TOP_K, CUDA)
     logits = logits_of("normal", len(columns.top_k), 128_256, CUDA)
     sample(logits[:8], rows_of(columns, slice(0, 8)))
-    kernels = [
-        getattr(drawing, name) for name in ("_peaks", "_weigh", "_decide", "_gather", "_border", "_keep", "_choose")
-    ]
+    kernels: list[Any] = [
+        weighing.find_peaks, weighing.weigh, gathering.decide, gathering.gather, borders.find_border, weighing.keep,
+        choosing.choose,
+    ]  # fmt: skip
 
     def compiled() -> list[int]:
         return [sum(len(entry[0]) for entry in kernel.device_caches.values()) for kernel in kernels]

@@ -83,9 +83,9 @@ def expected_weights(logits: Tensor, columns: SamplingColumns) -> tuple[Tensor, 
 
 def differences(logits: Tensor, columns: SamplingColumns) -> Iterator[str]:
     """Where the kernels, called as they are, and plain torch part."""
-    from tandem.worker import drawing
+    from tandem.worker.drawing.draw import draw
 
-    drawn = drawing.draw(logits, columns)
+    drawn = draw(logits, columns)
     before, expected = expected_weights(logits, columns)
     keys, border = ordered_bits(logits), drawn.border[:, None]
     equal = keys == border
@@ -107,11 +107,11 @@ def rows_of(columns: SamplingColumns, rows: slice) -> SamplingColumns:
 
 
 def main() -> None:
-    from tandem.worker import drawing
+    from tandem.worker.drawing import draw
 
     from support import triton_interpreter
 
-    small: Any = drawing
+    small: Any = draw
     small._TILE, small._HELD, small._FEW, small._CHUNK = 128, 64, 16, 2  # several of each in small rows
     device, tried = torch.device("cpu"), 0
     thorough = "all" in sys.argv
