@@ -34,8 +34,9 @@ rows' contexts are cut."""
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Numbers of rows to capture when up to `most` rows decode: a step wastes at most a third of its rows. Between 256
-    and 512, products of 288 rows take as long as of 320, and of 448 longer than of 512 (docs/performance.md)."""
+    """Numbers of rows to capture when up to `most` rows decode: of the graph that R rows take, at most max(7, R // 3)
+    rows only fill up. Between 256 and 512, products of 288 rows take as long as of 320, and of 448 longer than of 512
+    (docs/performance.md)."""
     steps = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512]
     size = steps[-1]
     while size < most:

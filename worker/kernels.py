@@ -1,11 +1,6 @@
 """Triton kernels of the step path, for CUDA: each does in one launch what would take torch a handful.
 
-Imported only where they run; Triton comes with torch's CUDA builds.
-
-Where the device can (Hopper and later), kernels overlap: `gdc_launch_dependents` lets the next kernel in the stream
-begin while this one runs, and `gdc_wait` is where it then waits until everything before it has ended (programmatic
-dependent launch, CUDA C++ programming guide 4.5). Every kernel here that is launched so waits before it reads or writes
-anything but weights, so that the order of all other memory operations is that of the stream.
+How they overlap is told in overlap.py. Imported only where they run; Triton comes with torch's CUDA builds.
 """
 
 from __future__ import annotations
@@ -17,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .overlap import overlap_options
 
 MOST_ROWS: int = 32
 """Rows up to which `product` and `gated_product` were found faster than cuBLAS."""
@@ -59,16 +56,10 @@ def rotate_append(
         query, key, value, cos, sin, slots, out, keys, values,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         cos.stride(0), sin.stride(0), query_heads, kv_heads, query_programs,
-        HALF=dim // 2, WIDTH=triton.next_power_of_2(dim // 2), HEADS=_HEADS, num_warps=4, **_overlap(query.device),
+        HALF=dim // 2, WIDTH=triton.next_power_of_2(dim // 2), HEADS=_HEADS, num_warps=4,
+        **overlap_options(query.device),
     )  # fmt: skip
     return out
-
-
-@cache
-def _overlap(device: torch.device) -> dict[str, bool]:
-    """Launch options: whether kernels overlap on this device."""
-    able = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"OVERLAP": able, "launch_pdl": able}
 
 
 @cache
@@ -184,7 +175,7 @@ def add_norm(left: Tensor, right: Tensor, weight: Tensor, eps: float) -> tuple[T
     total, out = torch.empty_like(left), torch.empty_like(left)
     _add_norm[(rows,)](
         left, right, weight, total, out, out, eps, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=False,
-        num_warps=8, **_overlap(left.device),
+        num_warps=8, **overlap_options(left.device),
     )  # fmt: skip
     return total, out
 
@@ -226,7 +217,7 @@ def add_norm_quantize(left: Tensor, right: Tensor, weight: Tensor, eps: float) -
     scales = torch.empty(rows, dtype=torch.float32, device=left.device)
     _add_norm[(rows,)](
         left, right, weight, total, out, scales, eps, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=True,
-        num_warps=8, **_overlap(left.device),
+        num_warps=8, **overlap_options(left.device),
     )  # fmt: skip
     return total, out, scales
 
@@ -237,7 +228,7 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty((count, width), dtype=torch.float8_e4m3fn, device=rows.device)
     scales = torch.empty(count, dtype=torch.float32, device=rows.device)
     _quantize_rows[(count,)](
-        rows, out, scales, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=8, **_overlap(rows.device)
+        rows, out, scales, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=8, **overlap_options(rows.device)
     )
     return out, scales
 
@@ -291,7 +282,7 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     _product[(tiles, splits)](
         rows, weight, out, out, out, parts, arrived, count, width, 0, depth,
         ROWS=tall, TILE=_TILE, DEPTH=_DEPTH, SPLITS=splits, GATED=False, SCALED=False, LINE=64, AHEAD=_AHEAD,
-        num_warps=4, num_stages=4, **_overlap(device),
+        num_warps=4, num_stages=4, **overlap_options(device),
     )  # fmt: skip
     return out
 
@@ -309,7 +300,7 @@ def gated_product(rows: Tensor, weight: Tensor) -> Tensor:
     _product[(width // _TILE, 1)](
         rows, weight, out, out, out, out, out, count, width, width * depth, depth,
         ROWS=_padded(count), TILE=_TILE, DEPTH=_GATED_DEPTH, SPLITS=1, GATED=True, SCALED=False, LINE=64, AHEAD=_AHEAD,
-        num_warps=4, num_stages=4, **_overlap(rows.device),
+        num_warps=4, num_stages=4, **overlap_options(rows.device),
     )  # fmt: skip
     return out
 
@@ -332,7 +323,7 @@ def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tenso
     _product[(tiles, splits)](
         rows, weight, row_scale, scale, out, parts, arrived, count, width, 0, depth,
         ROWS=tall, TILE=_TILE, DEPTH=step, SPLITS=splits, GATED=False, SCALED=True, LINE=128, AHEAD=_AHEAD,
-        num_warps=4, num_stages=6, **_overlap(device),
+        num_warps=4, num_stages=6, **overlap_options(device),
     )  # fmt: skip
     return out
 
@@ -362,7 +353,7 @@ def scaled_gated_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale:
     _product[(width // _TILE, 1)](
         rows, weight, row_scale, scale, out, out, out, count, width, width * depth, depth,
         ROWS=_padded(count), TILE=_TILE, DEPTH=_DEPTH, SPLITS=1, GATED=True, SCALED=True, LINE=128, AHEAD=_AHEAD,
-        num_warps=4, num_stages=4, **_overlap(rows.device),
+        num_warps=4, num_stages=4, **overlap_options(rows.device),
     )  # fmt: skip
     return out
 

@@ -83,7 +83,7 @@ def run(shape: Shape, dtype: torch.dtype, name: str) -> None:
 
 def main() -> None:
     assert triton_interpreter.ON, "needs TRITON_INTERPRET=1"
-    kernels._overlap = lambda _device: {"OVERLAP": True}
+    kernels.overlap_options = lambda _device: {"OVERLAP": True}
     for shape, dtype in CASES:
         for name in ("equal", "even"):  # stages are nothing to the interpreter
             run(shape, dtype, name)

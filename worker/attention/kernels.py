@@ -5,13 +5,12 @@ spans, a few pieces that follow each other. Contexts are cut so that the program
 (sharing.py, spans.py); the last piece of a row to end merges the row's pieces, in their order. Within a piece, keys are
 walked in tiles with the running maximum, sum and output of online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 
-Imported only where it runs. How kernels overlap is told in worker/kernels.py.
+Imported only where it runs. How kernels overlap is told in worker/overlap.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..overlap import overlap_options
 from .sharing import PIECE_COLUMNS, TILE
 from .spans import SpanKind, even_spans
 
@@ -80,7 +80,6 @@ def attend(
         programs = spans.shape[0] - 1
     else:
         programs = rows if pieces is None else pieces.shape[1]
-    overlap = _overlap(query.device)
     return _attend[(kv_heads, programs)](
         query, keys, values, tables, lines if lines is not None else tables, lengths,
         pieces if pieces is not None else tables, out,
@@ -92,7 +91,8 @@ def attend(
         KV_HEADS=kv_heads, GROUP=group, QUERIES=max(_QUERIES, triton.next_power_of_2(group)),
         DIM=dim, WIDTH=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=TILE, LINES=lines is not None,
         PIECES=pieces is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        HALF=keys.dtype == torch.float8_e4m3fn, EVEN=spans is not None, num_warps=warps, num_stages=stages, **overlap,
+        HALF=keys.dtype == torch.float8_e4m3fn, EVEN=spans is not None, num_warps=warps, num_stages=stages,
+        **overlap_options(query.device),
     )  # fmt: skip
 
 
@@ -133,14 +133,6 @@ def programs_at_once(
             f"{found.value} programs"
         )
     return found.value
-
-
-@cache
-def _overlap(device: torch.device) -> dict[str, bool]:
-    if device.type != "cuda":
-        return {"OVERLAP": False}  # Triton's interpreter, in tests
-    able = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"OVERLAP": able, "launch_pdl": able}
 
 
 @triton.jit(  # or some step would wait for a compiler
