@@ -41,20 +41,20 @@ def settled(values: Tensor) -> Tensor:
 def product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [T, K] @ weight [N, K].T: [T, N]."""
     if rows.is_cuda:
-        from . import kernels
+        from . import product_kernels
 
-        if kernels.takes_product(rows, weight):
-            return kernels.product(rows, weight)
+        if product_kernels.takes_product(rows, weight):
+            return product_kernels.product(rows, weight)
     return products.product(rows, weight)
 
 
 def gated_product(rows: Tensor, weight: Tensor) -> Tensor:
     """silu(rows @ gate.T) * (rows @ up.T) for weight [2 N, K], gate above up: [T, N]."""
     if rows.is_cuda:
-        from . import kernels
+        from . import kernels, product_kernels
 
-        if kernels.takes_gated_product(rows, weight):
-            return kernels.gated_product(rows, weight)
+        if product_kernels.takes_gated_product(rows, weight):
+            return product_kernels.gated_product(rows, weight)
         return kernels.silu_mul(products.product(rows, weight))
     gate, up = (rows @ weight.t()).chunk(2, dim=1)
     return functional.silu(gate) * up
@@ -63,10 +63,10 @@ def gated_product(rows: Tensor, weight: Tensor) -> Tensor:
 def likeliest(rows: Tensor, weight: Tensor) -> Tensor:
     """The index of the largest of rows [T, K] @ weight [N, K].T in each row, the lowest among equals: [T] int64."""
     if rows.is_cuda:
-        from . import kernels
+        from . import product_kernels
 
-        if kernels.takes_likeliest(rows, weight):
-            return kernels.likeliest(rows, weight)
+        if product_kernels.takes_likeliest(rows, weight):
+            return product_kernels.likeliest(rows, weight)
     return products.product(rows, weight).argmax(dim=-1)
 
 
@@ -111,10 +111,10 @@ def add_norm_quantize(left: Tensor, right: Tensor, weight: Tensor, eps: float) -
 def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """rows [T, K] @ weight [N, K].T, both float8, times row_scale [T] and scale [N]: [T, N] in dtype."""
     if rows.is_cuda:
-        from . import kernels
+        from . import product_kernels
 
-        if kernels.takes_scaled_product(rows, weight):
-            return kernels.scaled_product(rows, row_scale, weight, scale, dtype)
+        if product_kernels.takes_scaled_product(rows, weight):
+            return product_kernels.scaled_product(rows, row_scale, weight, scale, dtype)
         # The library's kernels give bfloat16.
         out = torch._scaled_mm(
             rows,
@@ -132,10 +132,10 @@ def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tenso
 def scaled_gated_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`gated_product` in 8 bits, of weight [2 N, K] and scale [2 N]: [T, N] in dtype."""
     if rows.is_cuda:
-        from . import kernels
+        from . import kernels, product_kernels
 
-        if kernels.takes_scaled_gated_product(rows, weight):
-            return kernels.scaled_gated_product(rows, row_scale, weight, scale, dtype)
+        if product_kernels.takes_scaled_gated_product(rows, weight):
+            return product_kernels.scaled_gated_product(rows, row_scale, weight, scale, dtype)
         return kernels.silu_mul(scaled_product(rows, row_scale, weight, scale, dtype))
     gate, up = scaled_product(rows, row_scale, weight, scale, dtype).chunk(2, dim=1)
     return functional.silu(gate) * up

@@ -5,7 +5,8 @@ timed for the numbers of rows that graphs are captured for, with the model's own
 is found in the L2 cache. One that beats torch's by `LEAST_GAIN` is used from then on, in graphs and in launches. What
 was found is kept on disk for the next start, which then only asks the library whether it still holds.
 
-Products of few rows are not this module's business (see kernels), nor those of 32 or 8 bits, nor batch-invariant mode.
+Products of few rows are not this module's business (see product_kernels), nor those of 32 or 8 bits, nor
+batch-invariant mode.
 """
 
 from __future__ import annotations
@@ -425,12 +426,12 @@ def _store(tuned: TunedProducts, device: torch.device, folder: Path) -> Store:
 
 
 def _takes(operator: str, rows: int, weight: Tensor) -> bool:
-    from . import kernels
+    from . import product_kernels
 
     takes = {
-        "product": kernels.takes_product,
-        "gated_product": kernels.takes_gated_product,
-        "likeliest": kernels.takes_likeliest,
+        "product": product_kernels.takes_product,
+        "gated_product": product_kernels.takes_gated_product,
+        "likeliest": product_kernels.takes_likeliest,
     }
     return takes[operator](torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device), weight)
 

@@ -27,25 +27,25 @@ def close(got: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(("width", "depth"), [(4096, 4096), (8192, 1024), (4096, 14336), (16384, 512)])
 def test_products(width: int, depth: int, dtype: torch.dtype) -> None:
-    from tandem.worker import kernels
+    from tandem.worker import product_kernels
 
     weight = random(width, depth, scale=0.02, dtype=dtype)
     for count in COUNTS:
         rows = random(count, depth, dtype=dtype, seed=count)
-        assert kernels.takes_product(rows, weight)
-        got = kernels.product(rows, weight)
+        assert product_kernels.takes_product(rows, weight)
+        got = product_kernels.product(rows, weight)
         assert close(got, rows.double() @ weight.double().t())
         # Parts of a sum arrive in any order, and are added up in one.
-        assert all(torch.equal(kernels.product(rows, weight), got) for _ in range(20))
-    assert not any(arrived.any() for _, arrived in kernels._scratches.values())
+        assert all(torch.equal(product_kernels.product(rows, weight), got) for _ in range(20))
+    assert not any(arrived.any() for _, arrived in product_kernels._scratches.values())
 
 
 def test_products_that_are_left_to_the_library() -> None:
-    from tandem.worker import kernels
+    from tandem.worker import product_kernels
 
-    assert not kernels.takes_product(random(33, 4096), random(4096, 4096))
-    assert not kernels.takes_product(random(8, 4096), random(4100, 4096))
-    assert not kernels.takes_product(random(8, 4096), random(640, 4096))
+    assert not product_kernels.takes_product(random(33, 4096), random(4096, 4096))
+    assert not product_kernels.takes_product(random(8, 4096), random(4100, 4096))
+    assert not product_kernels.takes_product(random(8, 4096), random(640, 4096))
     for count, width, depth in [(33, 4096, 4096), (8, 4100, 96), (8, 640, 4096)]:
         rows, weight = random(count, depth), random(width, depth, scale=0.02)
         assert close(operators.product(rows, weight), rows.double() @ weight.double().t())
@@ -160,7 +160,7 @@ def near(got: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize(("width", "depth"), [(6144, 4096), (4096, 14336), (64, 128), (192, 384)])
 def test_products_in_8_bits(width: int, depth: int) -> None:
-    from tandem.worker import kernels
+    from tandem.worker import kernels, product_kernels
 
     weight, scale = operators.quantize_rows_plain(random(width, depth, scale=0.02))
     for count in (*COUNTS, 33, 64, 65, 300):
@@ -177,10 +177,10 @@ def test_products_in_8_bits(width: int, depth: int) -> None:
         gate, up = exact.chunk(2, dim=1)
         gated = operators.scaled_gated_product(quantized, of_row, weight, scale, torch.bfloat16)
         assert near(gated, torch.nn.functional.silu(gate) * up)
-        if kernels.takes_scaled_product(quantized, weight):
-            first = kernels.scaled_product(quantized, of_row, weight, scale, torch.bfloat16)
+        if product_kernels.takes_scaled_product(quantized, weight):
+            first = product_kernels.scaled_product(quantized, of_row, weight, scale, torch.bfloat16)
             assert all(
-                torch.equal(kernels.scaled_product(quantized, of_row, weight, scale, torch.bfloat16), first)
+                torch.equal(product_kernels.scaled_product(quantized, of_row, weight, scale, torch.bfloat16), first)
                 for _ in range(10)
             )
 
