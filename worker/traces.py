@@ -2,8 +2,8 @@
 seconds for 32 of them.
 
 A trace holds what that Python decided. So its key has what it decides by: versions, the code of the module's classes
-(and what lies beside it, where a model brings its own) and of this package, the config, the plain attributes of all
-submodules, and names, shapes and dtypes of parameters.
+(with what they take from transformers, and what lies beside it, where a model brings its own) and of this package, the
+config, the plain attributes of all submodules, and names, shapes and dtypes of parameters.
 A file is a list of calls in JSON, of operators that are looked up by name: nothing in it is run.
 """
 
@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
 import json
 import logging
 import operator
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -222,7 +222,7 @@ def _decisive(module: nn.Module, examples: Sequence[Tensor], about: str) -> Iter
         kinds.add(type(part))
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         yield name, tuple(value.shape), value.stride(), value.dtype, _device(value)
-    files = {*Path(__file__).parent.rglob("*.py"), *itertools.chain.from_iterable(map(_files_of, kinds))}
+    files = {*Path(__file__).parent.rglob("*.py"), *_files_of(kinds)}
     for path in sorted(files):
         yield path.read_bytes()
 
@@ -237,10 +237,12 @@ _VERSIONED: Final = frozenset({"builtins", "torch", *sys.stdlib_module_names})
 """Packages whose code goes by their version."""
 
 
-def _files_of(kind: type) -> Iterator[Path]:
-    """Where the code of a class and of those that it inherits from is, and of a model's own code also what lies beside
-    it, since its classes may call that."""
-    for base in kind.__mro__:
+def _files_of(kinds: Iterable[type]) -> Iterator[Path]:
+    """Where the code of classes and of those that they inherit from is. Of a model's own code also what lies beside it,
+    since its classes may call that; and what their modules take from transformers, of which a checkout changes without
+    its version."""
+    modules = set()
+    for base in {base for kind in kinds for base in kind.__mro__}:
         package = base.__module__.partition(".")[0]
         if package in _VERSIONED:
             continue
@@ -248,6 +250,21 @@ def _files_of(kind: type) -> Iterator[Path]:
         yield file
         if package != "transformers":
             yield from file.parent.glob("*.py")
+        modules.add(base.__module__)
+    yield from _files_in_transformers(modules)
+
+
+def _files_in_transformers(modules: set[str]) -> Iterator[Path]:
+    """Of the modules of transformers that define what these modules name, and what those do in turn."""
+    seen = set[str]()
+    while left := (modules - seen) & sys.modules.keys():
+        seen |= left
+        values = [value for name in left for value in vars(sys.modules[name]).values()]
+        named = {value.__module__ for value in values if isinstance(value, type | FunctionType)}
+        modules = {name for name in named if name and name.startswith("transformers.")}
+    for name in seen:
+        if file := getattr(sys.modules[name], "__file__", None):
+            yield Path(file)
 
 
 def names_in(values: Mapping[str, Tensor], whole: Tensor) -> list[str]:

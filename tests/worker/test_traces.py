@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -172,6 +172,32 @@ def test_the_code_that_a_model_brings_is_in_its_key(
     before = key_of(module.Own(), [torch.zeros(2, 2)], "rows")
     (tmp_path / changed).write_text(bodies[changed] + "# changed\n")
     assert key_of(module.Own(), [torch.zeros(2, 2)], "rows") != before
+
+
+def test_what_a_model_of_transformers_calls_is_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout it changes without the version: a function of a module that the model's own module names, or that
+    one of these names."""
+    files = {
+        "far": "def far(x):\n    return x\n",
+        "near": "from transformers.far import far\n\n\ndef near(x):\n    return far(x)\n",
+        "modeling": "from torch import nn\nfrom transformers.near import near\n\n\nclass Own(nn.Module):\n    pass\n",
+        "others": "def other(x):\n    return x\n",
+    }
+    for name, body in files.items():
+        (tmp_path / f"{name}.py").write_text(body)
+        spec = importlib.util.spec_from_file_location(f"transformers.{name}", tmp_path / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+    own = sys.modules["transformers.modeling"].Own()
+    keys = [key_of(own, [torch.zeros(2, 2)], "rows")]
+    for changed in files:
+        (tmp_path / f"{changed}.py").write_text(files[changed] + "# changed\n")
+        keys.append(key_of(own, [torch.zeros(2, 2)], "rows"))
+    assert len(set(keys)) == 4
+    assert keys[-1] == keys[-2]  # what it does not name
 
 
 def test_code_that_is_in_no_file_is_traced_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
