@@ -223,9 +223,10 @@ class _System:
     replicas: int
 
     def described(self, varied: Collection[str]) -> dict[str, Any]:
-        """Every option of the system, those that nobody gave included, but for those that the results tell."""
+        """Every option of the system, those that nobody gave included, but for those that the results tell; of one that
+        runs already the kind of its address, ipc or tcp."""
         if self.connect is not None:
-            return {"connect": self.connect}
+            return {"connect": self.connect.partition(":")[0]}
         address = "ipc:///unused"
         unused = {"scheduler", "address", "worker_address", "name", "keys", "insecure", "trace_dir", *LOGGING, *varied}
         worker = place_workers(self.options, 1, address)[0].config.model_dump(exclude=unused)

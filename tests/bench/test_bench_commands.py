@@ -39,7 +39,7 @@ def test_serve_tells_latencies_and_goodput(address: str, tmp_path: Path, bench: 
     assert code == 0, err
     assert all(name in shown for name in ("TTFT", "TPOT", "ITL", "E2EL", "8 requests completed, 0 failed"))
     report = report_of(out)
-    assert report["system"] == {"connect": address}
+    assert report["system"] == {"connect": "ipc"}
     assert report["load"]["prompt_tokens"] == "8"
     (result,) = report["results"]
     assert result["served"]["model"] == "tandem-builtin"
