@@ -9,6 +9,7 @@ clients and workers.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import stat
@@ -38,6 +39,11 @@ LINGER_MS = 500
 """How long a closing socket may go on sending what is queued."""
 QUEUE_MESSAGES = 4_096
 """High-water mark per peer. Sends never block: a full queue raises, and the caller decides (see Socket.send)."""
+_REMEDIES = {
+    errno.EADDRINUSE: "; another process listens there: stop it or choose another port",
+    errno.EADDRNOTAVAIL: "; choose an IP address of this machine, or * for all of them",
+    errno.ENODEV: "; choose an IP address of this machine, or * for all of them",
+}
 MAX_IPC_PATH = 107
 """Longest path of a Unix socket that Linux takes, bytes."""
 
@@ -120,7 +126,14 @@ class ServiceDirectory:
         self._created = [directory / "clients", directory / "workers"]
         self._lock = self._acquire()
         for path in self._created:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                os.close(self._lock)
+                raise ConfigurationError(
+                    f"address ipc://{directory}: {path} is in the way and cannot be removed: {error.strerror}; move it "
+                    "or choose another --address"
+                ) from error
 
     def _acquire(self) -> int:
         """The descriptor of the lock file, locked. A holder that leaves removes file and directory, so either may be
@@ -128,8 +141,8 @@ class ServiceDirectory:
         path = self._directory / "lock"
         while True:
             make_private(self._directory)
-            require_private(self._directory)
             try:
+                require_private(self._directory)
                 lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except FileNotFoundError:
                 continue
@@ -224,7 +237,8 @@ def open_router(
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         socket.close(0)
-        raise ConfigurationError(f"cannot listen on {endpoint}: {error.strerror}") from error
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        raise ConfigurationError(f"cannot listen on {endpoint}: {error.strerror}{remedy}") from error
     return socket
 
 

@@ -4,6 +4,8 @@ a peer that has said nothing."""
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import resource
 from typing import Final
 
@@ -12,6 +14,8 @@ import zmq
 from ..protocol.transport import LoopSocket, Port
 from ..protocol.wires import Wire, monitor, read_event, wire_at
 from .admission import Complaints
+
+log = logging.getLogger(__name__)
 
 FAILURES: Final = {
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "it does not speak the protocol, has no keys where they are needed or "
@@ -65,6 +69,10 @@ class Connections:
             self._on_accepted(event.value)
         elif event.event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
             self._open.pop(event.value, None)
+        elif event.endpoint.startswith("ipc:") and event.value in (errno.EPIPE, errno.ECONNRESET):
+            log.debug(
+                "a connection to the port for %s was closed at once, as by who looks if anybody listens", self._port
+            )
         else:
             self._complaints.warn("a connection to the port for %s failed: %s", self._port, FAILURES[event.event])
 

@@ -125,6 +125,16 @@ def test_a_socket_that_a_killed_scheduler_left_is_taken_over(
     held.close()
 
 
+@pytest.mark.parametrize("name", ["clients", "workers", "lock"])
+def test_what_is_in_the_way_of_a_socket_is_named(name: str, folder: Path) -> None:
+    (folder / name).mkdir()
+    for _ in range(2):  # the first leaves no lock behind
+        with pytest.raises(ConfigurationError, match=rf"{folder}.*: "):
+            ServiceDirectory(folder)
+    (folder / name).rmdir()
+    ServiceDirectory(folder).close()
+
+
 def test_a_taken_port_is_a_clear_error(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     first = context.socket(zmq.ROUTER)
     port = first.bind_to_random_port("tcp://127.0.0.1")

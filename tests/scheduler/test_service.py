@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import msgpack
 import pytest
 import uvloop
 
+from tandem.launch.connect import answers
 from tandem.protocol.codec import encode
 from tandem.protocol.messages import (
     PROTOCOL_VERSION,
@@ -33,9 +35,10 @@ from tandem.protocol.messages import (
     Welcome,
     WorkerWelcome,
 )
+from tandem.protocol.transport import Address
 
 from support.deadlines import DEADLINE_S
-from support.peers import FILES, MODEL, VOCAB, Scene, ScriptedClient, ScriptedWorker, scene
+from support.peers import FILES, MODEL, VOCAB, Scene, ScriptedClient, ScriptedWorker, scene, until
 from support.simulated_worker import continuation
 
 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as _first:
@@ -487,3 +490,16 @@ def test_clients_are_told_how_many_samples_a_request_may_have() -> None:
         assert (await client.expect(Welcome)).max_n == 5
 
     play(script, max_n=5)
+
+
+def test_who_only_looks_if_anybody_listens_is_not_complained_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Every `tandem generate` and `tandem chat` does."""
+
+    async def script(scene: Scene) -> None:
+        assert answers(Address(scene.address))
+        async with asyncio.timeout(DEADLINE_S):
+            await until(lambda: "was closed at once" in caplog.text)
+
+    with caplog.at_level(logging.DEBUG):
+        play(script)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
