@@ -37,7 +37,7 @@ from ..worker.cublaslt import (
     CublasLtError,
     Product,
 )
-from ..worker.products import variants
+from ..worker.product_trials import variants
 from .attention import timed_us
 from .machine import describe_machine
 

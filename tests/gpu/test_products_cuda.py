@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.worker import products
+from tandem.worker import product_trials, products
 from tandem.worker.cublaslt import ALIGNMENT, MOST_WORKSPACE, WIDE_SUMS, CublasLt, Product
-from tandem.worker.products import Case
+from tandem.worker.product_trials import Case
 
 from support.paged import Sequences, load, quiet, random_tokens
 from support.tiny_models import VOCAB, save_flashinfer_sized
@@ -35,7 +35,7 @@ def close(got: Tensor, rows: Tensor, weight: Tensor) -> bool:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> dict[torch.device, products.TunedProducts]:
     """An algorithm is chosen however slow it is; what is in use, which is nothing yet."""
-    monkeypatch.setattr(products, "LEAST_GAIN", -100.0)
+    monkeypatch.setattr(product_trials, "LEAST_GAIN", -100.0)
     monkeypatch.setattr(products, "_in_use", {})
     return products._in_use
 

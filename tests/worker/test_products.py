@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.worker import operators, products
+from tandem.worker import operators, product_trials, products
 from tandem.worker.cublaslt import TILES, Algorithm, CublasLt, Product
-from tandem.worker.products import CLUSTERS_TRIED, LEAST_SHARE, Case, Store, TunedProducts, Wanted, variants, wanted
+from tandem.worker.product_store import Store
+from tandem.worker.product_trials import CLUSTERS_TRIED, Case, Wanted, variants, wanted
+from tandem.worker.products import LEAST_SHARE, TunedProducts
 
 from support.host_cublaslt import HostAlgorithm, HostCublasLt
 
@@ -281,7 +283,7 @@ def test_variants_fill_the_device_as_the_library_allows() -> None:
 
 def test_variants_are_tried_if_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench([HostAlgorithm(1, tiles=(20, 24))], {1: 90.0}, tmp_path)
-    monkeypatch.setattr(products, "VARIED", 1)
+    monkeypatch.setattr(product_trials, "VARIED", 1)
     varied: set[bytes] = set()
 
     def measure(launch: Callable[[], None], times: int) -> float:
