@@ -4,6 +4,7 @@ Read from the syntax trees, so that an import inside a function or under TYPE_CH
 """
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -96,6 +97,16 @@ def test_arrows_point_one_way(package: str) -> None:
 
 def test_every_package_has_its_arrows() -> None:
     assert {name.split(".")[0] for name in MODULES} <= set(ARROWS)
+
+
+@pytest.mark.parametrize("package", ["protocol", "scheduler", "worker", "client", "gateway", "launch"])
+def test_the_architecture_page_names_every_module_and_no_other(package: str) -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = re.search(rf"^### `{package}/`\n(.*?)(?=^#|^`bench/`)", page, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    named = set(re.findall(r"`(\w+/?)`", section[1]))
+    inside = {name.split(".")[1] for name in MODULES if name.startswith(f"{package}.")}
+    assert named == {f"{name}/" if (ROOT / package / name).is_dir() else name for name in inside}
 
 
 def test_torch_stays_where_models_run() -> None:
