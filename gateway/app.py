@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute
 
 from ..protocol.errors import TandemError
 from .backend import Backend
@@ -150,7 +151,7 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
     app.add_api_route("/metrics", metrics_, methods=["GET"], response_class=PlainTextResponse)
     app.add_api_route("/metrics", metrics_, methods=["HEAD"], response_class=PlainTextResponse, include_in_schema=False)
     app.openapi = _with_schemas(app)  # type: ignore[method-assign]
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, _http_errors({path for route in app.routes if (path := _path(route))}))
     for kind in (ApiError, TandemError, ClientGone, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _error)
     return app
@@ -229,12 +230,24 @@ async def _error(_: Request, error: Exception) -> Response:
     return as_api_error(error).response()
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path, method = request.scope["path"][:200], request.method
-    if error.status_code == 404:
-        return ApiError(404, f"there is nothing at {path}", code="not_found").response()
-    if error.status_code == 405:
-        headers = dict(error.headers or {})
-        return ApiError(405, f"{path} does not take {method}", code="method_not_allowed", headers=headers).response()
-    return ApiError(error.status_code, str(error.detail)).response()
+def _path(route: BaseRoute) -> str:
+    return getattr(route, "path", "")
+
+
+def _http_errors(paths: Collection[str]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """What answers a request that no route takes; `paths` are those that there are."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path, method = request.scope["path"][:200], request.method
+        if error.status_code == 404:
+            # The commonest mistake is a base URL that lacks /v1, or has it where the client adds it.
+            meant = next((one for one in (f"/v1{path}", path.removeprefix("/v1")) if one in paths), None)
+            hint = "" if meant is None else f"; {meant} is there"
+            return ApiError(404, f"there is nothing at {path}{hint}", code="not_found").response()
+        if error.status_code == 405:
+            fault = f"{path} does not take {method}"
+            return ApiError(405, fault, code="method_not_allowed", headers=dict(error.headers or {})).response()
+        return ApiError(error.status_code, str(error.detail)).response()
+
+    return answer

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import re
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import from_json, to_json
 from starlette.requests import Request
 
 from .config import GatewayConfig
-from .errors import ApiError, of_validation
+from .errors import ApiError, of_validation, place_of
 from .fields import Strict
 
 MAX_FAULTS = 1_000
 """Of a body with more faults none is told: only all of them can be had, and that takes seconds."""
+
+MAX_UNKNOWN_NULLS = 16
+"""How often unknown fields that hold null are looked for; each time finds all those of one kind of object."""
 
 _M = TypeVar("_M", bound=Strict)
 
@@ -28,8 +34,20 @@ async def read(request: Request, model: type[_M], config: GatewayConfig) -> _M:
         raise ApiError(
             415, f"content-encoding: compressed bodies are not read, got {encoding[:80]}", param="content-encoding"
         )
-    body = await _read_bytes(request, config)
+    return parse((await _read_bytes(request, config)).removeprefix(codecs.BOM_UTF8), model)
+
+
+def parse(body: bytes, model: type[_M]) -> _M:
+    """Raises ApiError for what is no JSON, or none of this schema."""
     try:
+        for _ in range(MAX_UNKNOWN_NULLS):
+            try:
+                return model.model_validate_json(body)
+            except ValidationError as error:
+                without = None if error.error_count() > MAX_FAULTS else _without_unknown_nulls(body, error)
+                if without is None:
+                    raise
+                body = without
         return model.model_validate_json(body)
     except ValidationError as error:
         if error.error_count() > MAX_FAULTS:
@@ -41,6 +59,31 @@ async def read(request: Request, model: type[_M], config: GatewayConfig) -> _M:
         raise of_validation(error) from error
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
+
+
+def _without_unknown_nulls(body: bytes, error: ValidationError) -> bytes | None:
+    """The body without those fields that are not known and hold null, which programs send that write all the fields
+    they know; None if there are none among the faults. Of a list only the first faulty item is told, so what is
+    removed from one is removed from all: the next try finds something else."""
+    faults = error.errors(include_url=False, include_context=False)
+    found = [place_of(fault) for fault in faults if fault["type"] == "extra_forbidden" and fault["input"] is None]
+    if not found:
+        return None
+    content = from_json(body)
+    for *way, name in found:
+        holders = [content]
+        for part in way:
+            holders = [inner for holder in holders for inner in _within(holder, part)]
+        for holder in holders:
+            if isinstance(holder, dict) and holder.get(str(name), 0) is None:
+                del holder[str(name)]
+    return to_json(content, inf_nan_mode="constants")
+
+
+def _within(holder: Any, part: int | str) -> Iterable[Any]:
+    if isinstance(holder, list):
+        return holder if isinstance(part, int) else ()
+    return (holder[part],) if isinstance(holder, dict) and part in holder else ()
 
 
 async def _read_bytes(request: Request, config: GatewayConfig) -> bytes:

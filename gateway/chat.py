@@ -25,7 +25,7 @@ from .chat_schema import (
 from .config import GatewayConfig
 from .errors import ApiError, refused
 from .fields import told_as
-from .generation import Piece, begun, completions, pieces
+from .generation import Piece, begun, completions, continuous_usage, pieces
 from .limits import require_samples
 from .logprobs import chat_logprobs
 from .messages import to_template
@@ -37,7 +37,7 @@ from .wire import as_dict, new_id, now, response_with, usage_of
 def _wanted(asked: ChatRequest) -> Wanted:
     choice = asked.tool_choice
     return Wanted(
-        tools=[tool.model_dump(exclude_none=True) for tool in asked.tools or ()],
+        tools=[tool.shown() for tool in asked.tools or ()],
         choice=choice if isinstance(choice, str) else None,
         function=choice.function.name if isinstance(choice, NamedToolChoice) else None,
         several=asked.parallel_tool_calls is not False,
@@ -53,7 +53,7 @@ class Chatting:
     def __init__(self, backend: Backend, asked: ChatRequest, tokenizer: Tokenizer, config: GatewayConfig) -> None:
         require_samples(1, asked.n, config)
         self._asked = asked
-        self._id, self._created = new_id("chatcmpl-"), now()
+        self._id, self._created = new_id("chatcmpl-", asked.request_id), now()
         self._model = backend.model(asked.model).name
         if asked.chat_template is not None and not config.trust_request_chat_template:
             raise refused("chat_template", "not taken from requests; --trust-request-chat-template allows it")
@@ -140,7 +140,8 @@ class Chatting:
         }
         if with_usage:
             head["usage"] = None
-        texts_only = not self._asked.logprobs and not self._asked.return_token_ids
+        used = continuous_usage(options, [self._stream])
+        texts_only = not self._asked.logprobs and not self._asked.return_token_ids and used is None
         readers: dict[int, AnswerReader] = {}
         written: dict[int, Callable[[str], bytes]] = {}
         async for _, chunk in found:
@@ -149,7 +150,8 @@ class Chatting:
             if reader is None:
                 reader = readers[index] = AnswerReader(self._use)
                 written[index] = text_event({**head, "choices": [_delta(index, {"content": PLACE})]})
-                yield event({**head, "choices": [_delta(index, {"role": "assistant", "content": ""})]})
+                begin = {**head, "choices": [_delta(index, {"role": "assistant", "content": ""})]}
+                yield event(begin if used is None else {**begin, "usage": used.so_far()})
             if texts_only and chunk.finish_reason is None:
                 for news in reader.push(chunk.text):
                     if isinstance(news, str):
@@ -157,6 +159,9 @@ class Chatting:
                     else:
                         yield event({**head, "choices": [_delta(index, _gain(reader, news))]})
                 continue
+            if used is not None:
+                used.add(chunk)
+                head["usage"] = used.so_far()
             for choice in self._news(reader, chunk):
                 yield event({**head, "choices": [choice]})
         if with_usage:
@@ -207,6 +212,7 @@ async def chat(request: Request, backend: Backend, asked: ChatRequest, config: G
     tokenizer = await backend.client.tokenizer()
     if tokenizer is None:
         raise ApiError(400, "messages: the model comes without a tokenizer; use /v1/completions with token ids")
-    with told_as(asked.structure_field() or ("tools" if asked.tools else None)):
+    length = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+    with told_as(asked.structure_field() or ("tools" if asked.tools else None), max_tokens=length):
         chatting = Chatting(backend, asked, tokenizer, config)
         return await (chatting.stream(request) if asked.stream else chatting.answer(request))

@@ -16,17 +16,27 @@ MAX_TOOLS = 1_024
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
+class CacheControl(Strict):
+    """What Anthropic's API wants to hear before it caches a prefix; here prefixes are cached unasked."""
+
+    type: Literal["ephemeral"]
+    ttl: ShortText | None = None
+
+
 class TextPart(Strict):
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: str | None = None
     refusal: str | None = None
     annotations: Array[Any] | None = None
     logprobs: Array[Any] | None = None
+    cache_control: CacheControl | None = None
 
 
 class CalledFunction(Strict):
     name: ToolName
     arguments: str
+    parsed_arguments: Any = None
+    """What OpenAI's SDK made of the arguments; it stays in a message that is passed back."""
 
 
 class ToolCall(Strict):
@@ -46,9 +56,14 @@ class Message(Strict):
     tool_call_id: ShortText | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """vLLM's newer name of reasoning_content."""
+    parsed: Any = None
+    """What OpenAI's SDK made of the content; it stays in a message that is passed back."""
     audio: None = None
     function_call: None = None
     annotations: Array[Any] | None = None
+    cache_control: CacheControl | None = None
 
 
 class FunctionTool(Strict):
@@ -61,6 +76,11 @@ class FunctionTool(Strict):
 class Tool(Strict):
     type: Literal["function"]
     function: FunctionTool
+    cache_control: CacheControl | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        return self.model_dump(exclude_none=True, exclude={"cache_control"})
 
 
 class NamedFunction(Strict):
@@ -107,6 +127,8 @@ class ChatRequest(SamplingFields, StructureFields):
     web_search_options: None = None
     spaces_between_special_tokens: Yes | None = None
     return_token_ids: bool | None = None
+    include_reasoning: bool | None = None
+    """No part of an answer is told apart as reasoning."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None

@@ -16,7 +16,7 @@ from .completion_schema import CompletionChoice, CompletionRequest, CompletionRe
 from .config import GatewayConfig
 from .errors import ApiError, refused
 from .fields import told_as
-from .generation import Piece, begun, completions, pieces
+from .generation import Piece, begun, completions, continuous_usage, pieces
 from .limits import require_room
 from .logprobs import LegacyLogprobs
 from .sse import DONE, PLACE, EventStream, answered, event, text_event
@@ -33,7 +33,7 @@ class Completing:
         self._asked = asked
         self._tokenizer = tokenizer
         self._model = backend.model(asked.model).name
-        self._id, self._created = new_id("cmpl-"), now()
+        self._id, self._created = new_id("cmpl-", asked.request_id), now()
         self._n = asked.n or 1
         self._prompts = [self._prompt(prompt) for prompt in asked.prompts()]
         self._prompt_only = asked.max_tokens == 0
@@ -127,8 +127,9 @@ class Completing:
             "created": self._created,
             "model": self._model,
         }
-        more = {"usage": None} if with_usage else {}
-        texts_only = self._asked.logprobs is None and not self._asked.return_token_ids
+        more: dict[str, Any] = {"usage": None} if with_usage else {}
+        used = continuous_usage(options, self._streams)
+        texts_only = self._asked.logprobs is None and not self._asked.return_token_ids and used is None
         written: dict[int, Callable[[str], bytes]] = {}
         logprobs: dict[int, LegacyLogprobs] = {}
         async for prompt_index, chunk in found:
@@ -145,10 +146,13 @@ class Completing:
                 choice["logprobs"] = as_dict(growing.taken())
             if self._asked.return_token_ids:
                 choice["token_ids"] = chunk.token_ids
+            if used is not None:
+                used.add(chunk)
+                more = {"usage": used.so_far()}
             yield event({**head, "choices": [choice], **more})
         if with_usage:
-            used = usage_of(*[await stream.result() for stream in self._streams])
-            yield event({**head, "choices": [], "usage": as_dict(used)})
+            total = usage_of(*[await stream.result() for stream in self._streams])
+            yield event({**head, "choices": [], "usage": as_dict(total)})
         yield DONE
 
 

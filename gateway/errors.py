@@ -107,33 +107,51 @@ def of_validation(error: ValidationError) -> ApiError:
     first = _most_telling(faults)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx'].get('error', first['msg'])}", code="invalid_json")
-    field = ".".join(str(part) for part in _place(first))
+    field = ".".join(str(part) for part in place_of(first))
     # Programs that send all the fields that they know send null for what they do not want.
     if first["type"] in ("extra_forbidden", "none_required") or (
         first["type"] == "too_long" and first["ctx"]["max_length"] == 0
     ):
+        what_to_do = _INSTEAD.get(field, "leave it out")
         return ApiError(
-            400, f"{field}: this field is not supported here; leave it out", param=field, code="unsupported_field"
+            400, f"{field}: this field is not supported here; {what_to_do}", param=field, code="unsupported_field"
         )
     if first["type"] == "missing":
         return ApiError(400, f"{field}: this field is needed", param=field, code="missing_field")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if first["type"] == "literal_error" and first["ctx"]["expected"] in ("True", "False"):
+        message = message.lower()  # as JSON writes them
+        if field in _INSTEAD:
+            message = f"{message}: {_INSTEAD[field]}"
     shown = _shown(first["input"])
     return ApiError(400, f"{field or 'the body'}: {message}, got {shown}", param=field)
 
 
+_INSTEAD = {
+    "store": "nothing is stored here",
+    "background": "nothing is stored here, so that an answer could be fetched later",
+    "previous_response_id": "nothing is stored here: send the conversation so far as input",
+    "conversation": "nothing is stored here: send the conversation so far as input",
+}
+"""What to do about a field that leaving out is not enough for."""
+
+
 def _most_telling(faults: list[ErrorDetails]) -> ErrorDetails:
     """Of a field that may be one of several types, and fails once for each, the type that fitted farthest."""
-    first = _place(faults[0])
+    first = place_of(faults[0])
     return max(
-        (fault for fault in faults if _place(fault)[: len(first)] == first), key=lambda fault: len(_place(fault))
+        (fault for fault in faults if place_of(fault)[: len(first)] == first),
+        key=lambda fault: (len(place_of(fault)), not fault["type"].endswith("_type")),
     )
 
 
-def _place(fault: ErrorDetails) -> list[int | str]:
-    """Without the names of types, which are no part of where a field is."""
-    return [part for part in fault["loc"] if not (isinstance(part, str) and _names_a_type(part))]
+def place_of(fault: ErrorDetails) -> list[int | str]:
+    """Without the names of types, which are no part of where a field is. The name of a field that is not known may look
+    like one."""
+    where = fault["loc"]
+    end = len(where) - (fault["type"] == "extra_forbidden")
+    return [part for part in where[:end] if not (isinstance(part, str) and _names_a_type(part))] + list(where[end:])
 
 
 def _names_a_type(part: str) -> bool:

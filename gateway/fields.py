@@ -23,10 +23,12 @@ def _boolean(value: Any) -> Any:
 
 
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+One = Annotated[float, Field(strict=True, ge=1, le=1)]
 No = Annotated[Literal[False], BeforeValidator(_boolean)]
 Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 ShortText = Annotated[str, Field(max_length=512)]
+RequestName = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 
 _T = TypeVar("_T")
 Array = Annotated[list[_T], Field(fail_fast=True)]
@@ -34,9 +36,15 @@ Array = Annotated[list[_T], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
-    """A part of a request: JSON types are taken as they are, and unknown fields are refused."""
+    """A part of a request: JSON types are taken as they are, and unknown fields are refused unless they are null, which
+    asks for nothing (`body.read` sees to that)."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", regex_engine="rust-regex")
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        regex_engine="rust-regex",
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )
 
 
 class SamplingFields(Strict):
@@ -66,6 +74,10 @@ class SamplingFields(Strict):
     prompt_logprobs: None = None
     truncate_prompt_tokens: None = None
     use_beam_search: No | None = None
+    length_penalty: One | None = None
+    """Of beam search."""
+    return_tokens_as_token_ids: No | None = None
+    request_id: RequestName | None = None
     detokenize: Yes | None = None
 
     def sampling(self) -> dict[str, Any]:
@@ -97,7 +109,7 @@ def _token_id(key: str) -> int:
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: No | None = None
-    continuous_usage_stats: No | None = None
+    continuous_usage_stats: bool = False
 
 
 class JsonSchemaFormat(Strict):
@@ -120,6 +132,9 @@ class StructuredOutputs(Strict):
     choice: Array[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+    disable_additional_properties: No | None = None
 
 
 class StructureFields(Strict):
@@ -131,12 +146,13 @@ class StructureFields(Strict):
     guided_regex: str | None = None
     guided_choice: Array[str] | None = None
     guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
     def structure(self) -> dict[str, Any]:
         """The SDK's `structured_outputs` as a keyword argument, if any form is asked for."""
         found: list[dict[str, Any]] = []
         if (given := self.structured_outputs) is not None:
-            found.append(given.model_dump(by_alias=True, exclude_none=True))
+            found.append(given.model_dump(by_alias=True, exclude_none=True, exclude={"disable_additional_properties"}))
         for kind in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{kind}")
             if value is not None:
@@ -150,6 +166,10 @@ class StructureFields(Strict):
             found.append({"json": form.json_schema.schema_})
         if len(found) > 1:
             raise refused("response_format", "two forms are given for one answer; give one")
+        if self.guided_whitespace_pattern is not None:
+            if not found:
+                raise refused("guided_whitespace_pattern", "only with guided_json or another form that is JSON")
+            found[0]["whitespace_pattern"] = self.guided_whitespace_pattern
         return {"structured_outputs": found[0]} if found else {}
 
     def structure_field(self) -> str | None:
@@ -162,11 +182,17 @@ class StructureFields(Strict):
 
 
 @contextmanager
-def told_as(field: str | None) -> Iterator[None]:
-    """What is wrong with `structured_outputs` is told by the name of the field that the request said it in."""
+def told_as(structure: str | None, *, max_tokens: str = "max_tokens") -> Iterator[None]:
+    """What is wrong with the SDK's `structured_outputs` or `max_tokens` is told by the name of the field that the
+    request said it in."""
     try:
         yield
     except InvalidRequest as error:
-        if field in (None, "structured_outputs") or not error.field.startswith("structured_outputs"):
+        field: str | None = error.field
+        if error.field.startswith("structured_outputs"):
+            field = structure or error.field
+        elif error.field == "max_tokens":
+            field = max_tokens
+        if not field or error.field.startswith(field):
             raise
-        raise refused(str(field), str(error).removeprefix(error.field).removeprefix(": ")) from error
+        raise refused(field, str(error).removeprefix(error.field).removeprefix(": ")) from error

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from ..client.completion import CompletionStream
 from ..client.results import Chunk, Completion
+from .fields import StreamOptions
 
 _T = TypeVar("_T")
 
@@ -78,6 +79,29 @@ async def _read(index: int, stream: CompletionStream, queue: asyncio.Queue[Piece
         await queue.put(error)
     else:
         await queue.put(None)
+
+
+class UsageSoFar:
+    """What the requests of a stream have used up to now, of all their samples together."""
+
+    def __init__(self, streams: Sequence[CompletionStream]) -> None:
+        self._streams = streams
+        self._completion_tokens = 0
+
+    def add(self, chunk: Chunk) -> None:
+        self._completion_tokens += len(chunk.token_ids)
+
+    def so_far(self) -> dict[str, int]:
+        """As events tell it; of prompts, those that have begun."""
+        histories = [stream.history for stream in self._streams]
+        prompt = sum(len(history.prompt) for history in histories if history is not None)
+        output = self._completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+
+def continuous_usage(options: StreamOptions | None, streams: Sequence[CompletionStream]) -> UsageSoFar | None:
+    """None unless every event is to tell the usage."""
+    return UsageSoFar(streams) if options is not None and options.continuous_usage_stats else None
 
 
 async def begun(items: AsyncGenerator[_T]) -> AsyncIterator[_T]:

@@ -76,6 +76,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path: str = scope["path"]
+        if path.endswith("/") and path != "/":  # taken without it, as a redirect would have it
+            scope["path"] = path.rstrip("/") or "/"
         exchange = _Exchange(scope, receive, send, self._read_timeout_s, self._write_timeout_s)
         began = time.perf_counter()
         self._metrics.begun()
@@ -83,13 +86,16 @@ class Guard:
             self._keys.admit(scope)
             await self._app(scope, exchange.receive, exchange.send)
         except (ClientGone, ClientDisconnect):
-            exchange.status = exchange.status or CLIENT_CLOSED_REQUEST
-            exchange.abort()
+            exchange.leave()
         except asyncio.CancelledError:
             exchange.abort()
             raise
         except Exception as error:  # noqa: BLE001  (whatever it is, the client gets an answer, and the log the story)
-            await exchange.fail(error)
+            # starlette wraps what is raised after an answer has begun.
+            if isinstance(error.__cause__, ClientGone | ClientDisconnect):
+                exchange.leave()
+            else:
+                await exchange.fail(error)
         finally:
             exchange.over()
             handler = getattr(scope.get("route"), "path", "other")
@@ -167,6 +173,11 @@ class _Exchange:
             await answer.response()(self._scope, self.receive, self.send)
         except ClientGone:
             self.abort()
+
+    def leave(self) -> None:
+        """The client is gone: there is nobody to answer, and nothing to tell the log."""
+        self.status = self.status or CLIENT_CLOSED_REQUEST
+        self.abort()
 
     def abort(self) -> None:
         """Closes the connection, read or not."""

@@ -45,10 +45,11 @@ def _one(i: int, message: Message, knows_developer: bool) -> dict[str, Any]:
         if message.tool_call_id is None:
             raise refused(f"{where}.tool_call_id", "a message of role tool needs the id of the call that it answers")
         given["tool_call_id"] = message.tool_call_id
-    for name in ("name", "reasoning_content"):
-        value = getattr(message, name)
-        if value is not None:
-            given[name] = value
+    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    if message.name is not None:
+        given["name"] = message.name
+    if reasoning is not None:
+        given["reasoning_content"] = reasoning
     return given
 
 

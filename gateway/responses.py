@@ -193,6 +193,7 @@ async def respond(request: Request, backend: Backend, asked: ResponsesRequest, c
     tokenizer = await backend.client.tokenizer()
     if tokenizer is None:
         raise ApiError(400, "input: the model comes without a tokenizer; use /v1/completions with token ids")
-    with told_as("text.format" if asked.structure() else "tools" if asked.tools else None):
+    structure = "text.format" if asked.structure() else "tools" if asked.tools else None
+    with told_as(structure, max_tokens="max_output_tokens"):
         responding = Responding(backend, asked, tokenizer, config)
         return await (responding.stream(request) if asked.stream else responding.answer(request))

@@ -99,6 +99,18 @@ class FunctionChoice(Strict):
     name: ToolName
 
 
+Includable = Literal[
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "message.input_image.image_url",
+]
+"""Parts of items that no answer of this server holds, so that they can be asked for without effect."""
+
+
 class ResponseStreamOptions(Strict):
     include_obfuscation: No | None = None
 
@@ -128,7 +140,7 @@ class ResponsesRequest(Strict):
     conversation: None = None
     reasoning: None = None
     prompt: None = None
-    include: Annotated[Array[Any], Field(max_length=0)] | None = None
+    include: Array[Includable] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     """Of the server's own tools, of which there are none."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ..protocol.errors import ConfigurationError
@@ -126,6 +126,9 @@ class _GuardedProtocol(HttpToolsProtocol):
             self._head_is_long = True
             raise ValueError("head too large")  # what the parser makes of it ends at send_400_response
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            cycle: Any = self.cycle
+            cycle.send = partial(_send_unchunked, cycle, cycle.send)
         # Of this request: `self.cycle` is another's as soon as the client sends one more before the answer's end.
         self.scope["tandem.write"] = partial(self._write_chunk, self.cycle)  # type: ignore[typeddict-unknown-key]
 
@@ -162,6 +165,17 @@ class _GuardedProtocol(HttpToolsProtocol):
         lines: list[Any] = [head.encode(), *(name + b": " + value + b"\r\n" for name, value in fields)]
         self.transport.write(b"".join(lines) + b"\r\n" + bytes(answer.body))
         self.transport.close()
+
+
+async def _send_unchunked(cycle: RequestResponseCycle, send: Send, message: Any) -> None:
+    """`cycle.send` for HTTP/1.0, whose clients know no chunks: an answer of unknown length ends with its connection,
+    which uvicorn closes."""
+    if message["type"] == "http.response.start":
+        if all(name.lower() != b"content-length" for name, _ in message["headers"]):
+            cycle.chunked_encoding = False
+    elif cycle.expected_content_length == 0:
+        cycle.expected_content_length = len(message.get("body", b""))
+    await send(message)
 
 
 def _head_too_large() -> ApiError:

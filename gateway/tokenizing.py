@@ -62,7 +62,7 @@ async def tokenize(backend: Backend, asked: TokenizeRequest) -> Response:
     else:
         if asked.add_special_tokens:
             raise refused("add_special_tokens", "not with messages: the chat template writes them")
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools] if asked.tools else None
+        tools = [tool.shown() for tool in asked.tools] if asked.tools else None
         options = ChatOptions(
             tools=tools,
             add_generation_prompt=asked.add_generation_prompt,

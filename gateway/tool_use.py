@@ -76,7 +76,8 @@ def tool_use(wanted: Wanted, template: str, tokenizer: Tokenizer, config: Gatewa
         chosen = [tool for tool in wanted.tools if tool["function"]["name"] == wanted.function]
         if not chosen:
             raise refused(wanted.function_field, f"{wanted.function!r} is none of the tools")
-    if wanted.structure:
+    # OpenAI's own form is of an answer's text, and a call has none; vLLM's forms are of all that the model writes.
+    if wanted.structure and wanted.structure_field not in ("response_format", "text.format"):
         raise refused(wanted.structure_field, "not with a tool_choice that makes the answer a call")
     structure = {"structured_outputs": {"json": forced_schema(chosen)}}
     return ToolUse(wanted.tools, ForcedCallParser, structure, wanted.several)

@@ -45,8 +45,9 @@ def usage_of(*completions: Completion, completion_tokens: int | None = None) -> 
     )
 
 
-def new_id(prefix: str) -> str:
-    return prefix + uuid4().hex
+def new_id(prefix: str, given: str | None = None) -> str:
+    """With the name that a request gave itself, or else one that nothing had before."""
+    return prefix + (uuid4().hex if given is None else given)
 
 
 def now() -> int:

@@ -247,12 +247,6 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
             "tool_choice.name",
             "'g' is none",
         ),
-        (
-            "/v1/responses",
-            {"input": "x", "tools": [FUNCTION], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
-            "text.format",
-            "call",
-        ),
         ("/v1/responses", {"input": [{"type": "reasoning"}]}, "input.0", "function_call_output"),
         ("/v1/responses", {"input": [{"type": ["x"]}]}, "input.0", "function_call_output"),
         ("/v1/responses", {"input": [{"type": "function_call_output", "output": "x"}]}, "input.0.call_id", "needed"),
@@ -308,7 +302,7 @@ def test_statuses(served: Served) -> None:
         (served.post("/v1/completions", content=b"{", headers={"content-type": "text/plain"}), 415, None),
         (served.post("/v1/completions", content=b"x", headers={"content-encoding": "gzip"}), 415, None),
         (served.post("/v1/completions", content=b"{"), 400, "invalid_json"),
-        (served.post("/v1/completions/", content=b"{}"), 404, "not_found"),
+        (served.post("/v1/completions/x", content=b"{}"), 404, "not_found"),
     ]:
         assert answer.status_code == status, answer.text
         assert answer.json()["error"]["code"] == code
