@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ import numpy as np
 from ..client.aio import AsyncClient
 from ..launch.embedded import EmbeddedSystem
 from ..protocol.messages import Stats
-from .machine import describe_machine
+from .findings import told, write_findings
 from .recovery import IN_FLIGHT_S, draw_streams, kill, pause_s
 
 FIRST_ID = 5
@@ -260,15 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stats.lost_workers != 1:
         wrong.append(f"{stats.lost_workers} workers were lost, not one")
     print(json.dumps(found, indent=2))
-    if options.out is not None:
-        report = {"machine": describe_machine(), "options": vars(options), **found, "wrong": wrong}
-        report["pauses_s"] = [round(pause, 3) for pause in killed.pauses_s()]
-        Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
+    pauses = [round(pause, 3) for pause in killed.pauses_s()]
+    write_findings(options, {**found, "wrong": wrong, "pauses_s": pauses})
     if options.plot is not None:
         plot(options.plot, killed)
-    for one in wrong:
-        print(f"wrong: {one}", file=sys.stderr)
-    return 1 if wrong else 0
+    return told(wrong)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from ..client.aio import AsyncClient
 from ..launch.embedded import EmbeddedSystem
 from ..protocol.errors import Overloaded, TandemError
 from ..protocol.messages import Stats
-from .machine import describe_machine
+from .findings import told, write_findings
 from .memory import Memory
 from .workloads import arrivals
 
@@ -189,14 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheduler = {"max_waiting_requests": options.max_waiting_requests}
     with EmbeddedSystem(worker, scheduler, data_parallel_size=options.workers) as system:
         found = asyncio.run(measure(system.address, options))
-    report = {"machine": describe_machine(), "options": vars(options), **found}
     print(json.dumps(found, indent=2))
-    if options.out is not None:
-        Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
-    wrong = faults(found)
-    for one in wrong:
-        print(f"wrong: {one}", file=sys.stderr)
-    return 1 if wrong else 0
+    write_findings(options, found)
+    return told(faults(found))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from ..worker.inspection import make_batch
 from ..worker.model import PagedModel, load_model
 from ..worker.sources import ModelSource
-from .machine import describe_machine
+from .findings import write_findings
 
 BLOCK_SIZE = 16
 CASES: dict[str, dict[str, Any]] = {
@@ -92,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = loaded(**more)
         found[name] = compare(exact, logits_of(model, sequences, options.chunk))
     print(json.dumps(found, indent=1))
-    if options.out is not None:
-        report = {"machine": describe_machine(), "options": vars(options), "8 bits against 16": found}
-        Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    write_findings(options, {"8 bits against 16": found})
     return 0
 
 

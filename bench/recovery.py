@@ -19,14 +19,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from ..client.aio import AsyncClient
 from ..launch.embedded import EmbeddedSystem
 from ..launch.status import Ready, Status
 from ..protocol.messages import Stats
-from .machine import describe_machine
+from .findings import write_findings
 from .processes import command_line, descendants
 
 CALM_S = 1.0
@@ -250,9 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     heard = Heard()
     with EmbeddedSystem(worker, {"log_level": "info"}, data_parallel_size=options.workers, listener=heard) as system:
         kills, times = asyncio.run(measure(system.address, heard, options))
-    report = {
-        "machine": describe_machine(),
-        "options": vars(options),
+    found = {
         **{what: summary(kills, what) for what in ("worker", "scheduler")},
         "kills": [
             {
@@ -263,9 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for kill in kills
         ],
     }
-    print(json.dumps({name: report[name] for name in ("worker", "scheduler")}, indent=2))
-    if options.out is not None:
-        Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps({name: found[name] for name in ("worker", "scheduler")}, indent=2))
+    write_findings(options, found)
     if options.plot is not None:
         plot(options.plot, kills, times)
     return 0

@@ -16,14 +16,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..client.aio import AsyncClient
 from ..launch.builtin import MODEL_DIR
 from ..launch.embedded import EmbeddedSystem
 from ..protocol.errors import TandemError
-from .machine import describe_machine
+from .findings import told, write_findings
 from .memory import Memory
 
 CANCELLED_SHARE = 0.1
@@ -158,13 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with EmbeddedSystem(worker, data_parallel_size=options.workers) as system:
         found = asyncio.run(soak(system.address, prompts, options))
     print(json.dumps(found, indent=2))
-    if options.out is not None:
-        report = {"machine": describe_machine(), "options": vars(options), **found}
-        Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
-    wrong = [*found["wrong"], *growing(found["memory"])]
-    for one in wrong:
-        print(f"wrong: {one}", file=sys.stderr)
-    return 1 if wrong else 0
+    write_findings(options, found)
+    return told([*found["wrong"], *growing(found["memory"])])
 
 
 if __name__ == "__main__":

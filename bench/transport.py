@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import secrets
 import socket
 import statistics
@@ -32,7 +31,7 @@ from ..launch.system import System
 from ..protocol.keys import PeerKeys, ServerKeys, peer_keys, server_keys
 from ..protocol.transport import Address, LoopSocket, open_dealer, open_router
 from ..scheduler.admission import Admission
-from .machine import describe_machine
+from .findings import write_findings
 
 SIZES = (64, 1_024, 16_384)
 """Bytes of a message: a steady step's plan, a large one, a long prompt."""
@@ -235,10 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, rates in runs.items():
                 rate = statistics.median(rates)
                 print(f"system over {name:>9}: {rate:.0f} tokens/s, {rate / base:.3f} of ipc")
-    if options.out is not None:
-        Path(options.out).write_text(
-            json.dumps({"machine": describe_machine(), "options": vars(options), **found}, indent=2) + "\n"
-        )
+    write_findings(options, found)
     return 0
 
 
