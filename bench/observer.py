@@ -12,6 +12,9 @@ from ..protocol.messages import PROTOCOL_VERSION, AskStats, ClientHello, Goodbye
 from ..protocol.transport import Address, open_dealer
 
 DEADLINE_MS = 300_000
+"""For an answer."""
+PATIENCE_S = 300.0
+"""For what shall come true."""
 PAUSE_MS = 10
 
 
@@ -38,12 +41,13 @@ class Observer:
                 self._greet()
                 self._socket.send(encode(AskStats()))
 
-    def wait_until(self, condition: Callable[[Stats], bool], seconds: float = 300.0) -> Stats:
-        """Asks again until it holds, with a pause that leaves the processor to whom it waits for."""
-        deadline = time.monotonic() + seconds
+    def wait_until(self, condition: Callable[[Stats], bool]) -> Stats:
+        """Asks again until it holds, with a pause that leaves the processor to whom it waits for. Raises TimeoutError
+        after `PATIENCE_S`."""
+        deadline = time.monotonic() + PATIENCE_S
         while not condition(found := self.stats()):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"did not come true in {seconds:g} s; last: {found}")
+                raise TimeoutError(f"did not come true in {PATIENCE_S:g} s; last: {found}")
             self._socket.poll(PAUSE_MS)
         return found
 

@@ -31,10 +31,10 @@ class Calibration:
         return {"median_us": self.median_us, "worst_us": self.worst_us, "ratio": self.ratio}
 
 
-def calibrate(rounds: int = ROUNDS) -> Calibration:
-    """Does the work `rounds` times; takes about half as many milliseconds."""
+def calibrate() -> Calibration:
+    """Does the work `ROUNDS` times; takes about half as many milliseconds."""
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         begun = time.perf_counter_ns()
         _work()
         times.append((time.perf_counter_ns() - begun) / 1e3)
