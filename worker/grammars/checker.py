@@ -24,6 +24,7 @@ from ...protocol.codec import encode
 from ...protocol.structured import StructuredOutputsParams
 from .book import GrammarBook
 from .compiler import GrammarError
+from .sandbox import frame
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +146,9 @@ class Sandbox:
         assert process.stdin is not None
         if not self._knows_tokens:
             about = json.dumps({"vocab_size": book.vocab_size, "eos_token_ids": book.eos_token_ids})
-            process.stdin.write(_frame(about.encode()) + _frame(book.vocabulary))
+            process.stdin.write(frame(about.encode()) + frame(book.vocabulary))
             self._knows_tokens = True
-        process.stdin.write(_frame(encode(wanted)))
+        process.stdin.write(frame(encode(wanted)))
         process.stdin.flush()
         length = int.from_bytes(self._read(process, 4), "little")
         return self._read(process, length).decode()
@@ -168,7 +169,3 @@ class Sandbox:
                     raise EOFError("it ended")
                 data += more
         return data
-
-
-def _frame(data: bytes) -> bytes:
-    return len(data).to_bytes(4, "little") + data
