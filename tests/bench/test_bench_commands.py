@@ -187,7 +187,7 @@ def test_help_of_every_benchmark(command: str, bench: Any) -> None:
         (["serve", "--num-prompts", "2", "--client-processes", "3"], "there are only 2 requests to share"),
         (["serve", "--max-concurrency", "2", "--client-processes", "3"], "less than --client-processes 3"),
         (["serve", "--workload", "trace", "--trace-file", "/nonexistent"], "--trace-file: cannot read /nonexistent"),
-        (["serve", "--out", "/nonexistent/x.json"], "--out: there is no folder /nonexistent"),
+        (["serve", "--out", "/proc/nothing/x.json"], "--out: there is no folder /proc/nothing"),
         (["sweep"], "nothing to sweep over"),
         (
             [*"sweep --request-rate 1 --request-rate 2 --max-concurrency 1 --max-concurrency 2".split()],
