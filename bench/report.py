@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..launch.tables import wide_console
 from ..protocol.errors import ConfigurationError
 from .client_process import SDK
 from .machine import describe_machine
@@ -50,9 +51,8 @@ def write_json(path: str, command: str, options: dict[str, Any], results: Sequen
 
 
 def console() -> Console:
-    """For stdout; wide enough for every column where it is no terminal."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    """For stdout."""
+    return wide_console(PLAIN_WIDTH)
 
 
 def show_points(out: Console, varied: Sequence[str], results: Sequence[Result]) -> None:

@@ -26,6 +26,7 @@ from ..worker.config import WorkerConfig
 from .config import Options
 from .connect import answers
 from .system import place_workers, visible_gpus
+from .tables import some, wide_console
 
 PROBE_S = 600.0
 """Importing torch and transformers from a slow disk, and fetching a config from the hub."""
@@ -78,9 +79,7 @@ def doctor(worker_options: Options, *, as_json: bool) -> int:
 
 
 def _show(found: list[Finding]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    console = wide_console(160)
     table = Table.grid(padding=(0, 2))
     for one in found:
         word, colour = _MARKS[one.level]
@@ -88,15 +87,11 @@ def _show(found: list[Finding]) -> None:
     console.print(table)
     counts = {level: sum(one.level == level for one in found) for level in ("problem", "warning")}
     if counts["problem"]:
-        console.print(f"\n{_some(counts['problem'], 'problem')}: a service with these options would not start.")
+        console.print(f"\n{some(counts['problem'], 'problem')}: a service with these options would not start.")
     elif counts["warning"]:
-        console.print(f"\nA service with these options would start; {_some(counts['warning'], 'warning')}.")
+        console.print(f"\nA service with these options would start; {some(counts['warning'], 'warning')}.")
     else:
         console.print("\nA service with these options would start.")
-
-
-def _some(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -127,7 +122,7 @@ def _machine(probed: dict[str, Any]) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     yield Finding(
         "processor",
-        f"{_some(cores, 'core')}, {_memory() / 2**30:.1f} GiB of memory",
+        f"{some(cores, 'core')}, {_memory() / 2**30:.1f} GiB of memory",
         "ok" if cores > 1 else "warning",
     )
     drivers = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")  # a line for each GPU
@@ -276,7 +271,7 @@ def _memory_of(config: WorkerConfig, probed: dict[str, Any]) -> Iterator[Finding
     yield Finding(
         "KV cache",
         f"{about}{blocks:,} blocks of {size} tokens in {probed['kv_dtype']}, {cache:.2f} GiB: {tokens:,} tokens, or "
-        f"{_some(full, 'request')} of full length",
+        f"{some(full, 'request')} of full length",
         "ok" if full > 1 else "warning",
     )
     needed = probed["weight_bytes"] + blocks * probed["block_bytes"]

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
@@ -17,6 +17,7 @@ from ..client import Client
 from ..client.stats import Histogram, Stats, WorkerStats
 from .connect import running
 from .signals import ending_interrupts
+from .tables import some, wide_console
 from .terminal import shown
 
 CONNECT_S = 10.0
@@ -61,11 +62,11 @@ def _show_once(client: Client, as_json: bool) -> None:
     if as_json:
         print(json.dumps(as_plain(found)), flush=True)
     else:
-        _console().print(picture(client.model.name, found, None, 0.0))
+        wide_console(PLAIN_WIDTH).print(picture(client.model.name, found, None, 0.0))
 
 
 def _watch(client: Client, interval_s: float, as_json: bool) -> None:
-    console, before, at = _console(), None, 0.0
+    console, before, at = wide_console(PLAIN_WIDTH), None, 0.0
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             found, now = client.stats(), time.monotonic()
@@ -101,7 +102,7 @@ def _service(model: str, found: Stats, before: Stats | None, seconds: float) -> 
     prompts = found.prompt_tokens - (before.prompt_tokens if before else 0)
     table = Table.grid(padding=(0, 2))
     rows = {
-        "model": f"{shown(model)}, up {found.uptime_s:,.0f} s, {_some(found.clients, 'client')}",
+        "model": f"{shown(model)}, up {found.uptime_s:,.0f} s, {some(found.clients, 'client')}",
         "requests": f"{found.running} running, {found.waiting} waiting",
         "ended": _kinds(found.finished) or "none",
         "refused": _kinds(found.refusals) or "none",
@@ -188,17 +189,8 @@ def quantile(histogram: Histogram | None, share: float) -> float | None:
     return low + (histogram.bounds[at] - low) * part
 
 
-def _console() -> Console:
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
-
-
 def _kinds(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {shown(kind)}" for kind, count in sorted(counts.items()))
-
-
-def _some(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _share(part: float, of: float) -> str:

@@ -82,7 +82,7 @@ def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
         from .drawing.draw import draw
 
         return draw(logits, columns).tokens
-    bits = _random_bits(columns.seed, columns.sample_index, columns.position)
+    bits = random_bits(columns.seed, columns.sample_index, columns.position)
     tokens = _draw(_weights(logits, columns), bits)
     return torch.where(columns.temperature < GREEDY_BELOW, greedy(logits), tokens)
 
@@ -98,16 +98,11 @@ def _draw(weights: Tensor, bits: Tensor) -> Tensor:
     return tokens.clamp_max(weights.shape[-1] - 1)  # only a row that weighs nothing gets there
 
 
-def uniform(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor:
-    """[N] float32 in [0, 1), multiples of 2**-24: a hash of the counters, the same bits on every device."""
-    return _random_bits(seed, sample_index, position).to(torch.float32) * 2.0**-_RANDOM_BITS
-
-
 _RANDOM_BITS = 24
 
 
-def _random_bits(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor:
-    """[N] int64 in [0, 2**24)."""
+def random_bits(seed: Tensor, sample_index: Tensor, position: Tensor) -> Tensor:
+    """[N] int64 in [0, 2**24): a hash of the counters, the same on every device."""
     state = _mix(seed + _signed(_GAMMA))
     state = _mix(state + (sample_index.to(torch.int64) + 1) * _signed(_GAMMA))
     state = _mix(state + (position.to(torch.int64) + 1) * _signed(_GAMMA))

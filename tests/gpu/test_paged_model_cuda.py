@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tandem.worker.inspection import make_batch
-from tandem.worker.sampler import SamplingColumns, sample, uniform
+from tandem.worker.sampler import SamplingColumns, random_bits, sample
 
 from support.cuda import no_waiting, replayed
 from support.paged import Sequences, compute_randomly, load, load_tiny, random_tokens
@@ -82,8 +82,8 @@ def test_random_numbers_are_the_same_bits_as_on_the_cpu() -> None:
     n = 4096
     seed = torch.randint(-(2**62), 2**62, (n,))
     index, position = torch.arange(n, dtype=torch.int32) % 7, torch.arange(n, dtype=torch.int32)
-    expected = uniform(seed, index, position)
-    assert torch.equal(uniform(seed.cuda(), index.cuda(), position.cuda()).cpu(), expected)
+    expected = random_bits(seed, index, position)
+    assert torch.equal(random_bits(seed.cuda(), index.cuda(), position.cuda()).cpu(), expected)
 
 
 def test_sampling_does_not_depend_on_company() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tandem.protocol.sampling import SamplingParams
 from tandem.worker import sampler
-from tandem.worker.sampler import SamplingColumns, greedy, sample, uniform
+from tandem.worker.sampler import SamplingColumns, greedy, random_bits, sample
 
 from support.reference_sampling import distribution
 
@@ -164,7 +164,7 @@ def test_uniform_is_the_written_down_hash() -> None:
         state = mix((state + (position + 1) * gamma) % 2**64)
         expected.append((state >> 40) * 2.0**-24)
     seeds, indices, positions = (torch.tensor(column) for column in zip(*rows, strict=True))
-    found = uniform(seeds, indices.to(torch.int32), positions.to(torch.int32))
+    found = random_bits(seeds, indices.to(torch.int32), positions.to(torch.int32)).double() * 2.0**-24
     assert found.tolist() == expected
     assert all(0.0 <= u < 1.0 for u in expected)
 
@@ -179,7 +179,7 @@ def test_neighbouring_counters_are_independent() -> None:
         (torch.arange(n), zeros, zeros),
         (torch.zeros(n, dtype=torch.int64), position, zeros),
     ):
-        u = uniform(seeds, indices, positions)
+        u = random_bits(seeds, indices, positions).double() * 2.0**-24
         cells = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()
         counts = torch.bincount(cells, minlength=64).float()
         assert chi_square(counts, torch.full((64,), 1 / 64)) < 103.4  # 63 degrees of freedom, one in a thousand

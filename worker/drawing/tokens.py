@@ -86,7 +86,7 @@ def portion_of(total, random):
 
 @triton.jit
 def random_of(seeds, sample_indices, positions, row):
-    """`sampler._random_bits`."""
+    """`sampler.random_bits`."""
     gamma = tl.full((), 0x9E3779B97F4A7C15 - (1 << 64), tl.int64)
     state = _mix(tl.load(seeds + row) + gamma)
     state = _mix(state + (tl.load(sample_indices + row).to(tl.int64) + 1) * gamma)
