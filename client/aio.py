@@ -19,11 +19,15 @@ from .results import Completion
 # NumPy, ZeroMQ, pydantic, tokenizers and jinja2 take longer to import than somebody should wait who only names a
 # class of ours, so what needs them is imported where it is used first.
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ..protocol.messages import FileInfo, ModelDescription, Stats
     from ..protocol.sampling import SamplingParams
     from .arguments import RequestOptions
     from .completion import Started
     from .prompts import ChatOptions, Message, Prompt
+    from .stream import TokenStream
     from .tokenizer import Tokenizer
 
 CONNECT_TIMEOUT_S = 60.0
@@ -344,16 +348,7 @@ class AsyncClient:
     ) -> Started:
         from ..protocol.sampling import without_text
         from .arguments import require_samples
-        from .completion import Sample, Started, TextEnd
-        from .logprobs import LogprobReader
-        from .prompts import (
-            is_chat,
-            require_length,
-            require_random,
-            resolve_sampling,
-            to_token_ids,
-            with_bad_words,
-        )
+        from .prompts import is_chat, require_length, require_random, resolve_sampling, to_token_ids, with_bad_words
         from .stream import History
         from .tokenizer import LONG_TEXT
 
@@ -390,11 +385,25 @@ class AsyncClient:
             for index in range(options.n)
         ]
         streams = await self._connection.submit(samples, collect=collect, patience=self._connect_timeout)
+        return self._started(streams, ids, checked, model, tokenizer)
+
+    def _started(
+        self,
+        streams: Sequence[TokenStream],
+        ids: npt.NDArray[np.int32],
+        sampling: SamplingParams,
+        model: ModelDescription,
+        tokenizer: Tokenizer | None,
+    ) -> Started:
+        """What reads the streams of a prompt's samples, as text where the model has a tokenizer."""
+        from .completion import Sample, Started, TextEnd
+        from .logprobs import LogprobReader
+
         context = ids[-CONTEXT_TOKENS:].tolist()
-        eos = frozenset(() if checked.ignore_eos else model.eos_token_ids)
-        named = frozenset(checked.stop_token_ids)
-        end = TextEnd(eos | named, named - eos, checked.stop, checked.include_stop_str_in_output, checked.min_tokens)
-        skip = checked.skip_special_tokens
+        eos = frozenset(() if sampling.ignore_eos else model.eos_token_ids)
+        named = frozenset(sampling.stop_token_ids)
+        end = TextEnd(eos | named, named - eos, sampling.stop, sampling.include_stop_str_in_output, sampling.min_tokens)
+        skip = sampling.skip_special_tokens
         logprobs = LogprobReader(tokenizer)
         return Started(
             samples=[
@@ -408,9 +417,9 @@ class AsyncClient:
                 )
                 for index, tokens in enumerate(streams)
             ],
-            watches_text=bool(checked.stop),
+            watches_text=bool(sampling.stop),
             cancel=self._connection.cancel,
-            loop=loop,
+            loop=asyncio.get_running_loop(),
         )
 
     async def _generate_all(
