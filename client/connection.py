@@ -499,7 +499,10 @@ class Connection:
             return f"the scheduler {where} had no worker with a loaded model; start one, or allow more time to connect"
         if self._hello_at is not None:
             return f"something listens but no scheduler answered {where}"
-        return f"no scheduler could be reached {where}; is `tandem serve` running, with this address?"
+        return (
+            f"no scheduler could be reached {where}; is `tandem serve` running, with this address? (If it is, and its "
+            "log says that it cuts connections, raise its ulimit -n.)"
+        )
 
 
 _INCOMING = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ..protocol.errors import ConfigurationError
+from ..protocol.process import allow_files
 from .config import GatewayConfig
 from .errors import ApiError, unavailable
 from .listening import BACKLOG
@@ -54,15 +54,8 @@ def make_server(config: GatewayConfig, app: ASGIApp) -> Server:
         settings.load()
     except OSError as error:
         raise ConfigurationError(f"--ssl-certfile, --ssl-keyfile: cannot be used: {error}") from error
-    _allow_files(config.max_connections + SPARE_FILES)
+    allow_files(config.max_connections + SPARE_FILES)
     return Server(settings)
-
-
-def _allow_files(count: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = count if hard == resource.RLIM_INFINITY else min(hard, count)
-    if soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _protocol(config: GatewayConfig) -> type[HttpToolsProtocol]:

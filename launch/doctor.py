@@ -22,6 +22,7 @@ from rich.text import Text
 from ..bench.machine import output, package_version
 from ..protocol.errors import ConfigurationError
 from ..protocol.transport import Address, default_address, require_private
+from ..scheduler.connections import OPEN_FILES
 from ..worker.config import WorkerConfig
 from .config import Options
 from .connect import answers
@@ -187,12 +188,13 @@ def _shared_memory() -> Finding:
 
 
 def _sockets() -> Iterator[Finding]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < FEW_FILES:
-        advice = f"; each client takes one, so raise it (ulimit -n {min(hard, 65_536) if hard > 0 else 65_536})"
-        yield Finding("open files", f"{soft}{advice}", "warning")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if most < FEW_FILES:
+        advice = f"; each client takes one of a scheduler, so raise the hard limit (ulimit -Hn {OPEN_FILES}, as root)"
+        yield Finding("open files", f"at most {most}{advice}", "warning")
     else:
-        yield Finding("open files", f"{soft:,}")
+        yield Finding("open files", f"a scheduler may have {most:,}")
     try:
         address = default_address()
         yield _service_at(address)

@@ -1,8 +1,9 @@
-"""Which process a process id means."""
+"""Which process a process id means, and how many files this one may open."""
 
 from __future__ import annotations
 
 import os
+import resource
 
 
 def started_at(pid: int) -> int:
@@ -36,3 +37,11 @@ def open_process(pid: int, started: int) -> int | None:
         pass
     os.close(descriptor)
     return None
+
+
+def allow_files(count: int) -> None:
+    """Raises this process's soft limit on open files to `count`, or as far towards it as the hard one lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(hard, count)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -25,13 +25,17 @@ FAILURES: Final = {
 """Why a handshake failed; a key that is not admitted is complained of by Admission."""
 WATCHED: Final = int(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED) | sum(FAILURES)
 RESERVED_FILES: Final = 128
-"""File descriptors that are not for connections."""
+"""File descriptors that are not for connections; half of them all where there are fewer than twice as many."""
+OPEN_FILES: Final = 65_536
+"""To so many a scheduler raises its limit on open files, if it may."""
 
 
 def most_connections() -> int:
     """Of one port: half of what the limit on open files leaves."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, (soft - RESERVED_FILES) // 2)
+    if soft == resource.RLIM_INFINITY:
+        soft = OPEN_FILES
+    return max(1, (soft - min(RESERVED_FILES, soft // 2)) // 2)
 
 
 class Connections:

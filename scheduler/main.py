@@ -14,9 +14,11 @@ from pydantic import ValidationError
 
 from ..protocol.errors import ConfigurationError
 from ..protocol.logs import configure
+from ..protocol.process import allow_files
 from ..protocol.status import StatusPipe
 from ..protocol.tracing import Tracer
 from .config import SchedulerConfig
+from .connections import OPEN_FILES
 from .service import Service
 
 ALIVE_EVERY_S = 1.0
@@ -26,6 +28,7 @@ ALIVE_EVERY_S = 1.0
 def run(config: SchedulerConfig, status: StatusPipe | None = None) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code: 0, or 2 for options that cannot work."""
     status = status or StatusPipe(None)
+    allow_files(OPEN_FILES)
     log_writer = configure("scheduler", config.log_level, config.log_format)
     try:
         tracer = Tracer("scheduler", config.trace_dir)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -503,3 +505,18 @@ def test_who_only_looks_if_anybody_listens_is_not_complained_of(caplog: pytest.L
     with caplog.at_level(logging.DEBUG):
         play(script)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(("hard", "connections"), [(64, 16), (200, 50), (1_024, 448)])
+def test_a_scheduler_may_have_as_many_connections_as_the_hard_limit_lets_it(hard: int, connections: int) -> None:
+    script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, {hard}))
+from tandem.scheduler.config import SchedulerConfig
+from tandem.scheduler.connections import most_connections
+from tandem.scheduler.main import run
+assert run(SchedulerConfig(address="ipc:///dev/null/nowhere")) == 2
+print(resource.getrlimit(resource.RLIMIT_NOFILE), most_connections())
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.stdout == f"({hard}, {hard}) {connections}\n", done.stderr
