@@ -1,4 +1,7 @@
-"""The client: text in and out of a running service, without torch or transformers."""
+"""The client: text in and out of a running service, without torch or transformers.
+
+It keeps what a request has got so far, so that a request goes on when the scheduler that worked on it is lost.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

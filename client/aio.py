@@ -1,4 +1,8 @@
-"""The asynchronous client."""
+"""The asynchronous client, which the synchronous one and the gateway are made of: from a prompt to a request's streams.
+
+A prompt becomes token ids and complete sampling parameters (prompts.py), a request (connection.py), and its tokens
+become text where they are read (completion.py).
+"""
 
 # ruff: noqa: ASYNC109 - `timeout` is what users of OpenAI's and every other client expect
 

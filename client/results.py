@@ -1,4 +1,4 @@
-"""What the client gives back."""
+"""What the client gives back: whole completions, and chunks of streamed ones."""
 
 from __future__ import annotations
 

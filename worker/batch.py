@@ -1,4 +1,5 @@
-"""What one step computes: a ragged batch of tokens, its rows and where their keys and values live."""
+"""What one step computes: a ragged batch of tokens, its rows and where their keys and values live. `state` and `graphs`
+make it of a plan, the model and its attention read it."""
 
 from __future__ import annotations
 

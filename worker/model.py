@@ -1,4 +1,9 @@
-"""A transformers model, unchanged, over a paged KV cache."""
+"""A transformers model, unchanged, over a paged KV cache: what every step runs.
+
+It is checked when it is loaded: paged, it must compute what it computes by itself (inspection.py). Then it may be
+compiled, gets its KV cache, and from a step's batch makes hidden states, of which those rows that want a token become
+logits.
+"""
 
 from __future__ import annotations
 

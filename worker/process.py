@@ -1,4 +1,5 @@
-"""A worker from its options to its last step: loads the model, tries it, and serves."""
+"""A worker from its options to its last step: loads the model, compiles it, sees how much KV cache there is room for,
+runs steps that nobody asked for, captures graphs, and serves."""
 
 from __future__ import annotations
 
