@@ -55,7 +55,7 @@ def _with_known_decoder(tokenizer: str) -> str:
 
 def compile_grammar(wanted: StructuredOutputsParams, tokenizer: LLTokenizer) -> LLMatcher:
     """A matcher at the grammar's beginning. Raises GrammarError. Runs without the interpreter's lock for the most
-    part, and is bounded by `limits` in most cases but not in all: see checking.py."""
+    part, and is bounded by `limits` in most cases but not in all: see sandbox.py."""
     try:
         matcher = LLMatcher(tokenizer, _source(wanted), log_level=0, limits=limits())
     except (ValueError, RecursionError) as error:
