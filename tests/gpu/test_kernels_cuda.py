@@ -9,14 +9,11 @@ from torch import Tensor
 from tandem.worker import operators
 from tandem.worker.attention.ops import rotate
 
+from support.cuda import random
+
 pytestmark = pytest.mark.gpu
 
 COUNTS = (1, 2, 15, 16, 17, 32)
-
-
-def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    generator = torch.Generator(device="cuda").manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
 
 
 def close(got: Tensor, expected: Tensor) -> bool:

@@ -13,17 +13,13 @@ from tandem.worker import product_trials, products
 from tandem.worker.cublaslt import ALIGNMENT, MOST_WORKSPACE, WIDE_SUMS, CublasLt, Product
 from tandem.worker.product_trials import Case
 
+from support.cuda import random
 from support.paged import Sequences, load, quiet, random_tokens
 from support.tiny_models import VOCAB, save_flashinfer_sized
 
 pytestmark = pytest.mark.gpu
 
 WIDTH, DEPTH = 6144, 4096
-
-
-def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    generator = torch.Generator(device="cuda").manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
 
 
 def close(got: Tensor, rows: Tensor, weight: Tensor) -> bool:

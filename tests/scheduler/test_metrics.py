@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from tandem.protocol import messages
 from tandem.protocol.codec import encode
-from tandem.protocol.messages import AskStats, Cancel, ModelDescription, Refused, Stats, StepPlan, StepResult
+from tandem.protocol.messages import Cancel, ModelDescription, Refused, Stats, StepPlan, StepResult
 from tandem.protocol.sampling import SamplingParams
 from tandem.scheduler.core import Core
 from tandem.scheduler.events import SendPlan, StepDone, Submitted, WorkerJoined, WorkerLimits, WorkerLost
 from tandem.scheduler.metrics import LONG_S, DeviceMeter, Histogram
 from tandem.scheduler.policy import Policy
 
-from support.peers import Scene, ScriptedClient, scene
+from support.peers import Scene, scene
 from support.simulated_worker import SimulatedWorker
 
 
@@ -30,12 +30,6 @@ def play(script: Callable[[Scene], Awaitable[None]]) -> None:
             await script(made)
 
     asyncio.run(run())
-
-
-async def stats_of(client: ScriptedClient) -> Stats:
-    count = len([one for one in client.got if isinstance(one, Stats)])
-    await client.send(AskStats())
-    return await client.expect(Stats, count + 1)
 
 
 def histogram(found: Stats, name: str) -> messages.Histogram:
@@ -74,7 +68,7 @@ def test_counters_tell_what_a_run_sent_and_received() -> None:
         await client.submit(3, [2])
         await client.expect(Refused)
         await client.wait(lambda: client.ended(3))
-        found = await stats_of(client)
+        found = await client.stats()
 
         assert found.finished == {"length": 3}
         assert found.refusals == {"invalid": 1}
@@ -118,7 +112,7 @@ def test_resumptions_cancels_and_refusals_of_samples_are_counted() -> None:
         await client.expect(Refused, 3)
         await client.send(Cancel(ticket=0))
         await client.wait(lambda: client.ended(0))
-        found = await stats_of(client)
+        found = await client.stats()
         assert (found.resumptions, found.finished, found.refusals) == (1, {"abort": 1}, {"invalid": 3})
         assert count(found, "time_to_first_token_seconds") == 0
 
@@ -140,7 +134,7 @@ def test_a_worker_that_comes_back_as_another_process_is_a_restart() -> None:
         other = made.worker(2, name="worker-1")
         await other.hello()
         await other.wait(lambda: other.welcome)
-        found = await stats_of(client)
+        found = await client.stats()
         assert (found.joined_workers, found.restarted_workers) == (3, 1)
 
     play(script)

@@ -12,12 +12,10 @@ import pytest
 from tandem.protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
-    AskStats,
     ClientHello,
     Ping,
     Pong,
     Refused,
-    Stats,
     Submit,
     Tokens,
     Welcome,
@@ -62,12 +60,6 @@ def submission(ticket: int, held: int = 0, prompt: list[int] = PROMPT, **fields:
     )
 
 
-async def stats(client: ScriptedClient) -> Stats:
-    asked = len([one for one in client.got if isinstance(one, Stats)])
-    await client.send(AskStats())
-    return await client.expect(Stats, asked + 1)
-
-
 def tokens_from(client: ScriptedClient, ticket: int, offset: int) -> list[int]:
     """As they came; no gap, no repeat."""
     found: list[int] = []
@@ -103,7 +95,7 @@ def test_a_session_that_comes_back_supersedes_itself() -> None:
         held = len(first.tokens(0))
         await second.send(submission(7, held, resumed=True))
         await second.expect(Accepted)
-        seen = await stats(second)
+        seen = await second.stats()
         assert seen.running + seen.waiting == 2  # the stranger's and the resumption: nothing runs twice
         assert seen.resumptions == 1
         worker.manual = False
@@ -116,7 +108,7 @@ def test_a_session_that_comes_back_supersedes_itself() -> None:
         assert ended is not None
         assert (ended.reason, ended.prompt_tokens, ended.completion_tokens) == ("length", len(PROMPT), LENGTH)
         assert first.ended(0) is None  # it is nobody's any more
-        (of_worker,) = (await stats(second)).workers
+        (of_worker,) = (await second.stats()).workers
         assert of_worker.free_blocks == of_worker.num_blocks
 
     play(script)
@@ -193,7 +185,7 @@ def test_a_ping_is_answered_if_it_wants_to_be() -> None:
         await client.send(Ping())
         await client.send(Ping(answer=True))
         pong = await client.expect(Pong)
-        await stats(client)
+        await client.stats()
         assert len([one for one in client.got if isinstance(one, Pong)]) == 1
         assert pong.epoch == made.service.epoch
 
@@ -207,7 +199,7 @@ def test_clients_without_a_session_are_strangers_to_each_other() -> None:
         for client in (first, second):
             await client.send(submission(0))
             await client.expect(Accepted)
-        seen = await stats(first)
+        seen = await first.stats()
         assert seen.running + seen.waiting == 2
 
     play(script)

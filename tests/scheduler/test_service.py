@@ -21,7 +21,6 @@ from tandem.protocol.codec import encode
 from tandem.protocol.messages import (
     PROTOCOL_VERSION,
     Accepted,
-    AskStats,
     Cancel,
     ClientHello,
     FetchFile,
@@ -30,7 +29,6 @@ from tandem.protocol.messages import (
     Idle,
     Ping,
     Refused,
-    Stats,
     StepPlan,
     UnknownPeer,
     VersionRefused,
@@ -67,12 +65,6 @@ def play(
 def chunk_at(client: ScriptedClient, name: str, offset: int) -> FileChunk | None:
     chunks = (one for one in client.got if isinstance(one, FileChunk))
     return next((one for one in chunks if (one.name, one.offset) == (name, offset)), None)
-
-
-async def stats_of(client: ScriptedClient) -> Stats:
-    count = len([one for one in client.got if isinstance(one, Stats)])
-    await client.send(AskStats())
-    return await client.expect(Stats, count + 1)
 
 
 async def served(made: Scene, client: ScriptedClient, ticket: int, prompt: list[int], count: int = 5) -> None:
@@ -374,7 +366,7 @@ def test_cancelling_an_unknown_ticket_and_twice_is_no_error() -> None:
             await client.send(Cancel(ticket=1))
         ended = await client.wait(lambda: client.ended(1))
         assert ended.reason == "abort"
-        stats = await stats_of(client)
+        stats = await client.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         assert stats.workers[0].free_blocks == stats.workers[0].num_blocks
 
@@ -459,7 +451,7 @@ def test_a_client_that_goes_or_falls_silent_frees_its_requests() -> None:
 
         await observer.hello()
         async with asyncio.timeout(DEADLINE_S):
-            while (await stats_of(observer)).running:  # asking renews its own lease
+            while (await observer.stats()).running:  # asking renews its own lease
                 pass
 
     play(script, client_lease=2.0)
@@ -475,7 +467,7 @@ def test_a_silent_worker_loses_its_requests_to_another() -> None:
         await client.submit(1, [1, 2], 4)
         await silent.expect(StepPlan)
         async with asyncio.timeout(DEADLINE_S):
-            while (await stats_of(client)).workers:
+            while (await client.stats()).workers:
                 pass
         await made.worker(2).hello()
         ended = await client.wait(lambda: client.ended(1))

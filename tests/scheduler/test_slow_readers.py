@@ -14,7 +14,6 @@ from tandem.protocol.messages import (
     AskStats,
     ClientHello,
     Ping,
-    Stats,
     Submit,
     Tokens,
     UnknownPeer,
@@ -30,12 +29,6 @@ PROMPT = [4, 5, 6]
 LENGTH = 20
 ENOUGH = 200_000
 """Questions; far fewer fill every queue."""
-
-
-async def stats(client: ScriptedClient) -> Stats:
-    count = len([one for one in client.got if isinstance(one, Stats)])
-    await client.send(AskStats())
-    return await client.expect(Stats, count + 1)
 
 
 def request(ticket: int) -> Submit:
@@ -72,10 +65,10 @@ def test_a_client_that_never_reads_loses_its_own_requests_and_no_token_without_a
         slow.send(encode(ClientHello(version=PROTOCOL_VERSION)))
         slow.send(encode(request(0)))
         async with asyncio.timeout(DEADLINE_S):
-            while (await stats(other)).running + (await stats(other)).waiting == 0:
+            while (await other.stats()).running + (await other.stats()).waiting == 0:
                 pass
             sent = 0
-            while (found := await stats(other)).clients == 2:
+            while (found := await other.stats()).clients == 2:
                 for _ in range(500):
                     try:
                         slow.send(encode(AskStats()), zmq.DONTWAIT)
@@ -83,7 +76,7 @@ def test_a_client_that_never_reads_loses_its_own_requests_and_no_token_without_a
                     except zmq.Again:
                         break
                 assert sent < ENOUGH
-        found = await stats(other)  # its requests end in the next turn of the loop
+        found = await other.stats()  # its requests end in the next turn of the loop
         assert (found.clients, found.running, found.waiting) == (1, 0, 0)
 
     async def read_what_was_kept(slow: zmq.Socket[bytes], whole: list[int]) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
+from tandem.worker.attention.ops import OperatorRouter
 from tandem.worker.attention.registry import ATTENTION_NAME, register
-from tandem.worker.inspection import dense_attention
+from tandem.worker.compiling import Compiled, compile_rows
+from tandem.worker.inspection import dense_attention, inspect_layers, run_trunk
 from tandem.worker.kv_cache import LayerKV
 
 from support.tiny_models import save_tiny
@@ -51,6 +53,23 @@ def kept(graphs: list[GraphModule]) -> Callable[[GraphModule, list[Any]], GraphM
 
 def calls(graph: GraphModule, name: str) -> int:
     return sum(str(node.target).startswith(f"tandem.{name}.") for node in graph.graph.nodes)
+
+
+def compiled_beside_own(
+    model: PreTrainedModel,
+) -> tuple[GraphModule, Compiled, Callable[[Tensor, Tensor], Tensor]]:
+    """A model's rewritten graph, and its trunk both ways: token ids and positions to hidden rows."""
+    trunk = model.get_decoder()
+    layers = inspect_layers(model, trunk, torch.device("cpu"))
+    step, layer_of = DenseStep(layers), {layer.layer_idx: index for index, layer in enumerate(layers)}
+    router = OperatorRouter(layer_of)
+    router.enter(step)  # type: ignore[arg-type]
+    example = torch.zeros(2, dtype=torch.int64)
+    graphs: list[GraphModule] = []
+    compiled = compile_rows(
+        trunk, lambda ids, at: run_trunk(trunk, ids, at, router), [example, example], backend=kept(graphs)
+    )
+    return graphs[0], compiled, lambda ids, at: run_trunk(trunk, ids, at, DenseRouter(step, layer_of))
 
 
 def paged(arch: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:

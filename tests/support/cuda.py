@@ -16,6 +16,12 @@ from support.paged import random_tokens
 from support.tiny_models import VOCAB
 
 
+def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    """Of the normal distribution, times `scale`, on the GPU."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
+
+
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Whatever makes the host wait for the device raises (as far as torch notices)."""

@@ -132,6 +132,12 @@ class ScriptedClient(Peer):
         column = np.array(prompt, np.int32)
         await self.send(Submit(ticket=ticket, prompt=column, sampling=sampling, timeout_s=timeout_s))
 
+    async def stats(self) -> messages.Stats:
+        """Asks, and waits for the answer."""
+        count = len([one for one in self.got if isinstance(one, messages.Stats)])
+        await self.send(messages.AskStats())
+        return await self.expect(messages.Stats, count + 1)
+
     def tokens(self, ticket: int) -> list[int]:
         """Received so far, offsets checked."""
         found: list[int] = []

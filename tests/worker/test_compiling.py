@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from transformers import PreTrainedModel
 
-from tandem.worker.attention.ops import OperatorRouter
-from tandem.worker.compiling import Compiled, compile_rows
-from tandem.worker.inspection import inspect_layers, run_trunk
+from tandem.worker.compiling import compile_rows
 from tandem.worker.sampler import greedy
 
-from support.compiled import DenseRouter, DenseStep, calls, kept, paged
+from support.compiled import calls, compiled_beside_own, kept, paged
 from support.paged import load_tiny
 from support.tiny_models import ARCHITECTURES, VOCAB
 
@@ -26,30 +22,12 @@ DENSE = [arch for arch in ARCHITECTURES if "moe" not in arch]
 """Experts are dispatched by kernels that cannot be traced in every dtype."""
 
 
-def compiled_beside_own(
-    arch: str, folder: Path, dtype: torch.dtype
-) -> tuple[PreTrainedModel, GraphModule, Compiled, Callable[[Tensor, Tensor], Tensor]]:
-    """The model, its rewritten graph, and its trunk both ways: token ids and positions to hidden rows."""
-    model = paged(arch, folder, dtype)
-    trunk = model.get_decoder()
-    layers = inspect_layers(model, trunk, torch.device("cpu"))
-    step, layer_of = DenseStep(layers), {layer.layer_idx: index for index, layer in enumerate(layers)}
-    router = OperatorRouter(layer_of)
-    router.enter(step)  # type: ignore[arg-type]
-    example = torch.zeros(2, dtype=torch.int64)
-    graphs: list[GraphModule] = []
-    compiled = compile_rows(
-        trunk, lambda ids, at: run_trunk(trunk, ids, at, router), [example, example], backend=kept(graphs)
-    )
-    return model, graphs[0], compiled, lambda ids, at: run_trunk(trunk, ids, at, DenseRouter(step, layer_of))
-
-
 @pytest.mark.parametrize("arch", DENSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_rewritten_model_computes_the_same_for_any_number_of_tokens(
     arch: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    _, _, compiled, own = compiled_beside_own(arch, tmp_path, dtype)
+    _, compiled, own = compiled_beside_own(paged(arch, tmp_path, dtype))
     for count in (1, 2, 7, 32, 37, 64):
         ids = torch.arange(count) * 31 % VOCAB
         got, expected = compiled(ids, torch.arange(count)), own(ids, torch.arange(count))
@@ -61,7 +39,8 @@ def test_a_rewritten_model_computes_the_same_for_any_number_of_tokens(
 
 
 def test_a_llama_in_16_bits_is_rewritten_whole(tmp_path: Path) -> None:
-    model, graph, compiled, _ = compiled_beside_own("llama", tmp_path, torch.bfloat16)
+    model = paged("llama", tmp_path, torch.bfloat16)
+    graph, compiled, _ = compiled_beside_own(model)
     layers = model.config.num_hidden_layers
     assert calls(graph, "rotate_attend") == layers
     assert not calls(graph, "attend")
@@ -78,7 +57,8 @@ def test_a_llama_in_16_bits_is_rewritten_whole(tmp_path: Path) -> None:
 
 
 def test_in_32_bits_only_what_rounds_the_same_is_rewritten(tmp_path: Path) -> None:
-    model, graph, compiled, _ = compiled_beside_own("llama", tmp_path, torch.float32)
+    model = paged("llama", tmp_path, torch.float32)
+    graph, compiled, _ = compiled_beside_own(model)
     assert calls(graph, "rotate_attend") == model.config.num_hidden_layers
     assert not any(calls(graph, name) for name in ("product", "gated_product", "add_norm"))
     assert not compiled.products
@@ -87,8 +67,9 @@ def test_in_32_bits_only_what_rounds_the_same_is_rewritten(tmp_path: Path) -> No
 def test_merged_weights_are_kept_once_and_the_model_goes_on(tmp_path: Path) -> None:
     model = paged("llama", tmp_path, torch.float32)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    _, _, _, own = compiled_beside_own("llama", tmp_path, torch.float32)
-    model2, _, _, own2 = compiled_beside_own("llama", tmp_path, torch.float32)
+    _, _, own = compiled_beside_own(paged("llama", tmp_path, torch.float32))
+    model2 = paged("llama", tmp_path, torch.float32)
+    _, _, own2 = compiled_beside_own(model2)
     attention: Any = model2.get_decoder().layers[0].self_attn
     weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
     starts = [weight.untyped_storage().data_ptr() for weight in weights]

@@ -9,15 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tandem.worker.attention.ops import OperatorRouter
-from tandem.worker.compiling import compile_rows
-from tandem.worker.inspection import inspect_layers, run_trunk
 from tandem.worker.kv_cache import KVCache, LayerKV
 from tandem.worker.operators import LARGEST, quantize_rows
 from tandem.worker.quantization import Fp8Linear, quantize_linears
 from tandem.worker.sources import LoadError
 
-from support.compiled import DenseRouter, DenseStep, calls, kept, paged
+from support.compiled import calls, compiled_beside_own, paged
 from support.paged import Sequences, compute_randomly, load, random_tokens
 from support.tiny_models import VOCAB, save_flashinfer_sized, save_tiny
 
@@ -68,27 +65,17 @@ def quantized_llama(folder: Path) -> PreTrainedModel:
 
 def test_a_llama_in_8_bits_is_rewritten_whole_and_computes_the_same(tmp_path: Path) -> None:
     model = quantized_llama(tmp_path)
-    trunk = model.get_decoder()
-    layers = inspect_layers(model, trunk, torch.device("cpu"))
-    step, layer_of = DenseStep(layers), {layer.layer_idx: index for index, layer in enumerate(layers)}
-    router = OperatorRouter(layer_of)
-    router.enter(step)  # type: ignore[arg-type]
-    example = torch.zeros(2, dtype=torch.int64)
-    graphs: list[torch.fx.GraphModule] = []
-    compiled = compile_rows(
-        trunk, lambda ids, at: run_trunk(trunk, ids, at, router), [example, example], backend=kept(graphs)
-    )
+    graph, compiled, own = compiled_beside_own(model)
     count = model.config.num_hidden_layers
-    assert calls(graphs[0], "rotate_attend") == count
-    assert calls(graphs[0], "scaled_gated_product") == count
-    assert calls(graphs[0], "scaled_product") == 3 * count  # query, key and value in one; output; down
-    assert calls(graphs[0], "add_norm_quantize") == 2 * count - 1  # all but the first and the last norm
-    assert calls(graphs[0], "add_norm") == 1
-    assert calls(graphs[0], "quantize_rows") == 2 * count + 1  # attention's output, the gate's, and the first norm's
+    assert calls(graph, "rotate_attend") == count
+    assert calls(graph, "scaled_gated_product") == count
+    assert calls(graph, "scaled_product") == 3 * count  # query, key and value in one; output; down
+    assert calls(graph, "add_norm_quantize") == 2 * count - 1  # all but the first and the last norm
+    assert calls(graph, "add_norm") == 1
+    assert calls(graph, "quantize_rows") == 2 * count + 1  # attention's output, the gate's, and the first norm's
     for tokens in (1, 7, 37):
         ids = torch.arange(tokens) * 31 % VOCAB
-        own = run_trunk(trunk, ids, torch.arange(tokens), DenseRouter(step, layer_of))
-        assert relative(compiled(ids, torch.arange(tokens)), own) < 0.03
+        assert relative(compiled(ids, torch.arange(tokens)), own(ids, torch.arange(tokens))) < 0.03
 
 
 def test_logits_are_near_those_in_16_bits(tmp_path: Path) -> None:
