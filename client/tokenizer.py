@@ -71,7 +71,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of `text`, with the beginning-of-sequence token and what else the model wants unless
         `add_special_tokens` is false (text from a chat template already has them). Raises InvalidRequest if the text
-        holds lone surrogates."""
+        holds lone surrogates, or the tokenizer has no tokens for it."""
         try:
             if len(text) < LONG_TEXT:
                 ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -79,6 +79,8 @@ class Tokenizer:
                 ids = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest(f"prompt: no valid Unicode text{_where_not(text)}", field="prompt") from error
+        except Exception as error:  # plain ones of the tokenizers library, as of a vocabulary that lacks its own <unk>
+            raise InvalidRequest(f"prompt: the model's tokenizer cannot encode it: {error}", field="prompt") from error
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -173,6 +175,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
     specials: list[Any] = [value for key, value in config.items() if key.endswith("_token")]
     for key in _LIST_KEYS:
         extra = config.get(key) or []
+        if not isinstance(extra, Mapping | list):
+            raise ConfigurationError(f"{CONFIG_FILE}: {key}: expected a list or an object, got {type(extra).__name__}")
         specials.extend(extra.values() if isinstance(extra, Mapping) else extra)
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
     for value in specials:

@@ -101,4 +101,4 @@ def _of(token: TokenLogprob) -> dict[str, Any]:
 
 def finite(logprob: float) -> float:
     """For JSON."""
-    return max(logprob, LEAST)
+    return max(LEAST, logprob)  # in this order it takes the place of NaN too, which JSON has not either

@@ -119,6 +119,7 @@ def test_long_text_is_encoded_as_short_text_is() -> None:
         ({"tokenizer_config.json": b"{"}, "tokenizer_config.json"),
         ({"tokenizer_config.json": b"[]"}, "tokenizer_config.json"),
         ({"tokenizer_config.json": b'{"added_tokens_decoder": {"x": 1}}'}, "added_tokens_decoder"),
+        ({"tokenizer_config.json": b'{"extra_special_tokens": 5}'}, "extra_special_tokens"),
         ({"tokenizer_config.json": b'{"chat_template": [{"name": "default"}]}'}, "chat_template"),
         ({"generation_config.json": b"\x00"}, "generation_config.json"),
         ({"chat_template.jinja": b"\xff\xfe"}, "chat_template.jinja"),
@@ -128,6 +129,18 @@ def test_broken_files_are_named(changes: dict[str, bytes | None], named: str) ->
     files = {name: content for name, content in (byte_level() | changes).items() if content is not None}
     with pytest.raises(ConfigurationError, match=named.replace(".", r"\.")):
         Tokenizer.from_files(files)
+
+
+@pytest.mark.parametrize("length", [1, LONG_TEXT])
+def test_what_a_tokenizer_has_no_tokens_for_is_the_requests_fault(length: int) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import WordLevel
+
+    backend = Backend(WordLevel({"a": 0}, unk_token="<unk>"))  # which it lacks
+    tokenizer = Tokenizer.from_files({"tokenizer.json": backend.to_str().encode()})
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(InvalidRequest, match="prompt: the model's tokenizer cannot encode it: .*UNK"):
+        tokenizer.encode("b" * length)
 
 
 def test_text_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.gateway.logprobs import finite
 from tandem.gateway.sse import PLACE, event, text_event
 
 from support.gateway import Served
@@ -24,6 +26,12 @@ def test_a_text_event_is_the_event_with_that_text(name: str, text: str) -> None:
     written = text_event(content(PLACE))
     assert written(text) == event(content(text))
     assert written(text).count(b"\n\n") == 1
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("-inf"), -1e30])
+def test_what_json_has_no_number_for_is_the_least_logprob(logprob: float) -> None:
+    assert event(finite(logprob)) == b"data: -9999.0\n\n"
+    assert finite(-2.5) == -2.5
 
 
 def test_streams_that_are_asked_for_at_once_come_one_after_the_other(served: Served) -> None:

@@ -88,11 +88,25 @@ def test_a_model_without_what_grammars_need_says_so() -> None:
         (GrammarBook(None, VOCAB, (EOS,)), "without a tokenizer"),
         (GrammarBook(BYTES, VOCAB, ()), "no end-of-sequence token"),
         (GrammarBook(b"{", VOCAB, (EOS,)), "tokenizer cannot be used"),
+        (GrammarBook(b"[1]", VOCAB, (EOS,)), "tokenizer cannot be used"),
+        (GrammarBook(b'{"added_tokens": [{}], "decoder": 1}', VOCAB, (EOS,)), "tokenizer cannot be used"),
         (GrammarBook(BYTES, 10, (EOS,)), "tokenizer cannot be used"),
     ):
         assert story in book.problem
         with pytest.raises(GrammarError, match=story):
             book.matcher(StructuredOutputsParams(regex="a"))
+
+
+def test_added_tokens_that_the_model_has_no_logits_for_are_left_out() -> None:
+    """As a fine-tune's tokenizer has them that was given special tokens while the embedding was not widened."""
+    widened = tiny_tokenizer()
+    widened.add_special_tokens(["<extra>", "<more>"])
+    assert widened.get_vocab_size() == VOCAB + 2
+    book = GrammarBook(widened.to_str().encode(), VOCAB, (EOS,))
+    assert book.problem == ""
+    matcher = book.matcher(StructuredOutputsParams(regex="ab"))
+    assert int(matcher.try_consume_tokens(ids("ab"))) == 2
+    assert matcher.is_accepting()
 
 
 def test_the_book_keeps_so_many_grammars_and_forgets_what_it_is_told_to() -> None:

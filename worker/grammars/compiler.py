@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Final
+from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
@@ -33,24 +33,27 @@ def limits() -> LLParserLimits:
 
 
 def open_tokenizer(tokenizer: bytes, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
-    """The vocabulary of tokenizer.json, widened to the model's logits. Raises GrammarError if it cannot be used."""
+    """The vocabulary of tokenizer.json, widened or cut to the model's logits. Raises GrammarError if it cannot be
+    used."""
     try:
-        text = _with_known_decoder(tokenizer.decode())
+        text = _adapted(tokenizer.decode(), vocab_size)
         return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
-    except (ValueError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:  # of a file of any form
         raise GrammarError(f"the model's tokenizer cannot be used: {_first(str(error))}") from error
 
 
-def _with_known_decoder(tokenizer: str) -> str:
-    """tokenizer.json with its Metaspace decoder, which llguidance does not know, as the steps that it consists of."""
+def _adapted(tokenizer: str, vocab_size: int) -> str:
+    """tokenizer.json as llguidance takes it: a Metaspace decoder, which it does not know, as the steps that it consists
+    of, and without added tokens for which the model has no logits (fine-tunes are often given more than they use)."""
     content = json.loads(tokenizer)
-    decoder = content.get("decoder") or {}
-    if decoder.get("type") != "Metaspace":
-        return tokenizer
-    space = {"type": "Replace", "pattern": {"String": decoder.get("replacement", "▁")}, "content": " "}
-    return json.dumps(
-        {**content, "decoder": {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}}
-    )
+    added, decoder = content.get("added_tokens") or [], content.get("decoder") or {}
+    changes: dict[str, Any] = {}
+    if any(token["id"] >= vocab_size for token in added):
+        changes["added_tokens"] = [token for token in added if token["id"] < vocab_size]
+    if decoder.get("type") == "Metaspace":
+        space = {"type": "Replace", "pattern": {"String": decoder.get("replacement", "▁")}, "content": " "}
+        changes["decoder"] = {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    return json.dumps({**content, **changes}) if changes else tokenizer
 
 
 def compile_grammar(wanted: StructuredOutputsParams, tokenizer: LLTokenizer) -> LLMatcher:
