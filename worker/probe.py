@@ -21,11 +21,12 @@ from .describe import choose_max_model_len
 from .kv_cache import kv_bytes_per_block
 from .loading import local_folder, read_config, resolve_dtype, weight_files
 from .memory import CPU_CACHE_BYTES, GPU_MEMORY_UTILIZATION, fit_blocks
-from .model import choose_backend, trunk_and_head
+from .model import choose_backend
 from .process import choose_device
 from .quantization import FP8
 from .quantization import problem as quantization_problem
 from .sources import ModelSource
+from .trunk import trunk_and_head
 
 
 def probe(config: WorkerConfig) -> dict[str, Any]:
