@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
 from ..protocol.errors import InvalidRequest, RequestCancelled, ServiceUnavailable
 from .batch import in_order, patiently
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 60.0
 MAX_CONCURRENCY = 256
+LONG_TEXTS = 2
+"""How many are made tokens of at a time."""
+_T = TypeVar("_T")
 CONTEXT_TOKENS = 32
 """Tokens of the prompt in which something visible is looked for, so that the answer's text keeps a leading space."""
 
@@ -97,7 +101,10 @@ class AsyncClient:
         )
         self._max_concurrency = max_concurrency
         self._opened = False
+        self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._long_texts = ThreadPoolExecutor(LONG_TEXTS, "tandem-long-text")
+        """Where long texts and chats become tokens, so that short ones need not wait for them."""
         self._loading: tuple[list[str], asyncio.Task[Tokenizer | None]] | None = None
         """By the digests of the files; a scheduler that is started again announces the same ones."""
 
@@ -116,6 +123,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Cancels what is open and disconnects. Idempotent."""
         self._connection.close()
+        self._closed = True
+        self._long_texts.shutdown(wait=False)
         if self._loading is not None:
             task = self._loading[1]
             task.cancel()
@@ -352,9 +361,17 @@ class AsyncClient:
     ) -> Started:
         from ..protocol.sampling import without_text
         from .arguments import require_samples
-        from .prompts import is_chat, require_length, require_random, resolve_sampling, to_token_ids, with_bad_words
+        from .prompts import (
+            is_chat,
+            is_long,
+            require_count,
+            require_length,
+            require_random,
+            resolve_sampling,
+            to_token_ids,
+            with_bad_words,
+        )
         from .stream import History
-        from .tokenizer import LONG_TEXT
 
         loop = self._require_loop()
         model = await self._connection.ready(self._connect_timeout)
@@ -370,10 +387,13 @@ class AsyncClient:
                 value=list(checked.stop),
             )
         checked = with_bad_words(checked, tokenizer)
-        if is_chat(prompt) or (isinstance(prompt, str) and len(prompt) >= LONG_TEXT):  # on another thread
-            ids = await asyncio.to_thread(to_token_ids, prompt, tokenizer, chat)
-        else:
-            ids = to_token_ids(prompt, tokenizer, chat)
+        tokens = partial(to_token_ids, prompt, tokenizer, chat, partial(require_count, model.max_model_len))
+        chats = is_chat(prompt)
+        extras = None if chat is None else (chat.tools, chat.documents, chat.template_variables)
+        if (chats or isinstance(prompt, str)) and is_long(prompt, extras):
+            ids = await self._aside(tokens)
+        else:  # a chat on another thread all the same: nobody knows what a template does
+            ids = await asyncio.to_thread(tokens) if chats else tokens()
         require_length(ids, model.max_model_len)
         if deadline is not None and loop.time() >= deadline:
             raise TimeoutError
@@ -425,6 +445,19 @@ class AsyncClient:
             cancel=self._connection.cancel,
             loop=asyncio.get_running_loop(),
         )
+
+    async def _aside(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns, on one of the threads for long texts. Raises ServiceUnavailable if the client is closed
+        before it begins."""
+
+        def unless_closed() -> _T:
+            if self._closed:
+                raise ServiceUnavailable("the client was closed")
+            return work()
+
+        if self._closed:  # then no thread takes it
+            return unless_closed()
+        return await asyncio.get_running_loop().run_in_executor(self._long_texts, unless_closed)
 
     async def _generate_all(
         self,

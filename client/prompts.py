@@ -4,7 +4,7 @@ SamplingParams."""
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeGuard
@@ -25,6 +25,12 @@ from ..protocol.sampling import (
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
+
+
+LONG_TEXT = 16_384
+"""Characters of a text that take long enough that others should not wait for it."""
+VALUE_CHARS = 16
+"""As how many characters a value counts beside its own."""
 
 
 class TokensPrompt(TypedDict):
@@ -85,6 +91,11 @@ def require_length(prompt: object, max_model_len: int) -> None:
         count = len(prompt)
     else:
         return
+    require_count(max_model_len, count)
+
+
+def require_count(max_model_len: int, count: int) -> None:
+    """Raises InvalidRequest for more tokens of a prompt than the model's context holds."""
     if count >= max_model_len:
         raise InvalidRequest(
             f"the prompt has {count} tokens; the model's context of {max_model_len} leaves room for "
@@ -102,12 +113,36 @@ def _is_list(value: object) -> TypeGuard[Sequence[object]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
-def to_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: ChatOptions | None = None) -> npt.NDArray[np.int32]:
-    """The prompt's tokens, at least one. Raises InvalidRequest naming the field that is wrong, and ConfigurationError
-    if the model has no tokenizer or chat template for it."""
+def is_long(*parts: object) -> bool:
+    """Whether parts of a prompt are so much text, or so many values, that it takes long to make tokens of them. Looks
+    at no more of them than it needs to."""
+    left, stack = LONG_TEXT, list(parts)
+    while stack and left > 0:
+        part = stack.pop()
+        left -= VALUE_CHARS
+        if isinstance(part, str):
+            left -= len(part)
+        elif isinstance(part, Mapping | list | tuple):
+            left -= VALUE_CHARS * len(part)
+            if left > 0:
+                stack.extend(part.values() if isinstance(part, Mapping) else part)
+        elif part is not None and not isinstance(part, int | float):
+            return True  # of no kind that tells its size
+    return left <= 0
+
+
+def to_token_ids(
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    chat: ChatOptions | None = None,
+    admit: Callable[[int], None] | None = None,
+) -> npt.NDArray[np.int32]:
+    """The prompt's tokens, at least one. `admit` is told how many a text has before anything else is made of them, and
+    may raise. Raises InvalidRequest naming the field that is wrong, and ConfigurationError if the model has no
+    tokenizer or chat template for it."""
     ids: object
     if isinstance(prompt, str):
-        ids = _require(tokenizer).encode(prompt)
+        ids = _require(tokenizer).encode(prompt, admit=admit)
     elif is_chat(prompt):
         options = chat or ChatOptions()
         add_generation_prompt = options.add_generation_prompt
@@ -122,7 +157,7 @@ def to_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: ChatOptions 
             continue_final_message=options.continue_final_message,
             variables=options.template_variables,
         )
-        ids = text_tokenizer.encode(text, add_special_tokens=False)
+        ids = text_tokenizer.encode(text, add_special_tokens=False, admit=admit)
     elif isinstance(prompt, Mapping):
         if set(prompt) != {"prompt_token_ids"}:
             raise InvalidRequest(

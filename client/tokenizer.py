@@ -4,7 +4,7 @@ without transformers."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from ..protocol.errors import ConfigurationError, InvalidRequest
 from .chat import ChatTemplate
 from .detokenizer import Detokenizer, describe_decoder
+from .prompts import LONG_TEXT
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -22,9 +23,6 @@ LEGACY_TEMPLATE_FILE = "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates/"
 GENERATION_FILE = "generation_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-
-LONG_TEXT = 16_384
-"""Text of at least so many characters takes long enough that others should not wait for it."""
 
 _LIST_KEYS = ("extra_special_tokens", "additional_special_tokens")
 
@@ -68,19 +66,25 @@ class Tokenizer:
         _add_tokens(backend, config)
         return cls(backend, config, _read_templates(files, config))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, admit: Callable[[int], None] | None = None
+    ) -> list[int]:
         """The token ids of `text`, with the beginning-of-sequence token and what else the model wants unless
-        `add_special_tokens` is false (text from a chat template already has them). Raises InvalidRequest if the text
-        holds lone surrogates, or the tokenizer has no tokens for it."""
+        `add_special_tokens` is false (text from a chat template already has them). `admit` is told how many they are
+        before the list is made, and may raise. Raises InvalidRequest if the text holds lone surrogates, or the
+        tokenizer has no tokens for it."""
         try:
             if len(text) < LONG_TEXT:
-                ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-            else:  # encode_batch lets other threads run meanwhile; encode holds the interpreter lock
-                ids = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+                found = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            else:  # without the interpreter lock, and without each token's place in the text, which take longer to free
+                (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest(f"prompt: no valid Unicode text{_where_not(text)}", field="prompt") from error
         except Exception as error:  # plain ones of the tokenizers library, as of a vocabulary that lacks its own <unk>
             raise InvalidRequest(f"prompt: the model's tokenizer cannot encode it: {error}", field="prompt") from error
+        if admit is not None:
+            admit(len(found))
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

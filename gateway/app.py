@@ -37,6 +37,7 @@ from .tokenizing import (
     detokenize,
     tokenize,
 )
+from .turns import Turns
 from .wire import Answer, json_response, now
 
 REF = "#/components/schemas/{model}"
@@ -86,7 +87,7 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
         redoc_url=None,
         redirect_slashes=False,  # a redirect's address would be a guess at what stands before this gateway
     )
-    started = now()
+    started, turns = now(), Turns()
 
     def card() -> ModelCard:
         model = backend.client.model
@@ -94,23 +95,23 @@ def make_app(config: GatewayConfig, backend: Backend, metrics: GatewayMetrics) -
 
     async def completions(request: Request) -> Response:
         """Text that goes on from a prompt."""
-        return await complete(request, backend, await read(request, CompletionRequest, config), config)
+        return await complete(request, backend, await read(request, CompletionRequest, config, turns), config)
 
     async def chat_completions(request: Request) -> Response:
         """The model's answer to a chat."""
-        return await chat(request, backend, await read(request, ChatRequest, config), config)
+        return await chat(request, backend, await read(request, ChatRequest, config, turns), config, turns)
 
     async def responses(request: Request) -> Response:
         """The model's answer to messages, as OpenAI's newer API has it; nothing is stored."""
-        return await respond(request, backend, await read(request, ResponsesRequest, config), config)
+        return await respond(request, backend, await read(request, ResponsesRequest, config, turns), config, turns)
 
     async def tokenize_(request: Request) -> Response:
         """The token ids of a text or a chat."""
-        return await tokenize(backend, await read(request, TokenizeRequest, config))
+        return await tokenize(backend, await read(request, TokenizeRequest, config, turns), turns)
 
     async def detokenize_(request: Request) -> Response:
         """The text of token ids."""
-        return await detokenize(backend, await read(request, DetokenizeRequest, config))
+        return await detokenize(backend, await read(request, DetokenizeRequest, config, turns))
 
     async def models() -> Response:
         """What is served."""

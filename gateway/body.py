@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-from pydantic_core import from_json, to_json
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import from_json
 from starlette.requests import Request
 
+from .chat_schema import MAX_MESSAGES, MAX_TOOLS, ChatRequest, Message, TextPart, Tool, ToolCall
 from .config import GatewayConfig
 from .errors import ApiError, of_validation, place_of
 from .fields import Strict
+from .responses_schema import MAX_ITEMS, InputItem, ResponsesRequest, ResponseTool
+from .tokenizing import TokenizeRequest
+from .turns import Turns
 
 MAX_FAULTS = 1_000
 """Of a body with more faults none is told: only all of them can be had, and that takes seconds."""
+
+MANY_VALUES = 1_024
+"""A body with so many values or more is validated in pieces, between which others are served: its parts first."""
 
 MAX_UNKNOWN_NULLS = 16
 """How often unknown fields that hold null are looked for; each time finds all those of one kind of object."""
@@ -24,7 +32,7 @@ MAX_UNKNOWN_NULLS = 16
 _M = TypeVar("_M", bound=Strict)
 
 
-async def read(request: Request, model: type[_M], config: GatewayConfig) -> _M:
+async def read(request: Request, model: type[_M], config: GatewayConfig, turns: Turns) -> _M:
     """The body as `model`. Raises ApiError naming what is wrong with it."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
@@ -34,21 +42,31 @@ async def read(request: Request, model: type[_M], config: GatewayConfig) -> _M:
         raise ApiError(
             415, f"content-encoding: compressed bodies are not read, got {encoding[:80]}", param="content-encoding"
         )
-    return parse((await _read_bytes(request, config)).removeprefix(codecs.BOM_UTF8), model)
+    body, values = await _read_bytes(request, config)
+    return await parse(body.removeprefix(codecs.BOM_UTF8), model, values, turns)
 
 
-def parse(body: bytes, model: type[_M]) -> _M:
-    """Raises ApiError for what is no JSON, or none of this schema."""
+async def parse(body: bytes, model: type[_M], values: int, turns: Turns) -> _M:
+    """The body, of so many values. Raises ApiError for what is no JSON, or none of this schema."""
     try:
-        for _ in range(MAX_UNKNOWN_NULLS):
+        if values < MANY_VALUES or model not in PARTS:
             try:
                 return model.model_validate_json(body)
             except ValidationError as error:
-                without = None if error.error_count() > MAX_FAULTS else _without_unknown_nulls(body, error)
-                if without is None:
+                content = _content(body, error)
+                if content is None or not _remove_unknown_nulls(content, error):
                     raise
-                body = without
-        return model.model_validate_json(body)
+        else:
+            content = _content(body)
+            if content is None:
+                return model.model_validate_json(body)  # raises what is wrong with it
+        for _ in range(MAX_UNKNOWN_NULLS):
+            try:
+                return model.model_validate(await _prepared(content, model, turns))
+            except ValidationError as error:
+                if error.error_count() > MAX_FAULTS or not _remove_unknown_nulls(content, error):
+                    raise
+        return model.model_validate(content)
     except ValidationError as error:
         if error.error_count() > MAX_FAULTS:
             raise ApiError(
@@ -61,15 +79,80 @@ def parse(body: bytes, model: type[_M]) -> _M:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
 
 
-def _without_unknown_nulls(body: bytes, error: ValidationError) -> bytes | None:
-    """The body without those fields that are not known and hold null, which programs send that write all the fields
-    they know; None if there are none among the faults. Of a list only the first faulty item is told, so what is
-    removed from one is removed from all: the next try finds something else."""
+def _content(body: bytes, error: ValidationError | None = None) -> Any:
+    """What JSON says; None for what is no object, or has too many faults to look at them."""
+    if error is not None and error.error_count() > MAX_FAULTS:
+        return None
+    try:
+        content = from_json(body)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+async def _prepared(content: dict[str, Any], model: type[Strict], turns: Turns) -> dict[str, Any]:
+    """The same, with what its long lists hold validated before the whole is, in many short pieces. A list ends where it
+    has a fault: the validation of the whole tells of that, and nothing after it."""
+    found = dict(content)
+    await turns.take(_prepare(found, PARTS.get(model, {})))
+    return found
+
+
+def _prepare(holder: dict[str, Any], parts: Mapping[str, Part]) -> Iterator[None]:
+    """Replaces lists by such in which parts stand for their JSON, in steps."""
+    for name, part in parts.items():
+        items = holder.get(name)
+        if not isinstance(items, list) or (part.most is not None and len(items) > part.most):
+            continue
+        made: list[Any] = []
+        for i, item in enumerate(items):
+            inner = item
+            if part.inner and isinstance(item, dict):
+                inner = dict(item)
+                yield from _prepare(inner, part.inner)
+            try:
+                made.append(part.adapter.validate_python(inner))
+            except ValidationError:
+                made.append(inner)
+                break
+            items[i] = made[-1]
+            yield
+        holder[name] = made
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a list of a body holds."""
+
+    adapter: TypeAdapter[Any]
+    most: int | None = None
+    """Of a list with more items nothing is validated before the whole is."""
+    inner: Mapping[str, Part] = field(default_factory=dict)
+    """Lists within each item, by their fields."""
+
+
+_TEXTS = Part(TypeAdapter(TextPart))
+_MESSAGES = Part(
+    TypeAdapter(Message), MAX_MESSAGES, {"content": _TEXTS, "tool_calls": Part(TypeAdapter(ToolCall), MAX_TOOLS)}
+)
+_TOOLS = Part(TypeAdapter(Tool), MAX_TOOLS)
+PARTS: dict[type[BaseModel], dict[str, Part]] = {
+    ChatRequest: {"messages": _MESSAGES, "tools": _TOOLS},
+    TokenizeRequest: {"messages": _MESSAGES, "tools": _TOOLS},
+    ResponsesRequest: {
+        "input": Part(TypeAdapter(InputItem), MAX_ITEMS, {"content": _TEXTS, "output": _TEXTS}),
+        "tools": Part(TypeAdapter(ResponseTool), MAX_TOOLS),
+    },
+}
+"""Lists of objects, which take long to validate. Token ids do not."""
+
+
+def _remove_unknown_nulls(content: dict[str, Any], error: ValidationError) -> bool:
+    """Removes those fields that are not known and hold null, which programs send that write all the fields they know;
+    whether there are any among the faults. Of a list only the first faulty item is told, so what is removed from one is
+    removed from all: the next try finds something else."""
     faults = error.errors(include_url=False, include_context=False)
     found = [place_of(fault) for fault in faults if fault["type"] == "extra_forbidden" and fault["input"] is None]
-    if not found:
-        return None
-    content = from_json(body)
     for *way, name in found:
         holders = [content]
         for part in way:
@@ -77,7 +160,7 @@ def _without_unknown_nulls(body: bytes, error: ValidationError) -> bytes | None:
         for holder in holders:
             if isinstance(holder, dict) and holder.get(str(name), 0) is None:
                 del holder[str(name)]
-    return to_json(content, inf_nan_mode="constants")
+    return bool(found)
 
 
 def _within(holder: Any, part: int | str) -> Iterable[Any]:
@@ -86,9 +169,10 @@ def _within(holder: Any, part: int | str) -> Iterable[Any]:
     return (holder[part],) if isinstance(holder, dict) and part in holder else ()
 
 
-async def _read_bytes(request: Request, config: GatewayConfig) -> bytes:
-    """Raises ApiError 413 for a body that is over a limit. What is sent in vain is read all the same, up to twice the
-    limit: a connection that is closed over unread bytes is reset, and its client never sees the answer."""
+async def _read_bytes(request: Request, config: GatewayConfig) -> tuple[bytes, int]:
+    """The body, and how many values it has at most. Raises ApiError 413 for one that is over a limit. What is sent in
+    vain is read all the same, up to twice the limit: a connection that is closed over unread bytes is reset, and its
+    client never sees the answer."""
     limit = config.max_request_bytes
     declared = request.headers.get("content-length", "")
     length = int(declared[:20]) if declared.isdecimal() else 0
@@ -108,7 +192,7 @@ async def _read_bytes(request: Request, config: GatewayConfig) -> bytes:
             break
     if fault is not None:
         raise fault
-    return bytes(body)
+    return bytes(body), values.count
 
 
 def _fault(size: int, values: int, config: GatewayConfig) -> ApiError | None:

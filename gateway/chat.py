@@ -31,6 +31,7 @@ from .logprobs import chat_logprobs
 from .messages import to_template
 from .sse import DONE, PLACE, EventStream, answered, event, text_event
 from .tool_use import AnswerReader, NamedCall, Wanted, tool_use
+from .turns import Turns
 from .wire import as_dict, new_id, now, response_with, usage_of
 
 
@@ -62,7 +63,8 @@ class Chatting:
         self._sees_special = self._use.sees_special(tokenizer)
         if asked.stream_options is not None and not asked.stream:
             raise refused("stream_options", "only with stream: true")
-        options = ChatOptions(
+        self._template = template
+        self._options = ChatOptions(
             tools=self._use.tools,
             documents=asked.documents,
             chat_template=asked.chat_template,
@@ -70,8 +72,13 @@ class Chatting:
             continue_final_message=bool(asked.continue_final_message),
             template_variables=asked.chat_template_kwargs,
         )
-        self._stream: CompletionStream = backend.client.stream(
-            to_template(asked.messages, template), None, chat=options, **asked.options(), **self._sampling()
+        self._stream: CompletionStream
+
+    async def begin(self, backend: Backend, turns: Turns) -> None:
+        """What takes longer the longer the chat is."""
+        messages = await to_template(self._asked.messages, self._template, turns)
+        self._stream = backend.client.stream(
+            messages, None, chat=self._options, **self._asked.options(), **self._sampling()
         )
 
     def _sampling(self) -> dict[str, Any]:
@@ -206,7 +213,7 @@ def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-async def chat(request: Request, backend: Backend, asked: ChatRequest, config: GatewayConfig) -> Response:
+async def chat(request: Request, backend: Backend, asked: ChatRequest, config: GatewayConfig, turns: Turns) -> Response:
     """Answers one request."""
     backend.model(asked.model)
     tokenizer = await backend.client.tokenizer()
@@ -215,4 +222,5 @@ async def chat(request: Request, backend: Backend, asked: ChatRequest, config: G
     length = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
     with told_as(asked.structure_field() or ("tools" if asked.tools else None), max_tokens=length):
         chatting = Chatting(backend, asked, tokenizer, config)
+        await chatting.begin(backend, turns)
         return await (chatting.stream(request) if asked.stream else chatting.answer(request))

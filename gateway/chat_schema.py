@@ -80,7 +80,13 @@ class Tool(Strict):
 
     def shown(self) -> dict[str, Any]:
         """As chat templates read it."""
-        return self.model_dump(exclude_none=True, exclude={"cache_control"})
+        return {"type": self.type, "function": given(self.function)}
+
+
+def given(function: FunctionTool) -> dict[str, Any]:
+    """What it holds that is not null. The schema of its parameters is not copied: it may be large."""
+    found = ((name, getattr(function, name)) for name in ("name", "description", "parameters", "strict"))
+    return {name: value for name, value in found if value is not None}
 
 
 class NamedFunction(Strict):

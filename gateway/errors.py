@@ -118,7 +118,7 @@ def of_validation(error: ValidationError) -> ApiError:
         )
     if first["type"] == "missing":
         return ApiError(400, f"{field}: this field is needed", param=field, code="missing_field")
-    message = first["msg"].removeprefix("Value error, ")
+    message = _IN_JSON.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if first["type"] == "literal_error" and first["ctx"]["expected"] in ("True", "False"):
         message = message.lower()  # as JSON writes them
@@ -127,6 +127,13 @@ def of_validation(error: ValidationError) -> ApiError:
     shown = _shown(first["input"])
     return ApiError(400, f"{field or 'the body'}: {message}, got {shown}", param=field)
 
+
+_IN_JSON = {
+    "model_type": "input should be an object",
+    "dict_type": "input should be an object",
+    "list_type": "input should be a valid array",
+}
+"""Where pydantic speaks of Python's types, though what it looked at was JSON."""
 
 _INSTEAD = {
     "store": "nothing is stored here",

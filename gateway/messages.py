@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .chat_schema import Message, TextPart
 from .errors import refused
+from .turns import Turns
+
+MAX_ARGUMENT_VALUES = 100_000
+"""Of one call: its arguments are a text, of which a body's own count of values knows nothing."""
 
 
-def to_template(messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
+async def to_template(messages: Sequence[Message], template: str, turns: Turns) -> list[dict[str, Any]]:
     """Contents become text, arguments of calls become objects, as templates expect them. Raises ApiError naming the
     message that makes no sense."""
     knows_developer = "developer" in template
-    return [_one(i, message, knows_developer) for i, message in enumerate(messages)]
+    made: list[dict[str, Any]] = []
+    await turns.take(_make(made, messages, knows_developer))
+    return made
 
 
-def _one(i: int, message: Message, knows_developer: bool) -> dict[str, Any]:
+def _make(made: list[dict[str, Any]], messages: Sequence[Message], knows_developer: bool) -> Iterator[None]:
+    """Makes them in steps."""
+    for i, message in enumerate(messages):
+        calls = []
+        for j, call in enumerate(message.tool_calls or ()):
+            arguments = _arguments(call.function.arguments, f"messages.{i}.tool_calls.{j}.function.arguments")
+            function = {"name": call.function.name, "arguments": arguments}
+            calls.append({"id": call.id, "type": "function", "function": function})
+            yield
+        made.append(_one(i, message, knows_developer, calls))
+        yield
+
+
+def _one(i: int, message: Message, knows_developer: bool, calls: list[dict[str, Any]]) -> dict[str, Any]:
     where = f"messages.{i}"
     role = "system" if message.role == "developer" and not knows_developer else message.role
     given: dict[str, Any] = {"role": role}
@@ -33,14 +52,7 @@ def _one(i: int, message: Message, knows_developer: bool) -> dict[str, Any]:
     if message.tool_calls:
         if message.role != "assistant":
             raise refused(f"{where}.tool_calls", f"only in messages of role assistant, not {message.role}")
-        given["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
+        given["tool_calls"] = calls
     if message.role == "tool":
         if message.tool_call_id is None:
             raise refused(f"{where}.tool_call_id", "a message of role tool needs the id of the call that it answers")
@@ -59,8 +71,11 @@ def _text(content: str | Sequence[TextPart] | None) -> str | None:
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
-def _arguments(text: str) -> Any:
+def _arguments(text: str, where: str) -> Any:
     """As an object; text that is none is left to the template."""
+    values = text.count(",") + text.count("[") + text.count("{")
+    if values > MAX_ARGUMENT_VALUES:
+        raise refused(where, f"has up to {values} values; the limit is {MAX_ARGUMENT_VALUES}")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -34,6 +34,7 @@ from .responses_schema import (
 )
 from .sse import EventStream, answered, event
 from .tool_use import AnswerReader, Wanted, tool_use
+from .turns import Turns
 from .wire import as_dict, json_response, new_id, now
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -56,9 +57,15 @@ class Responding:
         sampling = {**asked.sampling(), **use.structure}
         if use.sees_special(tokenizer):  # or nobody could tell a call
             sampling["skip_special_tokens"] = False
-        self._stream: CompletionStream = backend.client.stream(
-            to_template(_messages(asked), template), None, chat=ChatOptions(tools=use.tools), **sampling
-        )
+        self._template, self._tools, self._sampling = template, use.tools, sampling
+        self._stream: CompletionStream
+
+    async def begin(self, backend: Backend, turns: Turns) -> None:
+        """What takes longer the longer the input is."""
+        chat: list[Message] = []
+        await turns.take(_messages(self._asked, chat))
+        messages = await to_template(chat, self._template, turns)
+        self._stream = backend.client.stream(messages, None, chat=ChatOptions(tools=self._tools), **self._sampling)
 
     async def answer(self, request: Request) -> Response:
         (completion,) = await answered(request, completions([self._stream]))
@@ -155,12 +162,16 @@ def _as_chat_has_it(tool: ResponseTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
 
 
-def _messages(asked: ResponsesRequest) -> list[Message]:
-    """A chat: calls become part of the assistant's message before them, as chat templates expect it."""
-    chat = [] if asked.instructions is None else [Message(role="system", content=asked.instructions)]
+def _messages(asked: ResponsesRequest, chat: list[Message]) -> Iterator[None]:
+    """Makes `chat` of it, in steps: calls become part of the assistant's message before them, as chat templates expect
+    it."""
+    if asked.instructions is not None:
+        chat.append(Message(role="system", content=asked.instructions))
     if isinstance(asked.input, str):
-        return [*chat, Message(role="user", content=asked.input)]
+        chat.append(Message(role="user", content=asked.input))
+        return
     for item in asked.input:
+        yield
         if isinstance(item, FunctionCallItem):
             if not chat or chat[-1].role != "assistant":
                 chat.append(Message(role="assistant"))
@@ -170,7 +181,6 @@ def _messages(asked: ResponsesRequest) -> list[Message]:
             chat.append(Message(role="tool", tool_call_id=item.call_id, content=item.output))
         else:
             chat.append(Message(role=item.role, content=item.content))
-    return chat
 
 
 def _is_cut(completion: Completion) -> bool:
@@ -187,7 +197,9 @@ def _usage(completion: Completion) -> ResponseUsage:
     )
 
 
-async def respond(request: Request, backend: Backend, asked: ResponsesRequest, config: GatewayConfig) -> Response:
+async def respond(
+    request: Request, backend: Backend, asked: ResponsesRequest, config: GatewayConfig, turns: Turns
+) -> Response:
     """Answers one request."""
     backend.model(asked.model)
     tokenizer = await backend.client.tokenizer()
@@ -196,4 +208,5 @@ async def respond(request: Request, backend: Backend, asked: ResponsesRequest, c
     structure = "text.format" if asked.structure() else "tools" if asked.tools else None
     with told_as(structure, max_tokens="max_output_tokens"):
         responding = Responding(backend, asked, tokenizer, config)
+        await responding.begin(backend, turns)
         return await (responding.stream(request) if asked.stream else responding.answer(request))

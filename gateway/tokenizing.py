@@ -14,6 +14,7 @@ from .chat_schema import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from .errors import refused
 from .fields import Array, ShortText, Strict, TokenId
 from .messages import to_template
+from .turns import Turns
 from .wire import Answer, json_response
 
 MAX_TOKENS = 262_144
@@ -50,7 +51,7 @@ class DetokenizeResponse(Answer):
     prompt: str
 
 
-async def tokenize(backend: Backend, asked: TokenizeRequest) -> Response:
+async def tokenize(backend: Backend, asked: TokenizeRequest, turns: Turns) -> Response:
     """The token ids that a prompt would have."""
     model = backend.model(asked.model)
     tokenizer = await backend.tokenizer()
@@ -69,7 +70,7 @@ async def tokenize(backend: Backend, asked: TokenizeRequest) -> Response:
             continue_final_message=bool(asked.continue_final_message),
             template_variables=asked.chat_template_kwargs,
         )
-        chat = to_template(asked.messages, tokenizer.chat_template(bool(tools)).source)
+        chat = await to_template(asked.messages, tokenizer.chat_template(bool(tools)).source, turns)
         ids = (await asyncio.to_thread(to_token_ids, chat, tokenizer, options)).tolist()
     strings = [tokenizer.decode([id_], False) for id_ in ids] if asked.return_token_strs else None
     return json_response(

@@ -1,6 +1,7 @@
 """AsyncClient: completions, streams, chats and lists of prompts."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,7 +15,10 @@ from tandem import (
     RequestCancelled,
     RequestFailed,
     SamplingParams,
+    ServiceUnavailable,
 )
+from tandem.client.aio import LONG_TEXTS
+from tandem.client.prompts import LONG_TEXT
 from tandem.client.stream import MAX_UNREAD_TOKENS
 from tandem.protocol.messages import Cancel, Submit
 
@@ -295,6 +299,56 @@ def test_a_request_that_is_ended_while_it_is_being_sent_is_cancelled(close: bool
         assert [cancel.ticket for cancel in await scheduler.until(Cancel)] == [0]
 
     play(scenario, ScriptedScheduler.begin)
+
+
+class Held(dict[str, str]):
+    """A message that cannot be read before `open` is set."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(role="user", content=text)
+        self.open = threading.Event()
+
+    def items(self) -> Any:
+        assert self.open.wait(DEADLINE_S)
+        return super().items()
+
+
+def test_short_prompts_wait_for_no_long_ones() -> None:
+    """However many of these are being made tokens of."""
+
+    async def scenario(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        long = [Held("word " * LONG_TEXT) for _ in range(40)]
+        calls = [asyncio.create_task(client.generate([message])) for message in long]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(DEADLINE_S):
+            assert (await client.generate("Hi")).text == ANSWER
+            assert (await client.generate([{"role": "user", "content": "Hi"}])).text == ANSWER
+            assert not any(call.done() for call in calls)
+            for message in long:
+                message.open.set()
+            for refused in await asyncio.gather(*calls, return_exceptions=True):
+                assert isinstance(refused, InvalidRequest)
+                assert refused.field == "prompt"
+        assert len(scheduler.of(Submit)) == 2
+
+    play(scenario)
+
+
+def test_closing_ends_long_prompts_that_wait_for_a_thread() -> None:
+    async def scenario(_: ScriptedScheduler, client: AsyncClient) -> None:
+        await client.tokenizer()
+        long = [Held("word " * LONG_TEXT) for _ in range(2 + LONG_TEXTS)]
+        calls = [asyncio.create_task(client.generate([message])) for message in long]
+        await asyncio.sleep(0)
+        await client.close()
+        for message in long:
+            message.open.set()
+        async with asyncio.timeout(DEADLINE_S):
+            ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(end, InvalidRequest | ServiceUnavailable) for end in ends)
+        assert isinstance(ends[-1], ServiceUnavailable)
+
+    play(scenario)
 
 
 def test_closing_while_the_tokenizer_is_fetched_cancels_no_task() -> None:

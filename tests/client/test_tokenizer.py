@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tandem.client.tokenizer import LONG_TEXT, Tokenizer
+from tandem.client.prompts import LONG_TEXT
+from tandem.client.tokenizer import Tokenizer
 from tandem.protocol.errors import ConfigurationError, InvalidRequest
 
 from support.deadlines import DEADLINE_S
@@ -108,6 +109,30 @@ def test_long_text_is_encoded_as_short_text_is() -> None:
     assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(words, add_special_tokens=False) * (
         len(text) // len(words)
     )
+
+
+@pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
+def test_the_ids_of_long_text_are_those_of_the_plain_way(make: Callable[[], dict[str, bytes]]) -> None:
+    tokenizer = Tokenizer.from_files(make())
+    text = "\n".join(TEXTS) + " "
+    text *= LONG_TEXT // len(text) + 1
+    for special in (True, False):
+        plain = tokenizer._backend.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, add_special_tokens=special) == plain
+
+
+@pytest.mark.parametrize("text", ["Hello", "Hello " * LONG_TEXT])
+def test_a_count_may_be_refused_before_there_are_ids(text: str) -> None:
+    tokenizer = Tokenizer.from_files(byte_level())
+    counts: list[int] = []
+    ids = tokenizer.encode(text, admit=counts.append)
+    assert counts == [len(ids)]
+
+    def refuse(count: int) -> None:
+        raise InvalidRequest(f"{count} are too many")
+
+    with pytest.raises(InvalidRequest, match=f"{len(ids)} are too many"):
+        tokenizer.encode(text, admit=refuse)
 
 
 @pytest.mark.parametrize(

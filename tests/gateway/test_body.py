@@ -9,17 +9,23 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from tandem import AsyncClient, RequestFailed
 from tandem.client.completion import CompletionStream, Started
-from tandem.gateway.body import ValueCount
-from tandem.gateway.chat_schema import ChatRequest
+from tandem.gateway import turns
+from tandem.gateway.body import MANY_VALUES, ValueCount, parse
+from tandem.gateway.chat_schema import MAX_MESSAGES, ChatRequest, Message, ToolCall
 from tandem.gateway.completion_schema import CompletionRequest
+from tandem.gateway.errors import ApiError
+from tandem.gateway.fields import Strict
 from tandem.gateway.generation import completions, pieces
+from tandem.gateway.messages import MAX_ARGUMENT_VALUES, to_template
 from tandem.gateway.responses_schema import ResponsesRequest
+from tandem.gateway.tokenizing import TokenizeRequest
+from tandem.gateway.turns import Turns
 from tandem.gateway.wire import response_with
 from tandem.protocol.messages import Cancel, Refused, Submit
 
@@ -80,7 +86,116 @@ def test_lists_are_given_up_at_their_first_fault(model: type[BaseModel], body: d
     assert refused.value.error_count() < 20
 
 
-class Turns:
+PARTS = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "input_text", "image_url"])},
+        optional={"text": st.sampled_from(["a", None, 1]), "unknown": st.sampled_from([None, 1])},
+    ),
+    max_size=3,
+)
+CALLS = st.lists(
+    st.fixed_dictionaries(
+        {"id": st.just("x"), "function": st.sampled_from([{"name": "f", "arguments": "{}"}, {"name": "f"}, 1])},
+        optional={"unknown": st.none(), "type": st.sampled_from(["function", "custom"])},
+    ),
+    max_size=3,
+)
+MESSAGES: st.SearchStrategy[list[Any]] = st.lists(
+    st.one_of(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "tool", "nobody"])},
+            optional={
+                "content": st.one_of(st.sampled_from(["a", None, 1, []]), PARTS),
+                "tool_calls": CALLS,
+                "unknown": st.sampled_from([None, None, 1]),
+                "Another": st.none(),
+            },
+        ),
+        st.fixed_dictionaries({"role": st.just("user"), "content": PARTS}),
+        st.just({"role": "user", "content": "a"}),
+        st.sampled_from([1, None, [], {"type": "function_call_output", "call_id": "a", "output": [{"type": "text"}]}]),
+    ),
+    max_size=4,
+)
+TOOLS = st.lists(
+    st.sampled_from(
+        [
+            {"type": "function", "function": {"name": "f", "parameters": {"a": None}}, "unknown": None},
+            {"type": "function", "name": "f"},
+            {"type": "web_search"},
+        ]
+    ),
+    max_size=2,
+)
+EXTRAS = st.sampled_from(
+    [{}, {"unknown": None}, {"unknown": 1}, {"temperature": 1, "n": 1}, {"n": 1.0}, {"seed": True}]
+)
+
+
+async def outcome(model: type[Strict], body: bytes, values: int) -> Any:
+    """What it was taken as, or what it was refused with."""
+    try:
+        return (await parse(body, model, values, Turns())).model_dump()
+    except ApiError as error:
+        return error.body
+
+
+@pytest.mark.parametrize("model", [ChatRequest, ResponsesRequest, TokenizeRequest])
+@given(MESSAGES, TOOLS, EXTRAS)
+@example([{"role": "user", "content": "a", "unknown": None}] * 3, [], {})
+@example([{"role": "user", "content": [{"type": "text", "text": "a", "unknown": None}] * 3}] * 2, [], {"unknown": None})
+@example([{"role": "user", "content": "a"}] * MAX_MESSAGES, [], {"unknown": None})
+@example([{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1), [], {})
+def test_a_body_that_is_taken_in_parts_is_taken_as_a_whole_one_is(
+    model: type[Strict], messages: list[Any], tools: list[Any], extras: dict[str, Any]
+) -> None:
+    body = json.dumps(
+        {"input" if model is ResponsesRequest else "messages": messages, "tools": tools, **extras}
+    ).encode()
+    whole, parts = (asyncio.run(outcome(model, body, values)) for values in (0, MANY_VALUES))
+    assert parts == whole
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"messages": [{}}', b"[" * 10_000, b'{"messages": NaN}'])
+def test_what_is_no_request_is_told_alike(body: bytes) -> None:
+    whole, parts = (asyncio.run(outcome(ChatRequest, body, values)) for values in (0, MANY_VALUES))
+    assert parts == whole
+    assert "error" in whole
+
+
+@pytest.mark.parametrize("name", ["content", "tool_calls"])
+def test_a_long_body_lets_the_loop_come_round(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its values are spread: over messages, or within one."""
+    monkeypatch.setattr(turns, "PIECE_S", -1.0)
+    call = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
+    one = {"role": "assistant", name: [{"type": "text", "text": "a"} if name == "content" else call] * 200}
+    messages = [one, *[{"role": "user", "content": "a"}] * 300]
+
+    async def run() -> tuple[int, int]:
+        rounds = Rounds()
+        asked = await parse(json.dumps({"messages": messages}).encode(), ChatRequest, MANY_VALUES, Turns())
+        parsed = rounds.count
+        made = await to_template(asked.messages, "", Turns())
+        assert len(made) == 301
+        await rounds.end()
+        return parsed, rounds.count - parsed
+
+    parsed, made = asyncio.run(run())
+    assert parsed >= 490
+    assert made >= 290
+
+
+def test_arguments_of_calls_have_their_own_bound() -> None:
+    """They are text to a body, and JSON to a chat template."""
+    arguments = json.dumps({"a": [0] * MAX_ARGUMENT_VALUES})
+    call = ToolCall.model_validate({"id": "a", "function": {"name": "f", "arguments": arguments}})
+    messages = [Message(role="user", content="a"), Message(role="assistant", tool_calls=[call])]
+    with pytest.raises(ApiError, match="the limit is 100000") as refused:
+        asyncio.run(to_template(messages, "", Turns()))
+    assert refused.value.body["error"]["param"] == "messages.1.tool_calls.0.function.arguments"
+
+
+class Rounds:
     """Counts how often the loop came round."""
 
     def __init__(self) -> None:
@@ -109,11 +224,11 @@ async def _streamed(streams: list[CompletionStream]) -> None:
 @pytest.mark.parametrize("way", [_whole, _streamed])
 def test_prompts_begin_one_at_a_time(way: Callable[[list[CompletionStream]], Awaitable[None]]) -> None:
     async def run() -> list[int]:
-        turns = Turns()
+        rounds = Rounds()
         began: list[int] = []
 
         async def start(_: float | None) -> Started:
-            began.append(turns.count)
+            began.append(rounds.count)
             if len(began) == 50:
                 raise RuntimeError("enough")
             return Started([], True, lambda stream, error: None, asyncio.get_running_loop())  # nothing comes of it
@@ -121,7 +236,7 @@ def test_prompts_begin_one_at_a_time(way: Callable[[list[CompletionStream]], Awa
         streams = [CompletionStream(start, None) for _ in range(100)]
         with pytest.raises(RuntimeError, match="enough"):
             await way(streams)
-        await turns.end()
+        await rounds.end()
         return began
 
     began = asyncio.run(run())
@@ -186,16 +301,16 @@ class Whole(BaseModel):
 
 def test_choices_are_written_one_at_a_time() -> None:
     async def run() -> tuple[Any, list[int]]:
-        turns = Turns()
+        rounds = Rounds()
         made: list[int] = []
 
         def choice(index: int) -> Choice:
-            made.append(turns.count)
+            made.append(rounds.count)
             return Choice(text=f'{index}"choices":[]')
 
         whole = Whole(name='"choices":[]', choices=[], usage=7)
         response = await response_with(whole, (choice(i) for i in range(20)))
-        await turns.end()
+        await rounds.end()
         return json.loads(bytes(response.body)), made
 
     answer, made = asyncio.run(run())

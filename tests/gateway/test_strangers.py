@@ -3,6 +3,7 @@ would take."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 
 from tandem.gateway.chat_schema import Message
 from tandem.gateway.messages import to_template
+from tandem.gateway.turns import Turns
 
 from support.asking import ask_until
 from support.gateway import MODEL, Served, events, gateway
@@ -142,7 +144,8 @@ def test_vllms_fields_at_values_that_change_nothing(served: Served) -> None:
 def test_reasoning_goes_by_either_name() -> None:
     for field in ("reasoning", "reasoning_content"):
         message = Message.model_validate({"role": "assistant", "content": "5", field: "2 and 3 …"})
-        assert to_template([message], "") == [{"role": "assistant", "content": "5", "reasoning_content": "2 and 3 …"}]
+        made = asyncio.run(to_template([message], "", Turns()))
+        assert made == [{"role": "assistant", "content": "5", "reasoning_content": "2 and 3 …"}]
 
 
 def test_marks_for_a_cache_change_nothing(served: Served) -> None:
