@@ -26,6 +26,7 @@ from ..scheduler.config import SchedulerConfig
 from ..worker.config import WorkerConfig
 from . import report
 from .client_process import BACKENDS, OPENAI, SDK
+from .findings import shown_model
 from .http_target import HttpTarget, gateways, given
 from .load import Benchmark, Measuring, Pace
 from .metrics import read_limits
@@ -230,7 +231,7 @@ class _System:
         address = "ipc:///unused"
         unused = {"scheduler", "address", "worker_address", "name", "keys", "insecure", "trace_dir", *LOGGING, *varied}
         worker = place_workers(self.options, 1, address)[0].config.model_dump(exclude=unused)
-        worker["model"] = self.options.get("model", BUILTIN_NAME)
+        worker["model"] = shown_model(self.options.get("model", BUILTIN_NAME))
         scheduler = build(SchedulerConfig, self.options, address=address).model_dump(exclude=unused)
         return {"worker": worker, "scheduler": scheduler, "data_parallel_size": self.replicas}
 

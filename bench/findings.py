@@ -20,8 +20,15 @@ def write_findings(options: argparse.Namespace, found: Mapping[str, Any]) -> Non
     if options.out is None:
         return
     given = {name: value for name, value in vars(options).items() if name not in _FILES}
+    if given.get("model") is not None:
+        given["model"] = shown_model(given["model"])
     report = {"machine": describe_machine(), "options": given, **found}
     Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def shown_model(model: str) -> str:
+    """A hub id, or a folder as it was given; of an absolute one the name, as where it lies says nothing elsewhere."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def told(wrong: Sequence[str]) -> int:

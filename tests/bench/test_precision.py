@@ -26,6 +26,10 @@ def test_both_cases_are_measured_on_one_model(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ["--device", "cpu", "--sequences", "1", "--tokens", "24", "--chunk", "10", "--out", str(out)]
     assert main(["--model", str(tmp_path / "model"), *options]) == 0
-    found = json.loads(out.read_text())["8 bits against 16"]
+    report = json.loads(out.read_text())
+    assert report["machine"]["cores"] > 0
+    assert report["options"]["tokens"] == 24
+    assert str(tmp_path) not in json.dumps(report)
+    found = report["8 bits against 16"]
     assert list(found) == list(CASES)
     assert all(0 < case["relative_error"] < 1 for case in found.values())
