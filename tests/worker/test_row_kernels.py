@@ -4,6 +4,7 @@ Triton's interpreter, in a process of their own, and that they compile for Hoppe
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,9 @@ def ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: in
         },
     )
     options = {"num_warps": warps, "num_stages": stages}
-    made: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Triton's own code, from Python 3.13 on
+        made: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     return made
 
 
