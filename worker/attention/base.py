@@ -25,7 +25,8 @@ class AttentionStep(Protocol):
         `layer` indexes the model's `kv_spec`. query [T, query_heads, head_dim], key [T, kv_heads, head_dim], value
         [T, kv_heads, value_dim]; returns [T, query_heads, value_dim] in query's dtype. Never waits for the device.
         """
-        ...
+        self.cache.append(layer, self.kv_slots, key, value)
+        return self.attend_cached(layer, query)
 
     def attend_cached(self, layer: int, query: Tensor, out: Tensor | None = None) -> Tensor:
         """`attend` once the step's keys and values of the layer are in the cache; into `out` if it is given."""

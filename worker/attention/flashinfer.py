@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..kv_cache import KVCache, LayerKV
-from .base import AttentionBackend
+from .base import AttentionBackend, AttentionStep
 from .sharing import PIECE_COLUMNS, Cutting, EqualPieces
 from .spans import EvenSpans, SpanKind
 
@@ -240,7 +240,7 @@ class FlashInferAttention(AttentionBackend):
         return self._scratches[-1]
 
 
-class FlashInferStep:
+class FlashInferStep(AttentionStep):
     def __init__(
         self,
         cache: KVCache,
@@ -261,10 +261,6 @@ class FlashInferStep:
         self._way = way
         self._cuts = cuts
         self._scratch = scratch
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.cache.append(layer, self.kv_slots, key, value)
-        return self.attend_cached(layer, query)
 
     def attend_cached(self, layer: int, query: Tensor, out: Tensor | None = None) -> Tensor:
         query = query.contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..kv_cache import KVCache
-from .base import AttentionBackend
+from .base import AttentionBackend, AttentionStep
 
 
 class InvariantAttention(AttentionBackend):
@@ -24,7 +24,7 @@ class InvariantAttention(AttentionBackend):
         return InvariantStep(self.cache, batch)
 
 
-class InvariantStep:
+class InvariantStep(AttentionStep):
     def __init__(self, cache: KVCache, batch: Batch) -> None:
         self.cache = cache
         self.kv_slots = batch.kv_slots
@@ -33,10 +33,6 @@ class InvariantStep:
         if lines is None:  # so that steps in graphs, which need lines, and others run the same code
             lines = torch.arange(batch.num_rows, dtype=torch.int32, device=batch.kv_lens.device)
         self._lines = lines
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.cache.append(layer, self.kv_slots, key, value)
-        return self.attend_cached(layer, query)
 
     def attend_cached(self, layer: int, query: Tensor, out: Tensor | None = None) -> Tensor:
         from .invariant_kernels import attend

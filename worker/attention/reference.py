@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..kv_cache import KVCache, LayerKV, select_slots
-from .base import AttentionBackend
+from .base import AttentionBackend, AttentionStep
 
 TILE = 128
 """Tokens per key tile; block sizes divide it, so that a tile is whole blocks."""
@@ -45,7 +45,7 @@ class ReferenceAttention(AttentionBackend):
         return ReferenceStep(self.cache, batch, per_query=self.per_query)
 
 
-class ReferenceStep:
+class ReferenceStep(AttentionStep):
     def __init__(self, cache: KVCache, batch: Batch, *, per_query: bool) -> None:
         self.cache = cache
         self.batch = batch
@@ -59,10 +59,6 @@ class ReferenceStep:
         tiled = batch.decode_rows if self.by_host else batch.num_rows
         self.prefill = [(row, starts[row], starts[row + 1]) for row in range(tiled, batch.num_rows)]
         self.scattered = starts[tiled]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.cache.append(layer, self.kv_slots, key, value)
-        return self.attend_cached(layer, query)
 
     def attend_cached(self, layer: int, query: Tensor, out: Tensor | None = None) -> Tensor:
         spec = self.cache.spec[layer]
