@@ -31,6 +31,15 @@ _MLA: Final[dict[str, Any]] = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
+_GROUPS: Final[dict[str, Any]] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 _GPT2: Final[dict[str, Any]] = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024, "initializer_range": 0.3}
 _GEMMA4: Final[dict[str, Any]] = {
     "num_hidden_layers": 6,
@@ -64,11 +73,17 @@ ZOO: Final[dict[str, Callable[[], PretrainedConfig]]] = {
     "phi3: longrope": _of("Phi3Config", original_max_position_embeddings=96, rope_parameters=_LONGROPE),
     "llama: dynamic": _of("LlamaConfig", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
     "apertus": _of("ApertusConfig"),
+    "aria_text": _of("AriaTextConfig", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "axk1": _of("AXK1Config", head_dim=8, **_MLA, **_GROUPS),
+    "bert: a decoder": _of("BertConfig", is_decoder=True),
     "arcee": _of("ArceeConfig"),
     "biogpt": _of("BioGptConfig"),
     "bitnet": _of("BitNetConfig"),
     "cohere": _of("CohereConfig"),
     "cohere2": _of("Cohere2Config", num_hidden_layers=4, sliding_window=WINDOW),
+    "cohere2_moe": _of("Cohere2MoeConfig", num_hidden_layers=4, head_dim=16, sliding_window=WINDOW, **_MOE),
+    "ctrl": _only("CTRLConfig", n_embd=64, n_layer=3, n_head=4, dff=96, n_positions=512, initializer_range=0.3),
+    "cwm": _of("CwmConfig", num_hidden_layers=4, head_dim=16, sliding_window=WINDOW),
     "deepseek_v2": _of(
         "DeepseekV2Config", first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=48, n_shared_experts=1, **_MLA,
@@ -78,7 +93,15 @@ ZOO: Final[dict[str, Callable[[], PretrainedConfig]]] = {
         first_k_dense_replace=1, n_group=2, topk_group=1, sliding_window=WINDOW,
     ),
     "ernie4_5": _of("Ernie4_5Config", head_dim=16),
+    "ernie4_5_moe": _of(
+        "Ernie4_5_MoeConfig", moe_num_experts=4, moe_k=2, moe_intermediate_size=48, moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+    ),
     "exaone4": _of("Exaone4Config", num_hidden_layers=4, sliding_window=WINDOW),
+    "exaone_moe": _of(
+        "ExaoneMoeConfig", num_hidden_layers=4, head_dim=16, sliding_window=WINDOW, num_experts=8, **_GROUPS
+    ),
+    "flex_olmo": _of("FlexOlmoConfig", num_experts=4, num_experts_per_tok=2),
     "gemma": _of("GemmaConfig", head_dim=16),
     "gemma3": _of("Gemma3TextConfig", num_hidden_layers=6, head_dim=16, sliding_window=WINDOW),
     "gemma4: keys are values": _of(
@@ -90,6 +113,7 @@ ZOO: Final[dict[str, Callable[[], PretrainedConfig]]] = {
         "Glm4MoeConfig", n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, n_shared_experts=1,
         first_k_dense_replace=1, n_group=2, topk_group=1, head_dim=16,
     ),
+    "glm4_moe_lite": _of("Glm4MoeLiteConfig", head_dim=8, **_MLA, **_GROUPS),
     "gpt2: upcast": _only("GPT2Config", reorder_and_upcast_attn=True, **_GPT2),
     "gpt2: unscaled": _only("GPT2Config", scale_attn_weights=False, **_GPT2),
     "gpt_bigcode": _only("GPTBigCodeConfig", **_GPT2),
@@ -98,9 +122,18 @@ ZOO: Final[dict[str, Callable[[], PretrainedConfig]]] = {
         "GraniteConfig", attention_multiplier=0.3, residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=3.0
     ),
     "granitemoe": _of("GraniteMoeConfig", num_local_experts=4),
+    "granitemoeshared": _of("GraniteMoeSharedConfig", num_local_experts=4, shared_intermediate_size=48),
     "helium": _of("HeliumConfig", head_dim=16),
     "hunyuan_v1_dense": _of("HunYuanDenseV1Config", head_dim=16),
+    "hunyuan_v1_moe": _of("HunYuanMoEV1Config", head_dim=16, num_experts=4, moe_topk=2),
+    "hy_v3": _of("HYV3Config", head_dim=16, **_MOE),
+    "hyperclovax": _of("HyperCLOVAXConfig", head_dim=16),
+    "jais2": _of("Jais2Config", head_dim=16),
     "jetmoe": _of("JetMoeConfig", num_key_value_heads=4, kv_channels=16, num_local_experts=4),
+    "laguna": _of(
+        "LagunaConfig", num_hidden_layers=4, head_dim=16, sliding_window=WINDOW, shared_expert_intermediate_size=48,
+        layer_types=["sliding_attention", "full_attention"] * 2, **_MOE,
+    ),
     "llama: biases": _of("LlamaConfig", attention_bias=True, mlp_bias=True),
     "llama: llama3": _of(
         "LlamaConfig",
@@ -115,7 +148,14 @@ ZOO: Final[dict[str, Callable[[], PretrainedConfig]]] = {
             "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256
         },
     ),
+    "longcat_flash": _of(
+        "LongcatFlashConfig", head_dim=8, ffn_hidden_size=96, expert_ffn_hidden_size=48, n_routed_experts=8, moe_topk=2,
+        num_layers=2, **_MLA,
+    ),
+    "mellum": _of("MellumConfig", head_dim=16, **_MOE),
     "minicpm3": _of("MiniCPM3Config", **_MLA),
+    "minimax_m2": _of("MiniMaxM2Config", head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+    "ministral": _of("MinistralConfig", head_dim=16, sliding_window=WINDOW),
     "ministral3: queries scaled by position": _of(
         "Ministral3Config",
         head_dim=16,
@@ -125,6 +165,7 @@ ZOO: Final[dict[str, Callable[[], PretrainedConfig]]] = {
         },
     ),
     "mixtral": _of("MixtralConfig", num_local_experts=4, sliding_window=WINDOW),
+    "modernbert-decoder": _of("ModernBertDecoderConfig", num_hidden_layers=4, local_attention=WINDOW),
     "nanochat": _of("NanoChatConfig"),
     "olmo": _of("OlmoConfig"),
     "olmo3": _of("Olmo3Config", num_hidden_layers=4, sliding_window=WINDOW),
@@ -137,8 +178,10 @@ ZOO: Final[dict[str, Callable[[], PretrainedConfig]]] = {
     "qwen2_moe": _of("Qwen2MoeConfig", shared_expert_intermediate_size=48, **_MOE),
     "seed_oss": _of("SeedOssConfig", head_dim=16),
     "smollm3: no positions in some layers": _of("SmolLM3Config", num_hidden_layers=4, no_rope_layer_interval=2),
+    "solar_open": _of("SolarOpenConfig", head_dim=16, **_GROUPS),
     "starcoder2": _of("Starcoder2Config", sliding_window=WINDOW),
     "vaultgemma": _of("VaultGemmaConfig", num_hidden_layers=4, head_dim=16, sliding_window=WINDOW),
+    "youtu": _of("YoutuConfig", head_dim=8, **_MLA),
 }  # fmt: skip
 
 REFUSED: Final[dict[str, tuple[Callable[[], PretrainedConfig], str]]] = {
