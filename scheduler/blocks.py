@@ -42,7 +42,7 @@ Key: TypeAlias = tuple[int | str, int, bytes]
 class Run:
     """Cached blocks, each behind the one before it."""
 
-    __slots__ = ("blocks", "closed", "key", "name", "tokens")
+    __slots__ = ("blocks", "closed", "key", "name", "nothing", "shared", "tokens")
 
     def __init__(self, name: int | str, key: Key, tokens: bytes, blocks: list[int], closed: bool = False) -> None:
         self.name = name
@@ -55,16 +55,14 @@ class Run:
         """With GONE for those that were given away before the last."""
         self.closed = closed
         """It gets no longer, since its end was given away once: places are never used again."""
+        self.shared = False
+        """Its blocks may have different users. If not, one sequence uses all of them, or nobody any."""
+        self.nothing: Match | None = None
+        """What is found of most sequences that begin here; one for all, since nobody changes it."""
 
 
 Place: TypeAlias = tuple[Run, int]
 """A cached block as what others follow: its run, and where in it; -1 for the beginning of a sequence."""
-
-
-@lru_cache(maxsize=1_024)
-def root(salt: str) -> Place:
-    """The place that sequences begin at. Requests of different salts share nothing."""
-    return Run(salt, (salt, -1, b""), b"", [], closed=True), -1
 
 
 @record
@@ -81,9 +79,11 @@ class Match:
 
 
 @lru_cache(maxsize=1_024)
-def _nothing_at(place: Place) -> Match:
-    """What is found of most sequences; the same object for all that begin there, since nobody changes one."""
-    return Match([], place, False, True)
+def root(salt: str) -> Place:
+    """The place that sequences begin at. Requests of different salts share nothing."""
+    run, twin = (Run(salt, (salt, -1, b""), b"", [], closed=True) for _ in range(2))
+    run.nothing = Match([], (twin, -1), False, True)  # not `run`: they would keep each other for ever
+    return run, -1
 
 
 def _unused(block: int) -> ValueError:
@@ -114,7 +114,7 @@ class BlockPool:
         self._stamp = 0
         """The last one given; they go down."""
         self._run: list[Run | None] = [None] * total
-        """By block: where it can be found; None if it is PRIVATE."""
+        """By block: where it can be found; None if it is PRIVATE, or a run that has no blocks any more."""
         self._pending: set[int] = set()
         """Cached blocks that are not READY."""
         self._index: dict[Key, Run] = {}
@@ -148,8 +148,11 @@ class BlockPool:
 
     def share(self, blocks: Sequence[int]) -> None:
         """One more user for each of these cached blocks."""
-        users = self._users
+        users, runs = self._users, self._run
         for block in blocks:
+            run = runs[block]
+            if run is not None:
+                run.shared = True
             if users[block] > 0:
                 users[block] += 1
             else:
@@ -169,18 +172,28 @@ class BlockPool:
         """
         users, runs, free = self._users, self._run, self._free
         for blocks in sequences:
+            if not blocks:
+                continue
             if self._pending and not self._pending.isdisjoint(blocks):
                 for block in blocks:
                     if users[block] <= 0:
                         raise _unused(block)
                 self._give_up([block for block in blocks if block in self._pending])
             stamp = self._stamp - 1
-            idle = []
-            rest = iter(blocks)
+            idle: list[int] = []
+            first = blocks[0]
+            run = runs[first]
+            if run is not None and not run.shared and users[first] == 1 and run.blocks == blocks[: len(run.blocks)]:
+                idle += run.blocks  # no need to look at each: as a rule these are all but the last
+                for block in idle:
+                    users[block] = stamp
+            rest = iter(blocks[len(idle) :])
             for block in rest:
                 count = users[block]
                 if count == 1:
-                    if runs[block] is not None:
+                    run = runs[block]
+                    if run is not None and run.blocks:
+                        run.shared = True
                         users[block] = stamp
                         idle.append(block)
                     else:
@@ -251,8 +264,6 @@ class BlockPool:
             if run is not None and run.blocks == popped:  # all that there is of it
                 del index[run.key]
                 run.blocks, run.tokens, run.closed = [], b"", True
-                for block in popped:
-                    runs[block] = None
             else:
                 self._cut_off(popped)
             free += popped
@@ -268,8 +279,9 @@ class BlockPool:
     def match(self, tokens: bytes, place: Place, most: int) -> Match:
         """The longest chain behind `place` for `tokens` (int32, as bytes), `most` blocks at most."""
         size, pending, index = self._piece, self._pending, self._index
-        found: list[int] = []
         run, at = place
+        nothing = run.nothing
+        found: list[int] = []
         for offset in range(0, most * size, size):
             piece = tokens[offset : offset + size]
             blocks, next_at = run.blocks, at + 1
@@ -279,7 +291,7 @@ class BlockPool:
             else:
                 branch = index.get((run.name, at, piece))
                 if branch is None:
-                    return Match(found, place, False, True) if found else _nothing_at(place)
+                    return Match(found, place, False, True) if found or nothing is None else nothing
                 run, at, blocks = branch, 0, branch.blocks
             block = blocks[at]
             if block in pending:
@@ -315,6 +327,7 @@ class BlockPool:
             if following is None:
                 return self.file(tokens[i * size :], place, blocks[i:], ready)
             place = following
+            following[0].shared = True  # what is filed behind it belongs to a sequence that does not use it
         return place
 
     def file(self, tokens: bytes, place: Place, blocks: list[int], ready: bool) -> Place:
@@ -383,14 +396,18 @@ class BlockPool:
 
     # --- integrity -------------------------------------------------------------------------------------------------
 
+    def _is_cached(self, block: int) -> bool:
+        run = self._run[block]
+        return run is not None and bool(run.blocks)
+
     def check(self, tables: Sequence[Sequence[int]]) -> None:
         """Raises AssertionError unless free + idle + owned = all blocks, the users are these rows' block tables, and
         exactly the cached blocks stand in runs."""
         users = Counter(block for table in tables for block in table)
         idle = self.idle()
         places = sorted([*self._free, *idle, *users])
-        cached = [block for block in range(self.total) if self._run[block] is not None]
-        runs = {id(run): run for run in self._run if run is not None}.values()
+        cached = [block for block in range(self.total) if self._is_cached(block)]
+        runs = {id(run): run for run in self._run if run is not None and run.blocks}.values()
         filed = [(block, run) for run in runs for block in run.blocks if block != GONE]
         heads = sorted(id(run) for run in runs if run.blocks[0] != GONE)
         problems = [
@@ -398,11 +415,11 @@ class BlockPool:
             ([max(0, n) for n in self._users] != [users[b] for b in range(self.total)], "users are miscounted"),
             (self._num_idle != len(idle), f"{self._num_idle} blocks are counted as idle, {len(idle)} are"),
             (self._num_entries != sum(len(blocks) for _, blocks in self._idle), "idle entries are miscounted"),
-            (any(self._run[block] is None for block in idle), "an idle block cannot be found"),
-            (any(self._run[block] is not None for block in self._free), "a free block is cached"),
+            (not all(self._is_cached(block) for block in idle), "an idle block cannot be found"),
+            (any(self._is_cached(block) for block in self._free), "a free block is cached"),
             (self._pending != self._pending & set(cached) & set(users), "what nobody computes is pending"),
             (any(users[block] > 1 for block in self._pending), "an unfinished block is shared"),
-            (any(n > 1 and self._run[block] is None for block, n in users.items()), "a private block is shared"),
+            (any(n > 1 and not self._is_cached(block) for block, n in users.items()), "a private block is shared"),
             (self.cached != len(cached), f"{self.cached} blocks are counted as cached, {len(cached)} are"),
             (sorted(block for block, _ in filed) != cached, "cached blocks are misfiled"),
             (any(self._run[block] is not run for block, run in filed), "a block stands in another run"),

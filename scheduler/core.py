@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from dataclasses import replace
+from itertools import groupby
+from typing import cast
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from ..protocol.messages import NO_INTS, NO_LONGS, Ended, ModelDescription
 from ..protocol.structured import StructuredOutputsParams
 from .blocks import Match
 from .deadlines import Deadlines
-from .door import Invalid, find_fault, highest_token, is_plain
+from .door import Invalid, find_fault, highest_token, is_ordinary, is_plain
 from .events import (
     Accept,
     Cancelled,
@@ -49,7 +50,7 @@ from .queue import WaitingQueue
 from .replica import Commit, Replica
 from .requests import Request
 from .rows import ENDING
-from .submissions import Refusals, invalid, make_request
+from .submissions import Refusals, invalid, make_ordinary, make_request
 from .throughput import EndingRate
 
 KEPT_VERDICTS = 16
@@ -60,6 +61,7 @@ POISONOUS = (
 )
 SHORT = 4_096
 """Tokens of prompts that are looked at together, so that nothing large is copied."""
+NO_TOKENS: frozenset[int] = frozenset()
 NOBODYS: dict[int, Request] = {}
 """The open requests of a client that has none."""
 INTERNAL = "an error inside the scheduler; its log has the details"
@@ -69,14 +71,10 @@ MAX_PASSED = 64
 """A request that so many have passed is passed no more: everything else waits until there is room for it."""
 
 
-def ignore_end(_request: Request, _ended: Ended) -> None:
-    """Nobody wants to know of requests that end."""
-
-
 class Core:
     """All requests and all workers of one service, and one life of it (`epoch`)."""
 
-    def __init__(self, epoch: int, policy: Policy, on_end: Callable[[Request, Ended], None] = ignore_end) -> None:
+    def __init__(self, epoch: int, policy: Policy, on_end: Callable[[Request, Ended], None] | None = None) -> None:
         """`on_end` is told of each request that ends; it must not call back."""
         self._on_end = on_end
         self._epoch = epoch
@@ -110,33 +108,36 @@ class Core:
     def take_in(self, events: Sequence[Event], now: float) -> list[Instruction]:
         """The first part of `handle`, to which `plan` must follow."""
         out: list[Instruction] = []
-        prompts = [event.prompt for event in events if type(event) is Submitted and 0 < len(event.prompt) <= SHORT]
-        highest = highest_token(prompts) if len(prompts) > 1 else None
-        for event in events:
-            match event:
-                case Submitted():  # first, since of these come the most
-                    self._submitted(event, now, out, highest if len(event.prompt) <= SHORT else None)
-                case StepDone():
-                    self._step_done(event, now, out)
-                case Cancelled():
-                    self._cancelled(event.client, event.ticket, now, out)
-                case ClientLost():
-                    self._client_lost(event.client, now)
-                case WorkerJoined():
-                    self._worker_joined(event, out)
-                case WorkerLost():
-                    self._worker_lost(event, now, out)
-                case Checked():
-                    held = self._grammars.settle(event.worker, event.number, event.error, now)
-                    self._submit_held(held, now, out)
-                case DrainWorker():
-                    if (draining := self._replicas.get(event.worker)) is not None:
-                        draining.draining = True
+        for kind, of_a_kind in groupby(events, type):
+            if kind is Submitted:
+                self._take_submissions(cast("list[Submitted]", list(of_a_kind)), now, out)
+            else:
+                for event in of_a_kind:
+                    self._take(event, now, out)
         for request in self._deadlines.passed(now):
             self.counters.timeouts += 1
             self._withdraw(request, "timeout", now, out)
         out.extend(self._grammars.dispatch(self._replicas))
         return out
+
+    def _take(self, event: Event, now: float, out: list[Instruction]) -> None:
+        match event:
+            case StepDone():
+                self._step_done(event, now, out)
+            case Cancelled():
+                self._cancelled(event.client, event.ticket, now, out)
+            case ClientLost():
+                self._client_lost(event.client, now)
+            case WorkerJoined():
+                self._worker_joined(event, out)
+            case WorkerLost():
+                self._worker_lost(event, now, out)
+            case Checked():
+                held = self._grammars.settle(event.worker, event.number, event.error, now)
+                self._submit_held(held, now, out)
+            case DrainWorker():
+                if (draining := self._replicas.get(event.worker)) is not None:
+                    draining.draining = True
 
     # --- figures ---------------------------------------------------------------------------------------------------
 
@@ -167,6 +168,56 @@ class Core:
         return self._replicas.get(worker)
 
     # --- clients ---------------------------------------------------------------------------------------------------
+
+    def _take_submissions(self, events: Sequence[Submitted], now: float, out: list[Instruction]) -> None:
+        """Most submissions are ordinary and find nothing in their way, which one look at each can tell. All others are
+        for `_submitted`, with whatever is wrong with them."""
+        model, queue, requests = self.model, self._queue, self._requests
+        most_here = self._policy.max_requests_per_client
+        short = [event.prompt for event in events if 0 < len(event.prompt) <= SHORT]
+        highest = highest_token(short) if short else 0
+        longest, max_model_len, eos = 0, 0, NO_TOKENS
+        if model is not None and highest < model.vocab_size:
+            max_model_len, eos = model.max_model_len, frozenset(model.eos_token_ids)
+            longest = min(SHORT, max_model_len - 1)
+        roomy = self._has_room_for(events)
+        for event in events:
+            try:
+                length, client, ticket = len(event.prompt), event.client, event.ticket
+                open_here = requests.get(client, NOBODYS)
+                if not (
+                    roomy
+                    and 0 < length <= longest
+                    and ticket not in open_here
+                    and len(open_here) < most_here
+                    and is_ordinary(event)
+                ):
+                    self._submitted(event, now, out, highest if length <= SHORT else None)
+                    roomy = self._has_room_for(events)
+                    continue
+                number = self._next_number
+                stops = NO_TOKENS if event.sampling.ignore_eos else eos
+                request = make_ordinary(event, max_model_len, stops, number, now)
+                if open_here is NOBODYS:
+                    open_here = requests[client] = {}
+                open_here[ticket] = request
+                self._next_number = number + 1
+                out.append(Accept(client, ticket, number))
+                queue.push(request)
+                if event.timeout_s is not None:
+                    self._deadlines.add(now + event.timeout_s, request)
+            except Exception as error:  # noqa: BLE001
+                self._fail(event, error, now, out)
+
+    def _has_room_for(self, events: Sequence[Submitted]) -> bool:
+        """All of these may wait, if each is one request with a short prompt, and nothing else is to be counted."""
+        queue, policy = self._queue, self._policy
+        return (
+            len(queue.by_number) + len(events) <= policy.max_waiting_requests
+            and queue.tokens + SHORT * len(events) <= policy.max_waiting_tokens
+            and not self._grammars.held
+            and not self._quarantine.active
+        )
 
     def _submitted(self, event: Submitted, now: float, out: list[Instruction], highest: int | None = None) -> None:
         """Whatever the door did not foresee fails this submission, and nothing else. `highest`: see `find_fault`."""
@@ -325,19 +376,32 @@ class Core:
         self, request: Request, reason: str, known: int, now: float, out: list[Instruction], error: str = ""
     ) -> None:
         """Ends a request that is nowhere any more, outside a step's own delivery."""
-        ended = self._forget(request, reason, known, now, error)
-        self._rate.ended(now)
-        out.append(Deliver(NO_LONGS, NO_LONGS, NO_INTS, NO_INTS, ((request.client, ended),)))
+        ended = self._forget([request], [reason], [known], [error], now)
+        out.append(Deliver(NO_LONGS, NO_LONGS, NO_INTS, NO_INTS, ended))
 
-    def _forget(self, request: Request, reason: str, known: int, now: float, error: str = "") -> Ended:
-        of_client = self._requests[request.client]
-        del of_client[request.ticket]
-        if not of_client:
-            del self._requests[request.client]
-        self.counters.ended(request, reason, known, now)
-        ended = request.ended(reason, known, now, error)
-        self._on_end(request, ended)
-        return ended
+    def _forget(
+        self,
+        requests: Sequence[Request],
+        reasons: Sequence[str],
+        known: Sequence[int],
+        errors: Sequence[str],
+        now: float,
+    ) -> tuple[tuple[int, Ended], ...]:
+        """What their clients are told of requests that are nowhere any more, one at least."""
+        ended = []
+        for request, reason, tokens, error in zip(requests, reasons, known, errors, strict=True):
+            client = request.client
+            of_client = self._requests[client]
+            del of_client[request.ticket]
+            if not of_client:
+                del self._requests[client]
+            end = request.ended(reason, tokens, now, error)
+            if self._on_end is not None:
+                self._on_end(request, end)
+            ended.append((client, end))
+        self.counters.ended(requests, reasons, known, now)
+        self._rate.ended(now, len(requests))
+        return tuple(ended)
 
     # --- workers ---------------------------------------------------------------------------------------------------
 
@@ -454,18 +518,14 @@ class Core:
 
     def _finish(self, replica: Replica, commit: Commit, now: float) -> tuple[tuple[int, Ended], ...]:
         """Ends the requests whose last token a commit has brought, or that cannot go on."""
-        slots, failed = commit.stopped + commit.exhausted, commit.failed
-        reasons = ["stop"] * len(commit.stopped) + ["length"] * len(commit.exhausted) + ["error"] * len(failed)
-        errors = [""] * len(slots) + [error for _, error in failed]
-        slots += [slot for slot, _ in failed]
+        early, over, failed = commit.stopped + [slot for slot, _ in commit.failed], commit.exhausted, commit.failed
+        reasons = ["stop"] * len(commit.stopped) + ["error"] * len(failed) + ["length"] * len(over)
+        errors = [""] * len(commit.stopped) + [error for _, error in failed] + [""] * len(over)
+        slots = early + over
         cell, requests = replica.rows.cells.known, replica.rows.owners(slots)
         known = [cell[slot] for slot in slots]
-        replica.release(slots)
-        ended = []
-        for request, tokens, reason, error in zip(requests, known, reasons, errors, strict=True):
-            ended.append((request.client, self._forget(request, reason, tokens, now, error)))
-        self._rate.ended(now, len(ended))
-        return tuple(ended)
+        replica.release(early, over)
+        return self._forget(requests, reasons, known, errors, now)
 
     # --- planning --------------------------------------------------------------------------------------------------
 
@@ -495,8 +555,7 @@ class Core:
         meanwhile. Lets the worker go when it has none."""
         rows = replica.rows
         elsewhere = [other for other in self._replicas.values() if not other.draining]
-        slots = np.flatnonzero(rows.identity >= 0)
-        for slot in slots[np.argsort(rows.identity[slots])].tolist() if elsewhere else ():
+        for slot in rows.oldest_first() if elsewhere else ():
             request = rows.request[slot]
             if request is None or rows.phase[slot] == ENDING:
                 continue  # its end is in flight
@@ -528,15 +587,14 @@ class Core:
     def _place_another(self, now: float, out: list[Instruction]) -> bool:
         """Gives the first that fits, of a few behind the head of the queue, a place; False if there is none."""
         passed: list[Request] = []
-        with closing(self._queue.in_turn(ADMISSION_WINDOW)) as in_turn:
-            for request in in_turn:
-                if passed and self._place(request, now, out):  # the head was tried already
-                    break
-                if request.passed >= MAX_PASSED:
-                    return False
-                passed.append(request)
-            else:
+        for request in self._queue.in_turn(ADMISSION_WINDOW):
+            if passed and self._place(request, now, out):  # the head was tried already
+                break
+            if request.passed >= MAX_PASSED:
                 return False
+            passed.append(request)
+        else:
+            return False
         for request in passed:
             request.passed += 1
         return True

@@ -52,6 +52,22 @@ def is_plain(sampling: SamplingParams) -> bool:
     )
 
 
+def is_ordinary(request: Submitted) -> bool:
+    """One sample of a new request, with sampling parameters that every row has columns for: if its prompt is in order,
+    `find_fault` finds nothing."""
+    sampling = request.sampling
+    return (
+        request.n == 1
+        and not request.sample
+        and not request.resumed
+        and not request.suspicions
+        and request.ticket < LAST_TICKET
+        and sampling.seed is not None
+        and is_plain(sampling)
+        and not len(request.generated)
+    )
+
+
 def highest_token(prompts: list[IntColumn]) -> int:
     """Of all these prompts, which have a token at least; negative ones count as the higher."""
     # As bytes they are put together in a quarter of the time.

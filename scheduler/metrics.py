@@ -30,12 +30,13 @@ DEPTHS = tuple(float(depth) for depth in range(9))
 class Histogram:
     """Counts of observations by size."""
 
-    __slots__ = ("bounds", "counts", "name", "total")
+    __slots__ = ("_bounds", "bounds", "counts", "name", "total")
 
     def __init__(self, name: str, bounds: Sequence[float]) -> None:
         """`bounds` ascend; `name` is that of the metric, without prefix."""
         self.name = name
         self.bounds = tuple(bounds)
+        self._bounds = np.array(self.bounds)
         self.counts = [0] * (len(self.bounds) + 1)
         self.total = 0.0
 
@@ -47,7 +48,7 @@ class Histogram:
     def observe_all(self, values: npt.NDArray[np.float64]) -> None:
         """One observation of each value; NaN is none."""
         values = values[~np.isnan(values)]
-        places = np.searchsorted(self.bounds, values)  # as bisect_left
+        places = self._bounds.searchsorted(values)  # as bisect_left
         for place, times in enumerate(np.bincount(places).tolist()):
             self.counts[place] += times
         self.total += float(values.sum())
@@ -100,8 +101,9 @@ class Counters:
         self.plan_bytes = Histogram("plan_bytes", BYTES)
         self._first_tokens: list[float] = []
         """Seconds until the first token, of requests that are not in the histogram yet."""
-        self._endings: list[tuple[float | None, ...]] = []
-        """Of each request that has ended, what `enter_pending` takes; NumPy makes NaN of None."""
+        self._endings: list[float] = []
+        """Of each request that has ended, the seven numbers that `enter_pending` takes, one behind the other: to make
+        columns of as many tuples costs NumPy several times as much."""
 
     def first_tokens(self, requests: Sequence[Request], now: float) -> None:
         """Requests got the first token of an attempt; their own first one or, after a preemption or the loss of a
@@ -121,21 +123,22 @@ class Counters:
         if rows:
             self.inter_token_latency.observe(seconds, rows)
 
-    def ended(self, request: Request, reason: str, known: int, now: float) -> None:
-        """A request ended, knowing so many tokens."""
-        self.finished[reason] = self.finished.get(reason, 0) + 1
-        self._endings.append(
-            (
+    def ended(self, requests: Sequence[Request], reasons: Sequence[str], known: Sequence[int], now: float) -> None:
+        """Requests ended, each for a reason and knowing so many tokens."""
+        for reason in reasons:
+            self.finished[reason] = self.finished.get(reason, 0) + 1
+        for request, tokens in zip(requests, known, strict=True):
+            started, first = request.started_at, request.first_token_at
+            self._endings += (
                 now,
                 request.submitted_at,
-                request.started_at,
-                request.first_token_at,
+                NAN if started is None else started,
+                NAN if first is None else first,
                 request.prompt_length,
-                known,
+                tokens,
                 request.resumed,
             )
-        )
-        if len(self._endings) >= MOST_ENDINGS:
+        if len(self._endings) >= 7 * MOST_ENDINGS:
             self.enter_pending()
 
     def enter_pending(self) -> None:
@@ -145,7 +148,9 @@ class Counters:
             self._first_tokens.clear()
         if not self._endings:
             return
-        now, submitted, started, first, prompt, known, resumed = np.array(self._endings, np.float64).T
+        now, submitted, started, first, prompt, known, resumed = (
+            np.fromiter(self._endings, np.float64, len(self._endings)).reshape(-1, 7).T
+        )
         self._endings.clear()
         generated, decode = known - prompt, now - first
         later = generated - resumed - 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Generator, Iterator
+from bisect import insort
+from collections.abc import Iterator
+from itertools import islice
 from typing import TypeAlias
 
 from .requests import Request
 
 _Entry: TypeAlias = tuple[bool, float, int, Request]
+
+MOST_STALE = 64
+"""So many entries of requests that wait no more may stand in the line, or as many as there are others."""
 
 
 class WaitingQueue:
@@ -22,9 +26,11 @@ class WaitingQueue:
 
     def __init__(self, aging_s: float) -> None:
         self._aging_s = aging_s
-        self._heap: list[_Entry] = []
+        self._line: list[_Entry] = []
+        """In order, from `_first` on. As a rule a request joins at the end and leaves at the beginning."""
+        self._first = 0
         self.by_number: dict[int, _Entry] = {}
-        """All that wait, by request number. Entries of the heap that are not here are dropped when they come up."""
+        """All that wait, by request number. Entries of the line that are not here are dropped when they come up."""
         self.tokens = 0
         """Known tokens of all waiting requests together."""
 
@@ -37,35 +43,32 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         rank = request.submitted_at + request.priority * self._aging_s
         entry = (not request.goes_first, rank, request.number, request)
-        heapq.heappush(self._heap, entry)
+        line = self._line
+        if not line or line[-1] < entry:
+            line.append(entry)
+        else:
+            insort(line, entry, self._first)
         self.by_number[request.number] = entry
         self.tokens += request.length
 
     def head(self) -> Request | None:
         """The request whose turn is next; it stays in the queue."""
-        while self._heap:
-            entry = self._heap[0]
-            if self.by_number.get(entry[2]) is entry:
+        line, by_number = self._line, self.by_number
+        while self._first < len(line):
+            entry = line[self._first]
+            if by_number.get(entry[2]) is entry:
                 return entry[3]
-            heapq.heappop(self._heap)
+            self._first += 1
         return None
 
-    def in_turn(self, most: int) -> Generator[Request]:
+    def in_turn(self, most: int) -> Iterator[Request]:
         """The requests whose turn is next, `most` of them, in order. They stay in the queue; the one that was yielded
         last may be removed, and then the iterator must be given up."""
-        heap = self._heap
-        found: list[_Entry] = []
-        try:
-            while heap and len(found) < most:
-                entry = heapq.heappop(heap)
-                if self.by_number.get(entry[2]) is entry:
-                    found.append(entry)
-                    yield entry[3]
-        finally:
-            if heap is self._heap:  # else `remove` has made a new one of all that wait
-                for entry in found:
-                    if self.by_number.get(entry[2]) is entry:
-                        heapq.heappush(heap, entry)
+        waiting = (entry[3] for entry in islice(self._line, self._first, None) if self._waits(entry))
+        return islice(waiting, most)
+
+    def _waits(self, entry: _Entry) -> bool:
+        return self.by_number.get(entry[2]) is entry
 
     def remove(self, request: Request) -> bool:
         """Takes a request out, wherever it stands; False if it was not waiting."""
@@ -73,10 +76,8 @@ class WaitingQueue:
         if entry is None:
             return False
         self.tokens -= request.length
-        heap = self._heap
-        if heap and heap[0] is entry:
-            heapq.heappop(heap)
-        elif len(heap) > 2 * len(self.by_number) + 64:
-            self._heap = list(self.by_number.values())
-            heapq.heapify(self._heap)
+        if self._line[self._first] is entry:
+            self._first += 1
+        if len(self._line) > 2 * len(self.by_number) + MOST_STALE or not self.by_number:
+            self._line, self._first = sorted(self.by_number.values()), 0
         return True

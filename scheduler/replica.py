@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..protocol.errors import ProtocolError
-from ..protocol.messages import NO_INTS, NO_LONGS, SUSPICIONS, StepPlan
+from ..protocol.messages import NO_INTS, SUSPICIONS, StepPlan
 from ..protocol.structured import StructuredOutputsParams
 from .blocks import BYTES_PER_TOKEN, BlockPool, Match
 from .events import BoolColumn, IntColumn, LongColumn, WorkerLimits, record
@@ -33,7 +33,7 @@ from .logprobs import NOTHING_TOLD, Logprobs, PromptLogprobs, PromptPart, StepLo
 from .pace import Pace
 from .policy import Policy
 from .requests import Request
-from .rows import ATTEMPT_BITS, DECODE, ENDING, FREE, PREFILL, Rows, identity_of
+from .rows import DECODE, ENDING, FREE, PREFILL, Rows, identity_of
 
 HUGE_SHARE = 0.75
 """Of the tokens left in a step, what a prompt gets that does not fit in: those behind it shall not wait for its end."""
@@ -55,6 +55,9 @@ _pack_joining = struct.Struct("<qqiiiiiiiff").pack
 """One of these. To pack all of a row's numbers at once costs a third of making a column of each for a few rows."""
 
 
+_DECODE = np.array([DECODE], np.uint8)
+"""A column of one; see `rows.ONE`."""
+
 _Joining: TypeAlias = tuple[int, bytes, bytes]
 """About how many bytes a joining row brings; its numbers, one of _JOINING; its known tokens, int32."""
 
@@ -66,8 +69,6 @@ class Flight:
     step: int
     slot: LongColumn
     """Those of rows that decode, then those whose chunk ends their known tokens."""
-    identity: LongColumn
-    """Of the attempt that owned each slot."""
     ending: list[int]
     """Where in `slot` stand rows that are at their limit with this token …"""
     ending_slot: list[int]
@@ -77,8 +78,10 @@ class Flight:
     entries: IntColumn | None
     """Log-probabilities that each token comes with; None if none does."""
     prompts: list[PromptPart]
-    chunk_identity: LongColumn
-    """Of the attempts whose known tokens it computes."""
+    chunk_slot: list[int]
+    """Slots whose known tokens it computes."""
+    lost: dict[int, int]
+    """Slots whose owners have left since, and the numbers of these requests."""
 
 
 @record
@@ -116,6 +119,7 @@ class Replica:
         self.limits = limits
         self.rows = Rows(limits)
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        self._block_size = np.array([limits.block_size], np.int32)
         self._epoch = epoch
         self._watermark = int(policy.watermark * limits.num_blocks)
         self._caching = policy.enable_prefix_caching
@@ -173,9 +177,9 @@ class Replica:
 
         The oldest prompt does not count, however huge: the others get their share beside it.
         """
-        if self.draining or self.reserved or self.alone is not None:
+        if self.draining or self.reserved or self.alone is not None or not self.rows.free:
             return False
-        if not self.rows.free or self._joining_bytes >= MAX_JOINING_BYTES:
+        if self._joining_bytes >= MAX_JOINING_BYTES:
             return False
         most = self.limits.max_num_batched_tokens
         return self._backlog < most or self._backlog - next(iter(self._prefilling.values()), 0) < most
@@ -192,8 +196,9 @@ class Replica:
         """Numbers of the requests that the steps in flight compute."""
         numbers: set[int] = set()
         for flight in self._flights:
-            for identities in (flight.identity, flight.chunk_identity):
-                numbers.update((identities >> ATTEMPT_BITS).tolist())
+            computed = {*flight.slot.tolist(), *flight.chunk_slot}
+            numbers.update(flight.lost[slot] for slot in computed.intersection(flight.lost))
+            numbers.update(one.number for one in self.rows.owners(list(computed.difference(flight.lost))))
         return numbers
 
     def blocks_for(self, tokens: int) -> int:
@@ -228,11 +233,10 @@ class Replica:
         return to_compute + self._backlog + self.load * self.limits.max_num_batched_tokens
 
     def _fits(self, request: Request, match: Match) -> bool:
-        found, pool = match.blocks, self.pool
-        needed = -(-request.length // self.limits.block_size) - len(found)
+        found, pool, rows = match.blocks, self.pool, self.rows
+        needed = -(-request.length // pool.block_size)
         if found:
-            needed += pool.idle_among(found)
-        rows = self.rows
+            needed += pool.idle_among(found) - len(found)
         if len(rows.free) < rows.slots:
             needed += self._watermark
         return pool.available >= needed
@@ -240,30 +244,29 @@ class Replica:
     def match(self, request: Request) -> Match:
         """What the prefix cache holds of it: never all, since its last token must be computed to get the next one."""
         pool = self.pool
-        if not self._caching or (request.sampling.prompt_logprobs is not None and request.tells_prompt):
+        if not self._caching or (request.rare and request.tells_prompt):
             return Match([], request.root)
         if request.probes:
             probe = request.probes.get(self.worker)
             if probe is not None and probe[0] == pool.generation:
                 return probe[1]
-        most = (request.length - 1) // self.limits.block_size
-        request.packed = request.known.tobytes()
-        return pool.match(request.packed, request.root, most)
+        request.packed = packed = request.known.tobytes()
+        return pool.match(packed, request.root, (request.length - 1) // pool.block_size)
 
     # --- requests come and go --------------------------------------------------------------------------------------
 
     def admit(self, request: Request, match: Match) -> None:
         """Gives a request a slot and blocks for its known tokens; its `offer` said that there is room, and `match` came
         from it. Changes nothing if it raises."""
-        pool, block_size = self.pool, self.limits.block_size
+        pool, length = self.pool, request.length
+        block_size = pool.block_size
         tokens = request.packed or request.known.tobytes()
-        request.packed = None
-        shared, length = len(match.blocks), len(tokens) // BYTES_PER_TOKEN
+        request.packed = request.probes = None
+        shared = len(match.blocks)
         if shared:
             pool.share(match.blocks)
         own = pool.take(-(-length // block_size) - shared)
-        blocks = match.blocks + own
-        computed = shared * block_size
+        blocks, computed = match.blocks + own, shared * block_size
         try:
             slot = self.rows.open(request, tokens, blocks, computed)
         except BaseException:
@@ -294,27 +297,24 @@ class Replica:
         )
         self._joining[slot] = (brings, numbers, tokens)
         self._joining_bytes += brings
-        request.probes = None
         if self._caching:
-            full = length // block_size
-            new = own[: full - shared]
+            full = self.rows.filed[slot] = length // block_size
+            of_blocks = tokens[computed * BYTES_PER_TOKEN : full * block_size * BYTES_PER_TOKEN]
             # What the match says has been true until now: since then blocks were given away, and none was entered.
             enter = pool.file if match.ends else pool.enter
-            self.rows.filed[slot] = full
-            of_blocks = tokens[computed * BYTES_PER_TOKEN : full * block_size * BYTES_PER_TOKEN]
-            self.rows.place[slot] = enter(of_blocks, match.place, new, False)
+            self.rows.place[slot] = enter(of_blocks, match.place, own[: full - shared], False)
             if request.cached_tokens is None:
                 prompt = request.prompt_length
                 request.cached_tokens = computed if computed < prompt else prompt  # noqa: FURB136 - as above
 
-    def release(self, slots: Sequence[int]) -> None:
-        """Frees slots and their blocks, whatever their phases and with any step in flight. Results on their way lose
-        their owners."""
-        if not slots:
-            return
+    def release(self, slots: Sequence[int], over: Sequence[int] = ()) -> None:
+        """Frees slots and their blocks, whatever their phases and with any step in flight: results on their way lose
+        their owners. `over`: more slots, whose last token was committed just now, so that nothing is on its way."""
         rows = self.rows
         phase = rows.cells.phase
-        for slot in slots:
+        for slot, request in zip(slots, rows.owners(slots), strict=True):
+            for flight in self._flights:
+                flight.lost.setdefault(slot, request.number)
             if phase[slot] == ENDING:
                 continue  # it was named as leaving when its last token was planned
             if slot in self._prefilling:
@@ -323,6 +323,7 @@ class Replica:
                 self._joining_bytes -= self._joining.pop(slot)[0]  # the worker never heard of it
             else:
                 self._leaving.append(slot)
+        slots = [*slots, *over]
         blocks = [rows.blocks[slot] for slot in slots]
         if self._caching:
             self._file_generated(slots, blocks)
@@ -342,8 +343,8 @@ class Replica:
 
     def slot_of(self, request: Request) -> int | None:
         """Where a request runs here, or None."""
-        found = np.flatnonzero(self.rows.identity == identity_of(request))
-        return int(found[0]) if len(found) else None
+        runs = request.worker == self.worker and self.rows.request[request.slot] is request
+        return request.slot if runs else None
 
     def evict(self, slot: int) -> Request:
         """Takes a running request back with all its committed tokens, for another attempt."""
@@ -360,8 +361,7 @@ class Replica:
 
     def evict_all(self) -> list[Request]:
         """Takes all its requests back, oldest first."""
-        owned = np.flatnonzero(self.rows.phase != FREE)
-        return [self.evict(int(slot)) for slot in owned[np.argsort(self.rows.identity[owned])]]
+        return [self.evict(slot) for slot in self.rows.oldest_first()]
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -406,14 +406,14 @@ class Replica:
         flight = Flight(
             step=self._next_step,
             slot=sampled,
-            identity=rows.identity[sampled],
             ending=ending,
             ending_slot=ending_slot,
             decode_rows=len(decoding),
             chunk_tokens=sum(chunk_length),
             entries=rows.entries[sampled] if rows.telling else None,
             prompts=prompts,
-            chunk_identity=rows.identity[slots] if chunk_slot else NO_LONGS,
+            chunk_slot=chunk_slot,
+            lost={},
         )
         self._flights.append(flight)
         self._leaving = ending_slot.copy()
@@ -457,13 +457,14 @@ class Replica:
 
         rows, slot, first = self.rows, flight.slot, flight.slot[flight.decode_rows :]
         ending, exhausted = flight.ending, flight.ending_slot
-        owned = rows.identity[slot] == flight.identity
-        failures: dict[int, str] = {}
-        for at, error in failed:
-            if owned[at]:
-                owned[at] = False
-                failures[int(slot[at])] = error
-        if len(slot) and not owned.item(owned.argmin()):
+        failures = {slot.item(at): error for at, error in failed if slot.item(at) not in flight.lost}
+        logprobs = None if told is None or flight.entries is None else told.of_tokens(flight.entries)
+        if flight.lost or failures:
+            nobodys = np.zeros(rows.slots, np.bool_)
+            nobodys[[*flight.lost, *failures]] = True
+            owned = ~nobodys[slot]
+            if logprobs is not None:
+                logprobs = logprobs.take(np.flatnonzero(owned))
             first = first[owned[flight.decode_rows :]]
             places = np.cumsum(owned) - 1
             ending = [int(places[at]) for at in ending if owned[at]]
@@ -475,17 +476,15 @@ class Replica:
             exhausted = [slot.item(at) for at in ending if at not in stopped]
         return Commit(
             slot=slot,
-            client=rows.client[slot],
-            ticket=rows.ticket[slot],
-            offset=position - rows.prompt_length[slot],
+            client=rows.client.take(slot),
+            ticket=rows.ticket.take(slot),
+            offset=position - rows.prompt_length.take(slot),
             token=token,
             first=first.tolist(),
             stopped=[slot.item(at) for at in stopped],
             exhausted=exhausted,
             failed=tuple(failures.items()),
-            logprobs=None
-            if told is None or flight.entries is None
-            else told.of_tokens(flight.entries).take(np.flatnonzero(owned)),
+            logprobs=logprobs,
             prompts=() if told is None else self._commit_prompts(flight.prompts, told),
         )
 
@@ -533,7 +532,7 @@ class Replica:
         """
         rows = self.rows
         while True:
-            decodes = rows.phase == DECODE
+            decodes = rows.phase == _DECODE
             full = rows.planned == rows.room
             full &= decodes
             slots = full.nonzero()[0]
@@ -548,7 +547,7 @@ class Replica:
         if not len(slots):
             return decodes, slots, []
         added = self.pool.take(len(slots))
-        rows.room[slots] += self.limits.block_size
+        rows.room[slots] += self._block_size
         blocks = rows.blocks
         for slot, block in zip(slots.tolist(), added, strict=True):
             blocks[slot].append(block)
@@ -576,8 +575,8 @@ class Replica:
             first = int(rows.planned[slot]) + 1
             count = min(first + length, int(rows.prompt_length[slot])) - first
             if slot in rows.prompt_entries and count > 0:
-                identity = int(rows.identity[slot])
-                parts.append(PromptPart(slot, identity, first, count, rows.prompt_entries[slot]))
+                (owner,) = rows.owners([slot])
+                parts.append(PromptPart(slot, identity_of(owner), first, count, rows.prompt_entries[slot]))
         return parts
 
     def _advance(
@@ -588,13 +587,12 @@ class Replica:
         rows = self.rows
         rows.planned += decodes
         decodes &= rows.planned >= rows.last
-        at_end = decodes[decoding].nonzero()[0]
-        ending: list[int] = at_end.tolist()
+        leaving = decodes.nonzero()[0]
+        ending: list[int] = []
         ending_slot: list[int] = []
-        if ending:
-            leaving = decoding[at_end]
+        if len(leaving):
             rows.phase[leaving] = ENDING
-            ending_slot = leaving.tolist()
+            ending, ending_slot = decoding.searchsorted(leaving).tolist(), leaving.tolist()
         if not slots:
             return decoding, ending, ending_slot
         completed, more = self._chunks_planned(slots, lengths)
@@ -665,7 +663,7 @@ class Replica:
             ),
             (self.reserved and rows.owned > 0, "it is reserved and runs something"),
             (rows.owned != len(owned), f"{rows.owned} slots are counted as owned, {len(owned)} are"),
-            (len(set((rows.identity[owned] >> ATTEMPT_BITS).tolist())) != len(owned), "a request owns two slots"),
+            ([one.slot for one in rows.owners(owned.tolist())] != owned.tolist(), "a request owns another slot"),
             (
                 sorted(self._prefilling) != np.flatnonzero(rows.phase == PREFILL).tolist(),
                 "slots in PREFILL are misfiled",

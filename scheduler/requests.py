@@ -35,6 +35,7 @@ class Request:
         "root",
         "sampling",
         "seed",
+        "slot",
         "started_at",
         "stops",
         "submitted_at",
@@ -98,7 +99,9 @@ class Request:
         self.attempt = 0
         self.preemptions = 0
         self.worker: int | None = None
-        """Where it runs, or ran last."""
+        """Where it runs, or ran last …"""
+        self.slot = 0
+        """… and in which slot there."""
         self.suspicions = suspicions
         """Deaths of workers while it was in a launched step, without enough tokens between (see quarantine.py)."""
         self.suspected_at = length

@@ -22,6 +22,8 @@ from .events import IntColumn, LongColumn, WorkerLimits
 from .requests import Request
 
 FREE, PREFILL, DECODE, ENDING = range(4)
+ONE = np.ones(1, np.int32)
+"""Constants that columns are computed with are columns of one: with numbers it takes NumPy up to twice as long."""
 
 FEW_STOP_TOKENS = 4
 """So many are compared with a step's tokens; if there are more, each of its tokens is looked up."""
@@ -48,19 +50,16 @@ class Cells(NamedTuple):
     planned: memoryview
     last: memoryview
     room: memoryview
-    identity: memoryview
     phase: memoryview
 
 
 class Rows:
-    """Columns of int32 (int64 for identities), one entry a slot, and matrices with one row a slot."""
+    """Columns of int32 (int64 for clients and tickets), one entry a slot, and matrices with one row a slot."""
 
     def __init__(self, limits: WorkerLimits) -> None:
         slots = limits.max_num_seqs
         self.slots = slots
         self.phase = np.zeros(slots, np.uint8)
-        self.identity = np.full(slots, -1, np.int64)
-        """Of the attempt that owns the slot (see `identity_of`); -1 for none."""
         self.client = np.zeros(slots, np.int64)
         self.ticket = np.zeros(slots, np.int64)
         self.prompt_length = np.zeros(slots, np.int32)
@@ -79,8 +78,11 @@ class Rows:
         self._flat_history = self.history.reshape(-1)
         self._history_bytes = self._flat_history.data.cast("B")
         self._max_model_len = limits.max_model_len
+        self._stride = np.array([limits.max_model_len], np.int64)
         self._stop_tokens: set[int] = set()
         """Of all rows here, and of some that were: only a row that samples one is looked at …"""
+        self._few_stop_tokens: list[IntColumn] = []
+        """… the same while they are few, each as a column of one …"""
         self._is_stop_token = np.zeros(limits.vocab_size, np.bool_)
         """… and by token, whether it is one of them."""
         self._false_alarms = 0
@@ -97,6 +99,7 @@ class Rows:
         self.request: list[Request | None] = [None] * slots
         self._block_size = limits.block_size
         self.cells = Cells(*(getattr(self, name).data for name in Cells._fields))
+        self._cells = tuple(self.cells)  # which is unpacked in half of the time
         self.free = list(range(slots))
         """FREE slots, a heap."""
 
@@ -114,7 +117,7 @@ class Rows:
             raise ValueError(f"{length} tokens are over the worker's context of {self._max_model_len}")
         begin = slot * self._max_model_len * BYTES_PER_TOKEN
         self._history_bytes[begin : begin + len(tokens)] = tokens
-        client, ticket, prompt_length, known, planned, last, room, identity, phase = self.cells
+        client, ticket, prompt_length, known, planned, last, room, phase = self._cells
         client[slot] = request.client
         ticket[slot] = request.ticket
         prompt_length[slot] = request.prompt_length
@@ -128,7 +131,7 @@ class Rows:
         if request.rare:
             self._open_logprobs(request, slot)
         self.request[slot] = request
-        identity[slot] = request.number << ATTEMPT_BITS | request.attempt & ATTEMPT_MASK  # as `identity_of`
+        request.slot = slot
         phase[slot] = PREFILL
         return heapq.heappop(self.free)
 
@@ -147,13 +150,17 @@ class Rows:
             raise RuntimeError(f"of slots {slots} only {len(found)} have an owner")
         return found
 
+    def oldest_first(self) -> list[int]:
+        """Slots that are not FREE, in the order in which their requests were accepted."""
+        found = [(request.number, slot) for slot, request in enumerate(self.request) if request is not None]
+        return [slot for _, slot in sorted(found)]
+
     def close(self, slots: Sequence[int]) -> None:
         """Frees slots; their blocks are the caller's to give back."""
-        phase, identity = self.cells.phase, self.cells.identity
+        phase = self.cells.phase
         requests, blocks, free = self.request, self.blocks, self.free
         for slot in slots:
             phase[slot] = FREE
-            identity[slot] = -1
             requests[slot] = None
             blocks[slot] = []
             heapq.heappush(free, slot)
@@ -167,15 +174,21 @@ class Rows:
     def _heed(self, stops: frozenset[int]) -> None:
         """Enters stop tokens; those outside the vocabulary are never sampled."""
         self._stop_tokens |= stops
-        self._is_stop_token[[token for token in stops if 0 <= token < len(self._is_stop_token)]] = True
+        vocab_size = len(self._is_stop_token)
+        self._is_stop_token[[token for token in stops if 0 <= token < vocab_size]] = True
+        if len(self._stop_tokens) <= FEW_STOP_TOKENS:
+            sampled = [token for token in self._stop_tokens if 0 <= token < vocab_size]
+            self._few_stop_tokens = [np.array([token], np.int32) for token in sampled]
 
     def stopped(self, slots: LongColumn, tokens: IntColumn) -> list[int]:
         """At which places of these columns a row got one of its stop tokens."""
         if len(self._stop_tokens) > FEW_STOP_TOKENS:
             suspected = self._is_stop_token[tokens]
+        elif not self._few_stop_tokens:
+            return []
         else:
-            suspected = np.zeros(len(tokens), np.bool_)
-            for token in self._stop_tokens:
+            suspected = tokens == self._few_stop_tokens[0]
+            for token in self._few_stop_tokens[1:]:
                 suspected |= tokens == token
         suspects = suspected.nonzero()[0]
         if not len(suspects):
@@ -192,21 +205,22 @@ class Rows:
         """Of rows that are gone. Else whoever had named every token once would have all rows looked at for ever."""
         self._false_alarms = 0
         self._stop_tokens.clear()
+        self._few_stop_tokens = []
         self._is_stop_token[:] = False
         for stops in {request.stops for request in self.request if request is not None}:
             self._heed(stops)
 
     def append(self, slots: LongColumn, tokens: IntColumn) -> IntColumn:
         """Each of these rows knows one more token; returns its position."""
-        position = self.known[slots]
-        self._flat_history[slots * self._max_model_len + position] = tokens
-        self.known[slots] = position + 1
+        position: IntColumn = self.known.take(slots)  # for many it takes a tenth less than by index
+        self._flat_history[slots * self._stride + position] = tokens
+        self.known[slots] = position + ONE
         return position
 
     def packed(self, slot: int, begin: int, end: int) -> bytes:
         """Committed tokens `begin` to `end` (exclusive) as bytes, int32."""
-        first = slot * self._max_model_len
-        return self._history_bytes[BYTES_PER_TOKEN * (first + begin) : BYTES_PER_TOKEN * (first + end)].tobytes()
+        first = BYTES_PER_TOKEN * (slot * self._max_model_len + begin)
+        return self._history_bytes[first : first + BYTES_PER_TOKEN * (end - begin)].tobytes()
 
     def tokens(self, slot: int) -> IntColumn:
         """A copy of the committed tokens, int32[known]."""

@@ -27,7 +27,7 @@ from .admission import Admission, Complaints
 from .client_port import ClientPort
 from .config import SchedulerConfig
 from .connections import Connections, most_connections
-from .core import Core, ignore_end
+from .core import Core
 from .events import (
     Accept,
     Deliver,
@@ -75,7 +75,7 @@ class Service:
         self._ended: list[tuple[Request, Ended]] = []
         """Requests that ended and are still to be logged."""
         logged = config.log_requests and requests_log.isEnabledFor(logging.INFO)
-        note_end = (lambda request, ended: self._ended.append((request, ended))) if logged else ignore_end
+        note_end = (lambda request, ended: self._ended.append((request, ended))) if logged else None
         self._core = Core(self.epoch, config.policy, note_end)
         self._events: list[Event] = []
         self._flushing: asyncio.Handle | None = None

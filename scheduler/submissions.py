@@ -50,6 +50,28 @@ def make_request(event: Submitted, i: int, model: ModelDescription, number: int,
     )
 
 
+def make_ordinary(event: Submitted, max_model_len: int, stops: frozenset[int], number: int, now: float) -> Request:
+    """As `make_request`, for a submission that `door.is_ordinary`. `stops`: the model's, unless it ignores them."""
+    sampling, prompt = event.sampling, event.prompt
+    length, limit, most = len(prompt), max_model_len, sampling.max_tokens
+    if most is not None and length + most < limit:
+        limit = length + most
+    return Request(  # by position: keywords make it cost three times as much
+        number,
+        event.client,
+        event.ticket,
+        prompt,
+        length,
+        limit,
+        sampling,
+        stops,
+        now,
+        sampling.seed or 0,
+        event.priority,
+        root(event.cache_salt) if event.cache_salt else _NO_SALT,
+    )
+
+
 @lru_cache(maxsize=256)
 def _stops(of_model: tuple[int, ...], own: tuple[int, ...]) -> frozenset[int]:
     """Most requests have the same."""

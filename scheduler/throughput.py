@@ -15,11 +15,11 @@ class EndingRate:
         self._last: float | None = None
 
     def ended(self, now: float, times: int = 1) -> None:
-        """So many have ended, at the same time."""
-        for _ in range(times):
-            if self._last is not None:
-                self._interval_s += self.WEIGHT * (now - self._last - self._interval_s)
-            self._last = now
+        """So many have ended, one at least, at the same time."""
+        if self._last is not None:
+            self._interval_s += self.WEIGHT * (now - self._last - self._interval_s)
+        self._interval_s *= (1.0 - self.WEIGHT) ** (times - 1)  # between them there is no time
+        self._last = now
 
     def retry_after(self, now: float) -> float:
         """Seconds until the next request is likely to have ended, between SHORTEST_S and LONGEST_S."""

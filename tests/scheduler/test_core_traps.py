@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,13 @@ from tandem.protocol.messages import ModelDescription
 from tandem.protocol.sampling import SamplingParams
 from tandem.scheduler import core, replica, rows
 from tandem.scheduler.core import Core
+from tandem.scheduler.door import LAST_TICKET, is_ordinary
 from tandem.scheduler.events import (
     Accept,
     Cancelled,
     Deliver,
     Event,
+    Instruction,
     Reject,
     SendPlan,
     StepDone,
@@ -159,6 +161,50 @@ def test_a_stop_token_ends_only_the_rows_whose_it_is(others: int) -> None:
     made.run()
     assert (made.received[1], made.received[2]) == (expected(prompt, 3), expected(prompt, 9))
     assert made.ended == {1: "stop", 2: "length"}
+
+
+def test_the_short_way_in_takes_and_refuses_as_the_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submissions that are ordinary are looked at once; whatever is not goes the long way, among them and alone."""
+    usual: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 5, "ignore_eos": False}
+    wanted = [
+        submitted(0, [20, 21, 22], **usual),
+        submitted(0, [20], **usual),  # its ticket is in use
+        submitted(1, [], **usual),
+        submitted(2, [1] * 63, **usual),
+        submitted(3, [1] * 64, **usual),
+        submitted(4, [20, 21], **{**usual, "seed": None}),
+        submitted(5, [20, 21], **{**usual, "max_tokens": None, "ignore_eos": True}),
+        submitted(6, [20, 21], **usual, stop_token_ids=(expected([20, 21], 2)[-1],)),
+        submitted(7, [20, 21], **usual, min_tokens=9),
+        submitted(8, [20, 21], **usual, logprobs=2),
+        replace(submitted(9, [30, 31], **usual), n=3),
+        replace(submitted(12, [30, 31], **usual), sample=2),
+        replace(submitted(13, [30, 31], **usual), generated=np.array([5], np.int32), resumed=True),
+        replace(submitted(14, [30, 31], **usual), suspicions=1),
+        replace(submitted(15, [30, 31], **usual), priority=-1, cache_salt="b", timeout_s=100.0),
+        replace(submitted(16, [30, 31], **usual), client=6),
+        submitted(LAST_TICKET, [20], **usual),
+        submitted(17, [20, 22], **usual),
+    ]
+    batches = [wanted, [submitted(0, [VOCAB], **usual), *wanted], *([one] for one in wanted)]
+    for max_waiting, max_waiting_tokens in ((100, 1_000_000), (4, 1_000_000), (100, 80)):
+        for batch in batches:
+            told = []
+            for ordinary in (is_ordinary, lambda _: False):
+                monkeypatch.setattr(core, "is_ordinary", ordinary)
+                made = bench(slots=3, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
+                told.append(story(made.core.handle(batch, 1.0)))
+                told[-1] += [
+                    {name: getattr(one, name) for name in one.__slots__ if name not in {"known", "root"}}
+                    for one in sorted(made.core._queue, key=lambda one: one.number)
+                ]
+                made.core.check()
+            assert told[0] == told[1]
+
+
+def story(instructions: list[Instruction]) -> list[Any]:
+    """What they say, to be compared."""
+    return [encode(one.plan) if isinstance(one, SendPlan) else repr(one) for one in instructions]
 
 
 def test_stop_tokens_of_rows_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
