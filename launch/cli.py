@@ -8,6 +8,7 @@ Exit codes: 0 done, or ended as asked; 1 something failed; 2 the options cannot 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -300,44 +301,37 @@ def drain(
     run(worker, connect, wait)
 
 
-class _Bench(TyperGroup):
-    """`tandem bench …`, whose commands are imported when one is asked for: the others need not wait for them."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(_bench_commands())
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return _bench_commands().get(cmd_name)
-
-
-def _bench_commands() -> dict[str, Any]:
+def _bench_app() -> typer.Typer:
     from ..bench.cli import app as bench
 
-    return dict(typer.main.get_group(bench).commands)
+    return bench
 
 
-BENCH_HELP = "Measure throughput and latencies: all requests at once, arriving over time, or at several loads."
-app.add_typer(typer.Typer(cls=_Bench, no_args_is_help=True), name="bench", help=BENCH_HELP)
-
-
-class _Keys(TyperGroup):
-    """`tandem keys …`, imported when it is asked for."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(_keys_commands())
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return _keys_commands().get(cmd_name)
-
-
-def _keys_commands() -> dict[str, Any]:
+def _keys_app() -> typer.Typer:
     from .keys import app as keys
 
-    return dict(typer.main.get_group(keys).commands)
+    return keys
 
 
-KEYS_HELP = "Make, list, replace and revoke the keys that TCP addresses need."
-app.add_typer(typer.Typer(cls=_Keys, no_args_is_help=True), name="keys", help=KEYS_HELP)
+def _add_later(name: str, load: Callable[[], typer.Typer], says: str) -> None:
+    """`tandem NAME …`, whose commands are imported when one is asked for: the others need not wait for them."""
+
+    class Later(TyperGroup):
+        def list_commands(self, ctx: Any) -> list[str]:
+            return list(typer.main.get_group(load()).commands)
+
+        def get_command(self, ctx: Any, cmd_name: str) -> Any:
+            return typer.main.get_group(load()).commands.get(cmd_name)
+
+    app.add_typer(typer.Typer(cls=Later, no_args_is_help=True), name=name, help=says)
+
+
+_add_later(
+    "bench",
+    _bench_app,
+    "Measure throughput and latencies: all requests at once, arriving over time, or at several loads.",
+)
+_add_later("keys", _keys_app, "Make, list, replace and revoke the keys that TCP addresses need.")
 
 
 def _split(options: dict[str, Any], config: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
