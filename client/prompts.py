@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from ..protocol.errors import ConfigurationError, InvalidRequest
+from ..protocol.errors import ConfigurationError, InvalidRequest, over_context
 from ..protocol.messages import ModelDescription
 from ..protocol.sampling import (
     MAX_BAD_SEQUENCE_TOKENS,
@@ -98,8 +98,7 @@ def require_count(max_model_len: int, count: int) -> None:
     """Raises InvalidRequest for more tokens of a prompt than the model's context holds."""
     if count >= max_model_len:
         raise InvalidRequest(
-            f"the prompt has {count} tokens; the model's context of {max_model_len} leaves room for "
-            f"{max_model_len - 1} and one of output",
+            over_context(count, max_model_len),
             field="prompt",
             limit=max_model_len - 1,
             value=count,

@@ -220,7 +220,7 @@ async def chat(request: Request, backend: Backend, asked: ChatRequest, config: G
     if tokenizer is None:
         raise ApiError(400, "messages: the model comes without a tokenizer; use /v1/completions with token ids")
     length = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
-    with told_as(asked.structure_field() or ("tools" if asked.tools else None), max_tokens=length):
+    with told_as(asked.structure_field() or ("tools" if asked.tools else None), max_tokens=length, prompt="messages"):
         chatting = Chatting(backend, asked, tokenizer, config)
         await chatting.begin(backend, turns)
         return await (chatting.stream(request) if asked.stream else chatting.answer(request))

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from ..protocol.errors import (
+    OVER_CONTEXT,
     ConfigurationError,
     InvalidRequest,
     Overloaded,
@@ -83,7 +84,7 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case InvalidRequest():
-            return ApiError(400, str(error), param=error.field)
+            return ApiError(400, str(error), param=error.field, code=code_of(error))
         case Overloaded():
             return ApiError(429, str(error), kind="rate_limit_error", code="overloaded", retry_after=error.retry_after)
         case ServiceUnavailable():
@@ -99,6 +100,11 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(
         500, "an error of the server's own; its log has the story", kind="server_error", code="internal_error"
     )
+
+
+def code_of(error: InvalidRequest) -> str | None:
+    """What OpenAI's API calls it, if programs look for that."""
+    return "context_length_exceeded" if OVER_CONTEXT in str(error) else None
 
 
 def of_validation(error: ValidationError) -> ApiError:

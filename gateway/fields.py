@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..protocol.errors import InvalidRequest
-from .errors import refused
+from .errors import code_of, refused
 
 
 def _boolean(value: Any) -> Any:
@@ -182,9 +182,9 @@ class StructureFields(Strict):
 
 
 @contextmanager
-def told_as(structure: str | None, *, max_tokens: str = "max_tokens") -> Iterator[None]:
-    """What is wrong with the SDK's `structured_outputs` or `max_tokens` is told by the name of the field that the
-    request said it in."""
+def told_as(structure: str | None, *, max_tokens: str = "max_tokens", prompt: str = "prompt") -> Iterator[None]:
+    """What is wrong with the SDK's `structured_outputs`, `max_tokens` or prompt is told by the name of the field that
+    the request said it in."""
     try:
         yield
     except InvalidRequest as error:
@@ -193,6 +193,9 @@ def told_as(structure: str | None, *, max_tokens: str = "max_tokens") -> Iterato
             field = structure or error.field
         elif error.field == "max_tokens":
             field = max_tokens
+        elif error.field == "prompt":
+            field = prompt
         if not field or error.field.startswith(field):
             raise
-        raise refused(field, str(error).removeprefix(error.field).removeprefix(": ")) from error
+        why = str(error).removeprefix(error.field).removeprefix(": ")
+        raise refused(field, why, code=code_of(error)) from error

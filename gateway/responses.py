@@ -206,7 +206,7 @@ async def respond(
     if tokenizer is None:
         raise ApiError(400, "input: the model comes without a tokenizer; use /v1/completions with token ids")
     structure = "text.format" if asked.structure() else "tools" if asked.tools else None
-    with told_as(structure, max_tokens="max_output_tokens"):
+    with told_as(structure, max_tokens="max_output_tokens", prompt="input"):
         responding = Responding(backend, asked, tokenizer, config)
         await responding.begin(backend, turns)
         return await (responding.stream(request) if asked.stream else responding.answer(request))

@@ -67,6 +67,18 @@ class InvalidRequest(RequestError):
         self.value = value
 
 
+OVER_CONTEXT = "this model's maximum context length is"
+"""In what is said of prompts that are too long, since programs look for it: they cut the chat and try again."""
+
+
+def over_context(count: int, max_model_len: int) -> str:
+    """What is wrong with a prompt of so many tokens."""
+    return (
+        f"{OVER_CONTEXT} {max_model_len} tokens, which leaves room for {max_model_len - 1} of a prompt and one of "
+        f"output; the prompt has {count}"
+    )
+
+
 class Overloaded(RequestError):
     """The service holds as many requests as it may; try again after `retry_after` seconds."""
 

@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from ..protocol.errors import over_context
 from ..protocol.messages import MAX_SAMPLES, ModelDescription
 from ..protocol.sampling import MAX_PROMPT_LOGPROBS_ENTRIES, SamplingParams, text_fields
 from ..protocol.structured import problem
@@ -114,8 +115,7 @@ def _bad_length(prompt: IntColumn, model: ModelDescription) -> Invalid | None:
         return Invalid("the prompt is empty; give at least one token", "prompt", "at least 1 token", "0 tokens")
     if len(prompt) > longest:
         return Invalid(
-            f"the prompt has {len(prompt)} tokens; the model's context of {model.max_model_len} leaves room for "
-            f"{longest} and one of output",
+            over_context(len(prompt), model.max_model_len),
             "prompt",
             f"{longest} tokens",
             f"{len(prompt)} tokens",

@@ -33,6 +33,11 @@ for provider in ("openai", "hosted_vllm"):
         error = "none"
     except litellm.BadRequestError as failed:
         error = type(failed).__name__
+    try:
+        litellm.completion(messages=[{"role": "user", "content": "word " * 5_000}], **common)
+        too_long = "none"
+    except litellm.BadRequestError as failed:
+        too_long = type(failed).__name__
     found[provider] = {
         "text": whole.choices[0].message.content,
         "tokens": whole.usage.completion_tokens,
@@ -40,6 +45,7 @@ for provider in ("openai", "hosted_vllm"):
         "call": [call.function.name, json.loads(call.function.arguments)],
         "several": len(several.choices),
         "error": error,
+        "too_long": too_long,
     }
 print(json.dumps(found))
 """
@@ -63,4 +69,5 @@ def test_litellm(served: Served) -> None:
             "call": ["get_weather", {"city": "Paris"}],
             "several": 2,
             "error": "BadRequestError",
+            "too_long": "ContextWindowExceededError",
         }

@@ -258,6 +258,25 @@ def test_a_fault_is_told_in_the_words_of_the_request(
     assert hint in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 5_000}]}, "messages"),
+        ("/v1/responses", {"input": "word " * 5_000}, "input"),
+        ("/v1/completions", {"prompt": "word " * 5_000}, "prompt"),
+        ("/v1/completions", {"prompt": [5] * 4_096}, "prompt"),
+    ],
+)
+def test_a_prompt_over_the_context_is_told_as_programs_look_for_it(
+    served: Served, path: str, body: Any, field: str
+) -> None:
+    """litellm, say, tells it by these words, others by the code; they cut the chat and try again."""
+    for stream in (False, True):
+        error = refusal(served, path, {**body, "stream": stream})
+        assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+        assert "this model's maximum context length is 4096 tokens" in error["message"]
+
+
 def test_paths_with_a_slash_too_many(served: Served) -> None:
     assert served.get("/v1/models/").json() == served.get("/v1/models").json()
     answer = served.post("/v1/chat/completions/", {"messages": SUM, "temperature": 0})
