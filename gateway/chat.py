@@ -23,7 +23,7 @@ from .chat_schema import (
     NamedToolChoice,
 )
 from .config import GatewayConfig
-from .errors import ApiError, refused
+from .errors import UNSUPPORTED, ApiError, refused
 from .fields import told_as
 from .generation import Piece, begun, completions, continuous_usage, pieces
 from .limits import require_samples
@@ -48,6 +48,17 @@ def _wanted(asked: ChatRequest) -> Wanted:
     )
 
 
+def _variables(asked: ChatRequest, template: str) -> dict[str, Any] | None:
+    """What the template may read besides; what is said of it by name goes before."""
+    if asked.reasoning_effort is None:
+        return asked.chat_template_kwargs
+    if "reasoning_effort" not in template:
+        raise refused(
+            "reasoning_effort", "not supported here: the model's chat template does not read it", code=UNSUPPORTED
+        )
+    return {"reasoning_effort": asked.reasoning_effort, **(asked.chat_template_kwargs or {})}
+
+
 class Chatting:
     """One request."""
 
@@ -70,7 +81,7 @@ class Chatting:
             chat_template=asked.chat_template,
             add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=bool(asked.continue_final_message),
-            template_variables=asked.chat_template_kwargs,
+            template_variables=_variables(asked, template),
         )
         self._stream: CompletionStream
 

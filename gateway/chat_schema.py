@@ -129,7 +129,8 @@ class ChatRequest(SamplingFields, StructureFields):
     moderation: None = None
     prediction: None = None
     prompt_cache_retention: None = None
-    reasoning_effort: None = None
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    """A variable of the chat template, if it reads one of this name."""
     web_search_options: None = None
     spaces_between_special_tokens: Yes | None = None
     return_token_ids: bool | None = None

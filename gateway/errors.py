@@ -24,6 +24,8 @@ from ..protocol.errors import (
 RETRY_AFTER_S = 1
 CLIENT_CLOSED_REQUEST = 499
 LONGEST_VALUE = 100
+UNSUPPORTED = "unsupported_field"
+"""The code of what is refused because this server, or its model, has no such thing."""
 
 
 class ErrorDetail(BaseModel):
@@ -119,9 +121,7 @@ def of_validation(error: ValidationError) -> ApiError:
         first["type"] == "too_long" and first["ctx"]["max_length"] == 0
     ):
         what_to_do = _INSTEAD.get(field, "leave it out")
-        return ApiError(
-            400, f"{field}: this field is not supported here; {what_to_do}", param=field, code="unsupported_field"
-        )
+        return ApiError(400, f"{field}: this field is not supported here; {what_to_do}", param=field, code=UNSUPPORTED)
     if first["type"] == "missing":
         return ApiError(400, f"{field}: this field is needed", param=field, code="missing_field")
     message = _IN_JSON.get(first["type"]) or first["msg"].removeprefix("Value error, ")

@@ -148,6 +148,20 @@ def test_reasoning_goes_by_either_name() -> None:
         assert made == [{"role": "assistant", "content": "5", "reasoning_content": "2 and 3 …"}]
 
 
+def test_effort_is_a_variable_of_the_chat_template(served: Served) -> None:
+    template = "{{ reasoning_effort }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    with gateway(served.address, "--trust-request-chat-template") as (trusting, _):
+        for more, text in (
+            ({"reasoning_effort": "low"}, "lowhi"),
+            ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}}, "highhi"),
+            ({"reasoning_effort": None}, "hi"),
+        ):
+            messages = [{"role": "user", "content": "hi"}]
+            found = chat(trusting, messages, chat_template=template, return_token_ids=True, max_tokens=1, **more)
+            ids = found["prompt_token_ids"]
+            assert trusting.post("/detokenize", {"tokens": ids}).json()["prompt"] == text
+
+
 def test_marks_for_a_cache_change_nothing(served: Served) -> None:
     mark = {"cache_control": {"type": "ephemeral"}}
     tool = {"type": "function", "function": FUNCTION}
