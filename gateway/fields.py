@@ -193,7 +193,7 @@ def told_as(structure: str | None, *, max_tokens: str = "max_tokens", prompt: st
             field = structure or error.field
         elif error.field == "max_tokens":
             field = max_tokens
-        elif error.field == "prompt":
+        elif error.field in ("prompt", "messages"):
             field = prompt
         if not field or error.field.startswith(field):
             raise

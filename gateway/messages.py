@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 from .chat_schema import Message, TextPart
 from .errors import refused
@@ -17,13 +17,12 @@ MAX_ARGUMENT_VALUES = 100_000
 async def to_template(messages: Sequence[Message], template: str, turns: Turns) -> list[dict[str, Any]]:
     """Contents become text, arguments of calls become objects, as templates expect them. Raises ApiError naming the
     message that makes no sense."""
-    knows_developer = "developer" in template
     made: list[dict[str, Any]] = []
-    await turns.take(_make(made, messages, knows_developer))
+    await turns.take(_make(made, messages, "developer" in template))
     return made
 
 
-def _make(made: list[dict[str, Any]], messages: Sequence[Message], knows_developer: bool) -> Iterator[None]:
+def _make(made: list[dict[str, Any]], messages: Sequence[Message], developer: bool) -> Iterator[None]:
     """Makes them in steps."""
     for i, message in enumerate(messages):
         calls = []
@@ -32,15 +31,15 @@ def _make(made: list[dict[str, Any]], messages: Sequence[Message], knows_develop
             function = {"name": call.function.name, "arguments": arguments}
             calls.append({"id": call.id, "type": "function", "function": function})
             yield
-        made.append(_one(i, message, knows_developer, calls))
+        made.append(_one(i, message, developer, calls))
         yield
 
 
-def _one(i: int, message: Message, knows_developer: bool, calls: list[dict[str, Any]]) -> dict[str, Any]:
+def _one(i: int, message: Message, developer: bool, calls: list[dict[str, Any]]) -> dict[str, Any]:
     where = f"messages.{i}"
-    role = "system" if message.role == "developer" and not knows_developer else message.role
+    role = "system" if message.role == "developer" and not developer else message.role
     given: dict[str, Any] = {"role": role}
-    content = _text(message.content)
+    content = text_of(message.content)
     if content is None and message.role == "assistant":
         content = message.refusal
     if content is not None:
@@ -65,7 +64,12 @@ def _one(i: int, message: Message, knows_developer: bool, calls: list[dict[str, 
     return given
 
 
-def _text(content: str | Sequence[TextPart] | None) -> str | None:
+@overload
+def text_of(content: str | Sequence[TextPart]) -> str: ...
+@overload
+def text_of(content: None) -> None: ...
+def text_of(content: str | Sequence[TextPart] | None) -> str | None:
+    """Parts are lines."""
     if content is None or isinstance(content, str):
         return content
     return "\n".join(part.text or part.refusal or "" for part in content)

@@ -18,7 +18,7 @@ from .config import GatewayConfig
 from .errors import ApiError, refused
 from .fields import told_as
 from .generation import Piece, begun, completions, pieces
-from .messages import to_template
+from .messages import text_of, to_template
 from .response_items import Items
 from .responses_schema import (
     FunctionCallItem,
@@ -163,8 +163,9 @@ def _as_chat_has_it(tool: ResponseTool) -> dict[str, Any]:
 
 
 def _messages(asked: ResponsesRequest, chat: list[Message]) -> Iterator[None]:
-    """Makes `chat` of it, in steps: calls become part of the assistant's message before them, as chat templates expect
-    it."""
+    """Makes `chat` of it, in steps: calls become part of the assistant's message before them, and the system's and
+    developer's messages that follow the instructions part of these, as chat templates expect it: many take one such
+    message, the first."""
     if asked.instructions is not None:
         chat.append(Message(role="system", content=asked.instructions))
     if isinstance(asked.input, str):
@@ -179,6 +180,8 @@ def _messages(asked: ResponsesRequest, chat: list[Message]) -> Iterator[None]:
             chat[-1].tool_calls = [*(chat[-1].tool_calls or ()), ToolCall(id=item.call_id, function=function)]
         elif isinstance(item, FunctionCallOutput):
             chat.append(Message(role="tool", tool_call_id=item.call_id, content=item.output))
+        elif asked.instructions is not None and len(chat) == 1 and item.role in ("system", "developer"):
+            chat[0].content = f"{chat[0].content}\n\n{text_of(item.content)}"
         else:
             chat.append(Message(role=item.role, content=item.content))
 

@@ -181,6 +181,26 @@ def test_what_no_answer_holds_may_be_included(served: Served) -> None:
     assert error["param"] == "include.0"
 
 
+def test_instructions_and_system_messages_are_one(served: Served) -> None:
+    """The built-in model's chat template, as many others, takes one system message, the first."""
+    question = {"role": "user", "content": "What is 2 + 3?"}
+    parts = [{"type": "input_text", "text": "Answer in one line."}, {"type": "input_text", "text": "No words."}]
+    system = [{"role": "developer", "content": parts}, {"role": "system", "content": "Digits."}]
+
+    def used(**body: Any) -> int:
+        answer = served.post("/v1/responses", {**body, "temperature": 0})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["output"][0]["content"][0]["text"] == "2 + 3 = 5"
+        return int(answer.json()["usage"]["input_tokens"])
+
+    whole = "Be brief.\n\nAnswer in one line.\nNo words.\n\nDigits."
+    assert used(input=[*system, question], instructions="Be brief.") == used(input=[question], instructions=whole)
+    late = {"input": [question, *system], "instructions": "Be brief."}
+    error = refusal(served, "/v1/responses", late)
+    assert (error["param"], error["message"].startswith("input: ")) == ("input", True)
+    assert "system message" in error["message"]
+
+
 def test_a_forced_call_leaves_no_text_to_have_a_form(served: Served) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     tools = [{"type": "function", "function": FUNCTION}]
