@@ -15,20 +15,16 @@ known by then: those of prompts with their chunk, generated ones when their row 
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import NO_INTS, SUSPICIONS, StepPlan
-from ..protocol.structured import StructuredOutputsParams
 from .blocks import BYTES_PER_TOKEN, BlockPool, Match
 from .events import BoolColumn, IntColumn, LongColumn, WorkerLimits, record
-from .joining import rare_bytes, rare_columns
+from .introductions import Introductions, ints
 from .logprobs import NOTHING_TOLD, Logprobs, PromptLogprobs, PromptPart, StepLogprobs
 from .pace import Pace
 from .policy import Policy
@@ -37,29 +33,8 @@ from .rows import DECODE, ENDING, FREE, PREFILL, Rows, identity_of
 
 HUGE_SHARE = 0.75
 """Of the tokens left in a step, what a prompt gets that does not fit in: those behind it shall not wait for its end."""
-MAX_JOINING_BYTES = 8 * 1024 * 1024
-"""A plan introduces no further request once the known tokens, grammars, bad words and the like of those that join take
-so much. Rows that share a cached prefix all name it, so without this a plan could be larger than a message may be."""
-
-
-_JOINING = np.dtype(
-    [
-        ("join_number", "<i8"), ("join_seed", "<i8"), ("join_slot", "<i4"), ("join_attempt", "<i4"),
-        ("join_prompt_length", "<i4"), ("join_length", "<i4"), ("join_computed", "<i4"), ("join_num_blocks", "<i4"),
-        ("join_top_k", "<i4"), ("join_temperature", "<f4"), ("join_top_p", "<f4"),
-    ]
-)  # fmt: skip
-"""What a plan says of each joining row, in columns named as its fields."""
-_JOINED = _JOINING.names or ()
-_pack_joining = struct.Struct("<qqiiiiiiiff").pack
-"""One of these. To pack all of a row's numbers at once costs a third of making a column of each for a few rows."""
-
-
 _DECODE = np.array([DECODE], np.uint8)
 """A column of one; see `rows.ONE`."""
-
-_Joining: TypeAlias = tuple[int, bytes, bytes]
-"""About how many bytes a joining row brings; its numbers, one of _JOINING; its known tokens, int32."""
 
 
 @record
@@ -133,12 +108,8 @@ class Replica:
         """By slot in PREFILL, in the order of their admission: its known tokens that no plan covers yet."""
         self._backlog = 0
         """Their sum."""
-        self._joining: dict[int, _Joining] = {}
-        """By slot: what the next plan must introduce to the worker."""
-        self._joining_bytes = 0
-        """What they bring, all of them."""
-        self._joining_rare = False
-        """One of them brings more than its numbers and tokens."""
+        self._introductions = Introductions(self.rows, limits.vocab_size)
+        """What the next plan must introduce to the worker."""
         self._leaving: list[int] = []
         """Slots that the worker still takes for owned and the next plan must name."""
         self.draining = False
@@ -179,7 +150,7 @@ class Replica:
         """
         if self.draining or self.reserved or self.alone is not None or not self.rows.free:
             return False
-        if self._joining_bytes >= MAX_JOINING_BYTES:
+        if self._introductions.full:
             return False
         most = self.limits.max_num_batched_tokens
         return self._backlog < most or self._backlog - next(iter(self._prefilling.values()), 0) < most
@@ -274,29 +245,7 @@ class Replica:
             raise
         self._prefilling[slot] = length - computed
         self._backlog += length - computed
-        sampling = request.sampling
-        brings = len(tokens)
-        if sampling.structured_outputs is not None:
-            brings += sampling.structured_outputs.size
-            self._joining_rare = True
-        if request.rare:
-            brings += rare_bytes(request, self.limits.vocab_size)
-            self._joining_rare = True
-        numbers = _pack_joining(
-            request.number,
-            request.seed,
-            slot,
-            request.attempt,
-            request.prompt_length,
-            length,
-            computed,
-            len(blocks),
-            sampling.top_k if sampling.top_k > 0 else 0,  # noqa: FURB136 - max and min cost ten times as much
-            sampling.temperature,
-            sampling.top_p,
-        )
-        self._joining[slot] = (brings, numbers, tokens)
-        self._joining_bytes += brings
+        self._introductions.add(request, slot, tokens, len(blocks), computed)
         if self._caching:
             full = self.rows.filed[slot] = length // block_size
             of_blocks = tokens[computed * BYTES_PER_TOKEN : full * block_size * BYTES_PER_TOKEN]
@@ -319,9 +268,7 @@ class Replica:
                 continue  # it was named as leaving when its last token was planned
             if slot in self._prefilling:
                 self._backlog -= self._prefilling.pop(slot)
-            if slot in self._joining:
-                self._joining_bytes -= self._joining.pop(slot)[0]  # the worker never heard of it
-            else:
+            if not self._introductions.drop(slot):
                 self._leaving.append(slot)
         slots = [*slots, *over]
         blocks = [rows.blocks[slot] for slot in slots]
@@ -388,18 +335,18 @@ class Replica:
         rows = self.rows
         slots = lengths = NO_INTS
         if chunk_slot:
-            slots, lengths = _ints(chunk_slot), _ints(chunk_length)
+            slots, lengths = ints(chunk_slot), ints(chunk_length)
         plan = StepPlan(
             epoch=self._epoch,
             registration=self.worker,
             step=self._next_step,
             after_idle=self._idle,
-            leave=_ints(self._leaving) if self._leaving else NO_INTS,
+            leave=ints(self._leaving) if self._leaving else NO_INTS,
             grow_slot=grown.astype(np.int32) if added else NO_INTS,
-            grow_block=_ints(added) if added else NO_INTS,
+            grow_block=ints(added) if added else NO_INTS,
             chunk_slot=slots,
             chunk_length=lengths,
-            **self._introductions(),
+            **self._introductions.columns(),
         )
         prompts = self._prompt_parts(chunk_slot, chunk_length) if rows.prompt_entries else []
         sampled, ending, ending_slot = self._advance(decodes, decoding, chunk_slot, chunk_length)
@@ -417,9 +364,6 @@ class Replica:
         )
         self._flights.append(flight)
         self._leaving = ending_slot.copy()
-        self._joining = {}
-        self._joining_bytes = 0
-        self._joining_rare = False
         self._next_step += 1
         self._idle = False
         return plan, preempted
@@ -599,7 +543,7 @@ class Replica:
         for at in more:
             ending.append(len(decoding) + at)
             ending_slot.append(completed[at])
-        return np.concatenate([decoding, _ints(completed)]), ending, ending_slot
+        return np.concatenate([decoding, ints(completed)]), ending, ending_slot
 
     def _chunks_planned(self, slots: list[int], lengths: list[int]) -> tuple[list[int], list[int]]:
         """Moves rows past chunks; returns the slots of which all known tokens are planned now, and where among them
@@ -627,21 +571,6 @@ class Replica:
         if self._caching:
             self.pool.computed(full)
         return completed, at_limit
-
-    def _introductions(self) -> dict[str, Any]:
-        """The join columns of a plan."""
-        if not self._joining:
-            return {}
-        slots, joining = list(self._joining), self._joining.values()
-        blocks = list(chain.from_iterable([self.rows.blocks[slot] for slot in slots]))
-        numbers = np.frombuffer(b"".join([numbers for _, numbers, _ in joining]), _JOINING)
-        columns: dict[str, Any] = {name: numbers[name] for name in _JOINED}
-        columns["join_token"] = np.frombuffer(b"".join([tokens for _, _, tokens in joining]), np.int32)
-        columns["join_block"] = _ints(blocks)
-        if self._joining_rare:
-            requests = self.rows.owners(slots)
-            columns |= _join_grammars(requests) | rare_columns(slots, requests, self.limits.vocab_size)
-        return columns
 
     # --- integrity -------------------------------------------------------------------------------------------------
 
@@ -687,23 +616,8 @@ class Replica:
                 raise AssertionError(f"worker {self.worker}: {story}")
 
 
-def _ints(values: list[int]) -> IntColumn:
-    """A column of these, which nobody writes to. NumPy takes twice as long for each to find out that it is a number."""
-    return np.frombuffer(struct.pack(f"<{len(values)}i", *values), np.int32)
-
-
 def _highest(token: IntColumn) -> int:
     """The highest of the tokens, of which there is one at least; negative ones count as the higher."""
     unsigned = token.view(np.uint32)
     highest: int = unsigned.item(unsigned.argmax())  # for a few it takes half of the time of `max`
     return highest
-
-
-def _join_grammars(requests: list[Request]) -> dict[str, Any]:
-    """The grammars of joining rows, each one once, and which is whose; nothing if none has one."""
-    index: dict[StructuredOutputsParams, int] = {}
-    which = [
-        -1 if grammar is None else index.setdefault(grammar, len(index))
-        for grammar in (request.sampling.structured_outputs for request in requests)
-    ]
-    return {"grammars": tuple(index), "join_grammar": np.array(which, np.int32)} if index else {}

@@ -11,7 +11,7 @@ import pytest
 from tandem.protocol.codec import encode
 from tandem.protocol.messages import ModelDescription
 from tandem.protocol.sampling import SamplingParams
-from tandem.scheduler import core, replica, rows
+from tandem.scheduler import core, introductions, rows
 from tandem.scheduler.core import Core
 from tandem.scheduler.door import LAST_TICKET, is_ordinary
 from tandem.scheduler.events import (
@@ -407,7 +407,7 @@ def test_a_plan_of_a_steady_step_is_small_and_does_not_grow_with_the_output() ->
 def test_a_plan_never_introduces_more_than_a_message_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that share a cached prompt cost next to no blocks and nothing to compute, so all could join at once; but a
     plan names all tokens of each."""
-    monkeypatch.setattr(replica, "MAX_JOINING_BYTES", 500)
+    monkeypatch.setattr(introductions, "MAX_JOINING_BYTES", 500)
     prompt = list(range(40)) + [1, 2]
     made = bench(num_blocks=256, block_size=4, slots=64, max_tokens=128)
     made.submit(0, prompt, max_tokens=2)

@@ -208,7 +208,7 @@ def test_a_worker_that_tells_something_else_is_expelled(lie: dict[str, Any] | No
 
 
 def test_what_joining_rows_bring_counts_for_the_size_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.scheduler.replica.MAX_JOINING_BYTES", 20_000)
+    monkeypatch.setattr("tandem.scheduler.introductions.MAX_JOINING_BYTES", 20_000)
     bench = Bench(64, 1)
     for ticket in range(8):
         bench.submit(ticket, [ticket, 1], max_tokens=2, bad_words_token_ids=((5,) * 32,) * 60)
