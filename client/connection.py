@@ -48,6 +48,7 @@ from ..protocol.messages import (
     VersionRefused,
     Welcome,
 )
+from ..protocol.process import require_files
 from ..protocol.transport import Address, LoopSocket, open_dealer, require_private
 from ..protocol.wires import HANDSHAKE_EVENTS, Handshakes, monitor, read_event
 from .context import Context
@@ -67,6 +68,8 @@ SCHEDULER_SILENT_S = 5.0
 """A scheduler that leaves an answer outstanding for so long, and says nothing else, is given up: it hangs, or the
 network in between was cut without a word. A new socket is tried."""
 MAX_UNSENT_CANCELS = 65_536
+SOCKET_FILES = 12
+"""Files that a context of ZeroMQ with one socket and a monitor may have open."""
 
 
 class Connection:
@@ -123,6 +126,7 @@ class Connection:
         if self.address.is_ipc and self.address.directory.exists():
             require_private(self.address.directory)
         self._loop = asyncio.get_running_loop()
+        require_files(SOCKET_FILES)
         self._context = Context()
         try:
             self._connect(self._context)

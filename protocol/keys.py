@@ -104,12 +104,18 @@ def _require_pair(public: str, secret: str) -> None:
 
 
 def keys_path(given: str | None) -> Path:
-    """Where the keys are: `given`, else $TANDEM_KEYS, else tandem/keys in $XDG_CONFIG_HOME (~/.config)."""
+    """Where the keys are: `given`, else $TANDEM_KEYS, else tandem/keys in $XDG_CONFIG_HOME (~/.config). Raises
+    ConfigurationError where that depends on a home directory that nobody knows."""
     named = given or os.environ.get(KEYS_VARIABLE)
-    if named:
-        return Path(named).expanduser()
     config = os.environ.get("XDG_CONFIG_HOME", "")
-    return (Path(config) if os.path.isabs(config) else Path.home() / ".config") / "tandem" / "keys"
+    try:
+        if named:
+            return Path(named).expanduser()
+        return (Path(config) if os.path.isabs(config) else Path.home() / ".config") / "tandem" / "keys"
+    except RuntimeError as error:  # of ~nobody, or of a user without $HOME whom the system does not know either
+        raise ConfigurationError(
+            f"keys: {error}; name their directory in full, with --keys or ${KEYS_VARIABLE}"
+        ) from error
 
 
 def peer_keys(address: Address, port: Port, keys: str | None, insecure: bool) -> PeerKeys | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 
+from .errors import ServiceUnavailable
+
 
 def started_at(pid: int) -> int:
     """When the process started, in clock ticks since the machine did; 0 if that cannot be found out.
@@ -45,3 +47,20 @@ def allow_files(count: int) -> None:
     most = count if hard == resource.RLIM_INFINITY else min(hard, count)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def require_files(count: int) -> None:
+    """Raises ServiceUnavailable unless this process may open so many more files: ZeroMQ ends the whole process where it
+    cannot open one."""
+    opened: list[int] = []
+    try:
+        for _ in range(count):
+            opened.append(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError as error:
+        raise ServiceUnavailable(
+            f"a connection needs {count} more open files, but after {len(opened)}: {error.strerror}; close some, or "
+            "raise the limit on them (ulimit -n)"
+        ) from error
+    finally:
+        for fd in opened:
+            os.close(fd)

@@ -40,6 +40,7 @@ LINGER_MS = 500
 QUEUE_MESSAGES = 4_096
 """High-water mark per peer. Sends never block: a full queue raises, and the caller decides (see Socket.send)."""
 _REMEDIES = {
+    errno.EMFILE: "; raise the limit on them (ulimit -n)",
     errno.EADDRINUSE: "; another process listens there: stop it or choose another port",
     errno.EADDRNOTAVAIL: "; choose an IP address of this machine, or * for all of them",
     errno.ENODEV: "; choose an IP address of this machine, or * for all of them",
@@ -218,8 +219,26 @@ def open_router(
     With `keys` it speaks CURVE and nothing else, and the context's ZAP handler is asked who may connect to `domain`;
     without a handler nobody may. `prepare` is called with the socket before it is bound.
     """
-    socket = context.socket(zmq.ROUTER)
-    _configure(socket)
+    socket: zmq.Socket[bytes] | None = None
+    try:
+        socket = context.socket(zmq.ROUTER)
+        _configure(socket)
+        _configure_router(socket, max_message_bytes, unread_messages, keys, domain)
+        if prepare is not None:
+            prepare(socket)
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        if socket is not None:
+            unwatch(socket)
+            socket.close(0)
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        raise ConfigurationError(f"cannot listen on {endpoint}: {error.strerror}{remedy}") from error
+    return socket
+
+
+def _configure_router(
+    socket: zmq.Socket[bytes], max_message_bytes: int, unread_messages: int, keys: ServerKeys | None, domain: Port
+) -> None:
     socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     if keys is not None:
         socket.set(zmq.CURVE_SERVER, 1)
@@ -231,15 +250,6 @@ def open_router(
     socket.set(zmq.RCVHWM, unread_messages)
     socket.set(zmq.ROUTER_MANDATORY, 1)
     socket.set(zmq.ROUTER_HANDOVER, 0)
-    if prepare is not None:
-        prepare(socket)
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(0)
-        remedy = _REMEDIES.get(error.errno or 0, "")
-        raise ConfigurationError(f"cannot listen on {endpoint}: {error.strerror}{remedy}") from error
-    return socket
 
 
 def open_dealer(

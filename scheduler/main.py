@@ -58,8 +58,10 @@ async def _serve(config: SchedulerConfig, status: StatusPipe, tracer: Tracer) ->
         await stopping.wait()
         beating.cancel()
         service.close()
-    finally:
-        context.term()
+    except BaseException:
+        context.destroy(0)  # what failed may have left a socket, for whose end `term` would wait for ever
+        raise
+    context.term()
     return 0
 
 

@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from ..protocol.errors import ConfigurationError
 from .fusion import (
     absorb_rotary,
     fuse_likeliest,
@@ -52,8 +53,14 @@ def keep_compiled_code() -> None:
 
 
 def cache_folder() -> Path:
-    """Of what a start need not find out again, in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
+    """Of what a start need not find out again, in the user's cache directory. Raises ConfigurationError for a user
+    without one: code is run that was kept there, so a place that is another's will not do."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
+    except RuntimeError as error:  # no $HOME, and a user whom the system does not know, as in some containers
+        raise ConfigurationError(
+            f"no place for compiled code: {error} set HOME or XDG_CACHE_HOME to a directory of your own"
+        ) from error
 
 
 class Compiled:

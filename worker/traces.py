@@ -100,10 +100,11 @@ class Shelf:
         """Removes what has not been used for longest: each version of a model or of our code leaves one behind."""
         found = []
         for path in self.folder.glob("*.trace"):
-            with suppress(FileNotFoundError):  # another process tidies up too
+            with suppress(OSError):  # another process tidies up too
                 found.append((path.stat().st_mtime, path))
         for _, path in sorted(found)[:-MOST_KEPT]:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 _NAMESPACES: Final = ("aten", "prims", "tandem")

@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 import gc
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -622,3 +624,33 @@ def test_stats_fail_when_the_scheduler_leaves() -> None:
             await asked
 
     play(scenario)
+
+
+def test_a_program_that_has_no_files_left_is_told_and_not_ended() -> None:
+    """By ZeroMQ, which calls abort where it cannot open one."""
+    script = """
+import asyncio, os, resource
+from tandem import AsyncClient, ServiceUnavailable
+
+async def connect():
+    try:
+        await AsyncClient("ipc:///nowhere/at/all", connect_timeout=0.01).connect()
+    except ServiceUnavailable as error:
+        return error
+
+async def main():
+    await connect()  # imports whatever is imported late
+    lowest = os.dup(0)
+    os.close(lowest)
+    for free in range(16):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        print(free, await connect())
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert told[0].startswith("0 a connection needs 12 more open files, but after 0: Too many open files; close some")
+    assert told[11].startswith("11 a connection needs 12 more open files, but after 11: ")
+    assert told[-1].startswith("15 no scheduler could be reached")

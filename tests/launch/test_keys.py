@@ -11,8 +11,9 @@ import pytest
 from tandem.launch import cli
 from tandem.launch.keys import KeyDirectory, new_pair
 from tandem.protocol.errors import ConfigurationError
-from tandem.protocol.keys import PeerFile, ServerFile, admitted, peer_keys, read_key_file, server_keys
+from tandem.protocol.keys import PeerFile, ServerFile, admitted, keys_path, peer_keys, read_key_file, server_keys
 from tandem.protocol.transport import Address
+from tandem.worker.compiling import cache_folder
 
 TCP = Address("tcp://127.0.0.1:7000")
 
@@ -221,3 +222,16 @@ def test_without_keys_the_sentence_says_what_to_do(place: Path) -> None:
         peer_keys(TCP, "clients", None, insecure=False)
     assert peer_keys(TCP, "clients", None, insecure=True) is None
     assert peer_keys(Address("ipc:///run/x"), "clients", None, insecure=False) is None
+
+
+def test_who_has_no_home_is_asked_for_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TANDEM_KEYS", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # whom nobody knows, as in a container with --user
+    with pytest.raises(ConfigurationError, match=r"name their directory in full, with --keys or \$TANDEM_KEYS"):
+        keys_path(None)
+    with pytest.raises(ConfigurationError, match="name their directory in full"):
+        keys_path("~no.such.user/keys")
+    with pytest.raises(ConfigurationError, match="set HOME or XDG_CACHE_HOME"):
+        cache_folder()
+    assert keys_path("/some/keys") == Path("/some/keys")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -141,6 +142,16 @@ def test_a_taken_port_is_a_clear_error(context: zmq.Context[zmq.Socket[bytes]]) 
     with pytest.raises(ConfigurationError, match="cannot listen"):
         open_router(context, f"tcp://127.0.0.1:{port}")
     first.close(0)
+
+
+def test_a_socket_that_cannot_be_watched_is_closed_and_the_limit_named(folder: Path) -> None:
+    def full(_socket: zmq.Socket[bytes]) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with pytest.raises(ConfigurationError, match=r"cannot listen on .*: Too many open files; .*\(ulimit -n\)"):
+        open_router(context, f"ipc://{folder}/clients", prepare=full)
+    context.term()  # which waits for sockets that are open
 
 
 def test_messages_arrive_whole_though_their_buffer_is_used_again_at_once(
