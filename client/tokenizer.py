@@ -89,7 +89,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids` on its own; ids outside the vocabulary give nothing."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if len(ids) < LONG_TEXT:
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        else:  # without the interpreter lock
+            (text,) = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return text
 
     def detokenizer(self, context: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:

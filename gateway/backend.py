@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..client.aio import AsyncClient
 from ..client.tokenizer import Tokenizer
@@ -17,6 +20,10 @@ log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 STATS_TIMEOUT_S = 5.0
+ASIDE = 2
+"""How many texts are made tokens of, or tokens text, at a time beside those that the client makes tokens of."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -42,6 +49,7 @@ class Backend:
         self.draining = False
         """No new requests are taken."""
         self.connected = asyncio.Event()
+        self._threads = ThreadPoolExecutor(ASIDE, "tandem-aside")
 
     async def run(self) -> None:
         """Connects, however long that takes, and watches the service until it is cancelled. Raises what waiting cannot
@@ -81,6 +89,7 @@ class Backend:
 
     async def close(self) -> None:
         """Ends open requests; idempotent."""
+        self._threads.shutdown(wait=False)
         if self._client is not None:
             await self._client.close()
 
@@ -113,6 +122,12 @@ class Backend:
         if tokenizer is None:
             raise ApiError(400, "the model comes without a tokenizer: there is no text, only token ids")
         return tokenizer
+
+    async def aside(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns, on a thread where nothing waits for it that the client does."""
+        if self.draining:
+            raise unavailable("this gateway is shutting down")
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     # --- health ----------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..client.completion import CompletionStream
+from ..client.prompts import require_count
 from ..client.results import Choice, Chunk, Completion
 from ..client.tokenizer import Tokenizer
 from .backend import Backend
@@ -35,25 +37,29 @@ class Completing:
         self._model = backend.model(asked.model).name
         self._id, self._created = new_id("cmpl-", asked.request_id), now()
         self._n = asked.n or 1
-        self._prompts = [self._prompt(prompt) for prompt in asked.prompts()]
         self._prompt_only = asked.max_tokens == 0
-        sampling = {**asked.sampling(), **asked.structure(), "max_tokens": asked.wanted_tokens()}
+        self._sampling = sampling = {**asked.sampling(), **asked.structure(), "max_tokens": asked.wanted_tokens()}
         if asked.logprobs is not None:
             sampling["logprobs"] = asked.logprobs
             if asked.echo:
                 sampling["prompt_logprobs"] = asked.logprobs
         if asked.stream_options is not None and not asked.stream:
             raise refused("stream_options", "only with stream: true")
-        self._streams: list[CompletionStream] = [
-            backend.client.stream(prompt, None, **asked.options(), **sampling) for prompt in self._prompts
-        ]
+        self._streams: list[CompletionStream] = []
 
-    def _prompt(self, prompt: str | list[int]) -> str | list[int]:
+    async def begin(self, backend: Backend) -> None:
+        """What takes longer the longer the prompts are."""
+        for given in self._asked.prompts():
+            prompt = await self._prompt(given, backend)
+            self._streams.append(backend.client.stream(prompt, None, **self._asked.options(), **self._sampling))
+
+    async def _prompt(self, prompt: str | list[int], backend: Backend) -> str | list[int]:
         """Text becomes token ids here only where the SDK's own way is not what was asked for."""
         if isinstance(prompt, str) and self._asked.add_special_tokens is False:
             if self._tokenizer is None:
                 raise ApiError(400, "prompt: the model comes without a tokenizer; pass token ids", param="prompt")
-            return self._tokenizer.encode(prompt, add_special_tokens=False)
+            admit = partial(require_count, backend.client.model.max_model_len)
+            return await backend.aside(partial(self._tokenizer.encode, prompt, add_special_tokens=False, admit=admit))
         return prompt
 
     def _text_of(self, id_: int) -> str:
@@ -173,4 +179,6 @@ async def complete(request: Request, backend: Backend, asked: CompletionRequest,
     tokenizer = await backend.client.tokenizer()
     with told_as(asked.structure_field()):
         completing = Completing(backend, asked, tokenizer, config)
+        begin = completing.begin(backend)
+        await (answered(request, begin) if asked.add_special_tokens is False else begin)  # else there is no wait in it
         return await (completing.stream(request) if asked.stream else completing.answer(request))

@@ -112,13 +112,15 @@ def test_long_text_is_encoded_as_short_text_is() -> None:
 
 
 @pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
-def test_the_ids_of_long_text_are_those_of_the_plain_way(make: Callable[[], dict[str, bytes]]) -> None:
+def test_long_text_takes_another_way_to_the_same_ids_and_back(make: Callable[[], dict[str, bytes]]) -> None:
     tokenizer = Tokenizer.from_files(make())
     text = "\n".join(TEXTS) + " "
     text *= LONG_TEXT // len(text) + 1
     for special in (True, False):
         plain = tokenizer._backend.encode(text, add_special_tokens=special).ids
         assert tokenizer.encode(text, add_special_tokens=special) == plain
+    for skip in (True, False):
+        assert tokenizer.decode(plain, skip) == tokenizer._backend.decode(plain, skip_special_tokens=skip)
 
 
 @pytest.mark.parametrize("text", ["Hello", "Hello " * LONG_TEXT])

@@ -299,6 +299,7 @@ def test_a_fault_is_told_in_the_words_of_the_request(
         ("/v1/responses", {"input": "word " * 5_000}, "input"),
         ("/v1/completions", {"prompt": "word " * 5_000}, "prompt"),
         ("/v1/completions", {"prompt": [5] * 4_096}, "prompt"),
+        ("/v1/completions", {"prompt": ["word", "word " * 5_000], "add_special_tokens": False}, "prompt"),
     ],
 )
 def test_a_prompt_over_the_context_is_told_as_programs_look_for_it(
@@ -309,6 +310,24 @@ def test_a_prompt_over_the_context_is_told_as_programs_look_for_it(
         error = refusal(served, path, {**body, "stream": stream})
         assert (error["param"], error["code"]) == (field, "context_length_exceeded")
         assert "this model's maximum context length is 4096 tokens" in error["message"]
+
+
+def test_long_texts_are_tokenized_and_put_together_again(served: Served) -> None:
+    text = "Once upon a time é 日本 " * 4_000
+    found = served.post("/tokenize", {"prompt": text, "return_token_strs": True}).json()
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) > 16_384
+    once = served.post("/tokenize", {"prompt": "Once upon a time é 日本 " * 2, "return_token_strs": True}).json()
+    assert found["tokens"][:20] == once["tokens"][:20]
+    assert found["token_strs"][:20] == once["token_strs"][:20]
+    assert served.post("/detokenize", {"tokens": found["tokens"]}).json()["prompt"] == text
+    for path, body, field in (
+        ("/tokenize", {"prompt": "日" * 100_000}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "日" * 100_000}]}, "messages"),
+        ("/detokenize", {"tokens": [5] * 262_145}, "tokens"),
+    ):
+        error = refusal(served, path, body)
+        assert error["param"] == field
+        assert "over the limit of 262144" in error["message"]
 
 
 def test_paths_with_a_slash_too_many(served: Served) -> None:
