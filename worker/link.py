@@ -83,7 +83,8 @@ class Link:
         results that are sent."""
         self._track = track
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._address = address
+        self.address = address
+        """The scheduler's."""
         self._keys = keys
         self._handshakes = Handshakes(address.url, None if keys is None else keys.public)
         self._monitor: zmq.Socket[bytes] | None = None
@@ -170,19 +171,19 @@ class Link:
 
     def _connect(self) -> zmq.Socket[bytes] | None:
         """A socket that ZeroMQ connects in the background; None as long as the ipc directory does not exist."""
-        endpoint = self._address.endpoint("workers")
+        endpoint = self.address.endpoint("workers")
         try:
             self._require_private()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ConfigurationError(f"address {self._address.url!r}: {error.strerror}") from error
+            raise ConfigurationError(f"address {self.address.url!r}: {error.strerror}") from error
         try:
             return open_dealer(
-                self._context, endpoint, self._keys, None if self._address.is_ipc else self._watch_handshakes
+                self._context, endpoint, self._keys, None if self.address.is_ipc else self._watch_handshakes
             )
         except zmq.ZMQError as error:
-            raise ConfigurationError(f"address {self._address.url!r}: cannot connect: {error.strerror}") from error
+            raise ConfigurationError(f"address {self.address.url!r}: cannot connect: {error.strerror}") from error
 
     def _watch_handshakes(self, dealer: zmq.Socket[bytes]) -> None:
         self._monitor = monitor(dealer, HANDSHAKE_EVENTS)
@@ -193,8 +194,8 @@ class Link:
             self.inbox.put(Failure(error))
 
     def _require_private(self) -> None:
-        if self._address.is_ipc:
-            require_private(self._address.directory)
+        if self.address.is_ipc:
+            require_private(self.address.directory)
 
     def _send_all(self) -> bool:
         """Sends what was handed over; False if nothing will be any more."""

@@ -200,6 +200,12 @@ class Session:
 
     def _nothing_came(self) -> None:
         if self._registered is None:
+            if self._patience_s < HELLO_EVERY_S <= 2 * self._patience_s:
+                log.warning(
+                    "no scheduler has answered at %s yet; this worker goes on trying (is `tandem scheduler` or `tandem "
+                    "serve` running there?)",
+                    self._link.address.url,
+                )
             self._patience_s = min(2 * self._patience_s, HELLO_EVERY_S)
             self._greet()
         else:

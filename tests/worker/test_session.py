@@ -4,6 +4,7 @@ failures. The model is tiny, threads and sockets are real."""
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import tempfile
 import threading
@@ -390,6 +391,34 @@ def test_a_worker_that_is_there_first_greets_the_scheduler_when_it_comes(
         compute(scheduler)
     finally:
         worker.close()
+
+
+def test_a_worker_that_finds_no_scheduler_says_so_once_and_goes_on(
+    schedulers: Callable[[], Scheduler],
+    model: PagedModel,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(session_module, "HELLO_AFTER_S", 0.001)
+    monkeypatch.setattr(session_module, "HELLO_EVERY_S", 0.004)
+    told = threading.Event()
+
+    def notice(record: logging.LogRecord) -> bool:
+        if "has answered" in record.getMessage():
+            told.set()
+        return True
+
+    caplog.handler.addFilter(notice)
+    worker = Worker(model, directory, lookahead=1)
+    try:
+        assert told.wait(DEADLINE_S)
+        scheduler = schedulers()
+        register(scheduler)
+        compute(scheduler)
+    finally:
+        worker.close()
+    assert caplog.text.count(f"no scheduler has answered at ipc://{directory} yet") == 1
 
 
 def test_a_scheduler_that_leaves_is_greeted_again(patient: None, scheduler: Scheduler, worker: Worker) -> None:
