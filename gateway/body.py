@@ -26,8 +26,9 @@ MAX_FAULTS = 1_000
 MANY_VALUES = 1_024
 """A body with so many values or more is validated in pieces, between which others are served: its parts first."""
 
-MAX_UNKNOWN_NULLS = 16
-"""How often unknown fields that hold null are looked for; each time finds all those of one kind of object."""
+TRIES = 3
+"""How often what holds unknown fields that are null is validated: all of them are told at once, but for those of lists,
+whose items are validated one by one."""
 
 _M = TypeVar("_M", bound=Strict)
 
@@ -53,20 +54,21 @@ async def parse(body: bytes, model: type[_M], values: int, turns: Turns) -> _M:
             try:
                 return model.model_validate_json(body)
             except ValidationError as error:
-                content = _content(body, error)
-                if content is None or not _remove_unknown_nulls(content, error):
+                nulls = _unknown_nulls(error)
+                content = _content(body) if nulls else None
+                if content is None or not _remove(nulls, content):
                     raise
         else:
             content = _content(body)
             if content is None:
                 return model.model_validate_json(body)  # raises what is wrong with it
-        for _ in range(MAX_UNKNOWN_NULLS):
+        for _ in range(TRIES - 1):
             try:
                 return model.model_validate(await _prepared(content, model, turns))
             except ValidationError as error:
-                if error.error_count() > MAX_FAULTS or not _remove_unknown_nulls(content, error):
+                if not _remove(_unknown_nulls(error), content):
                     raise
-        return model.model_validate(content)
+        return model.model_validate(await _prepared(content, model, turns))
     except ValidationError as error:
         if error.error_count() > MAX_FAULTS:
             raise ApiError(
@@ -79,10 +81,8 @@ async def parse(body: bytes, model: type[_M], values: int, turns: Turns) -> _M:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
 
 
-def _content(body: bytes, error: ValidationError | None = None) -> Any:
-    """What JSON says; None for what is no object, or has too many faults to look at them."""
-    if error is not None and error.error_count() > MAX_FAULTS:
-        return None
+def _content(body: bytes) -> Any:
+    """What JSON says; None for what is no object."""
     try:
         content = from_json(body)
     except ValueError:
@@ -99,7 +99,8 @@ async def _prepared(content: dict[str, Any], model: type[Strict], turns: Turns) 
 
 
 def _prepare(holder: dict[str, Any], parts: Mapping[str, Part]) -> Iterator[None]:
-    """Replaces lists by such in which parts stand for their JSON, in steps."""
+    """Replaces lists by such in which parts stand for their JSON, in steps. Raises ValidationError for a part with too
+    many faults to find them all once more."""
     for name, part in parts.items():
         items = holder.get(name)
         if not isinstance(items, list) or (part.most is not None and len(items) > part.most):
@@ -111,13 +112,25 @@ def _prepare(holder: dict[str, Any], parts: Mapping[str, Part]) -> Iterator[None
                 inner = dict(item)
                 yield from _prepare(inner, part.inner)
             try:
-                made.append(part.adapter.validate_python(inner))
-            except ValidationError:
+                made.append(_validated(part.adapter, inner))
+            except ValidationError as error:
+                if error.error_count() > MAX_FAULTS:
+                    raise
                 made.append(inner)
                 break
             items[i] = made[-1]
             yield
         holder[name] = made
+
+
+def _validated(adapter: TypeAdapter[Any], item: Any) -> Any:
+    for _ in range(TRIES - 1):
+        try:
+            return adapter.validate_python(item)
+        except ValidationError as error:
+            if not _remove(_unknown_nulls(error), item):
+                raise
+    return adapter.validate_python(item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,26 +160,31 @@ PARTS: dict[type[BaseModel], dict[str, Part]] = {
 """Lists of objects, which take long to validate. Token ids do not."""
 
 
-def _remove_unknown_nulls(content: dict[str, Any], error: ValidationError) -> bool:
-    """Removes those fields that are not known and hold null, which programs send that write all the fields they know;
-    whether there are any among the faults. Of a list only the first faulty item is told, so what is removed from one is
-    removed from all: the next try finds something else."""
+def _unknown_nulls(error: ValidationError) -> list[list[int | str]]:
+    """Where fields are that are not known and hold null, which programs send that write all the fields they know."""
+    if error.error_count() > MAX_FAULTS:
+        return []
     faults = error.errors(include_url=False, include_context=False)
-    found = [place_of(fault) for fault in faults if fault["type"] == "extra_forbidden" and fault["input"] is None]
-    for *way, name in found:
-        holders = [content]
+    return [place_of(fault) for fault in faults if fault["type"] == "extra_forbidden" and fault["input"] is None]
+
+
+def _remove(nulls: Iterable[list[int | str]], content: Any) -> bool:
+    """Whether any was there."""
+    removed = False
+    for *way, name in nulls:
+        holder = content
         for part in way:
-            holders = [inner for holder in holders for inner in _within(holder, part)]
-        for holder in holders:
-            if isinstance(holder, dict) and holder.get(str(name), 0) is None:
-                del holder[str(name)]
-    return bool(found)
+            holder = _within(holder, part)
+        if isinstance(holder, dict) and holder.get(name, 0) is None:
+            del holder[name]
+            removed = True
+    return removed
 
 
-def _within(holder: Any, part: int | str) -> Iterable[Any]:
+def _within(holder: Any, part: int | str) -> Any:
     if isinstance(holder, list):
-        return holder if isinstance(part, int) else ()
-    return (holder[part],) if isinstance(holder, dict) and part in holder else ()
+        return holder[part] if isinstance(part, int) and part < len(holder) else None
+    return holder.get(part) if isinstance(holder, dict) else None
 
 
 async def _read_bytes(request: Request, config: GatewayConfig) -> tuple[bytes, int]:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
 
 from tandem import AsyncClient, RequestFailed
 from tandem.client.completion import CompletionStream, Started
+from tandem.gateway import body as bodies
 from tandem.gateway import turns
 from tandem.gateway.body import MANY_VALUES, ValueCount, parse
 from tandem.gateway.chat_schema import MAX_MESSAGES, ChatRequest, Message, ToolCall
@@ -154,6 +155,28 @@ def test_a_body_that_is_taken_in_parts_is_taken_as_a_whole_one_is(
     ).encode()
     whole, parts = (asyncio.run(outcome(model, body, values)) for values in (0, MANY_VALUES))
     assert parts == whole
+
+
+def test_nulls_of_many_kinds_do_not_have_all_else_validated_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a few messages before a million of other values hold everybody up for seconds."""
+    validated = 0
+
+    class Counted(ChatRequest):
+        @field_validator("metadata")
+        @classmethod
+        def count(cls, value: Any) -> Any:
+            nonlocal validated
+            validated += 1
+            return value
+
+    parts: dict[type[BaseModel], Any] = {Counted: bodies.PARTS[ChatRequest]}
+    monkeypatch.setattr(bodies, "PARTS", parts)
+    messages = [{"role": "user", "content": "a", f"unknown{i}": None} for i in range(50)]
+    asked = json.dumps({"messages": messages, "metadata": {"a": "b"}, "unknown": None}).encode()
+    for values in (0, MANY_VALUES):
+        validated = 0
+        assert len(asyncio.run(parse(asked, Counted, values, Turns())).messages) == 50
+        assert validated <= bodies.TRIES
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"messages": [{}}', b"[" * 10_000, b'{"messages": NaN}'])
