@@ -15,8 +15,8 @@ from .status import Status
 
 MOST_CHARACTERS = 4 << 20
 """How much may wait for the listener; what comes on top is left out and counted."""
-STATUS_CHARACTERS = 100
-"""What a status counts for."""
+OWN_CHARACTERS = 100
+"""What a status counts for, and a line beside its characters, of which it may have none."""
 PATIENCE_S = 1.0
 """How long a listener that does not return is waited for."""
 LAUNCHER = "launcher"
@@ -118,4 +118,4 @@ class Relay:
 
 
 def _characters(said: Status | str) -> int:
-    return len(said) if isinstance(said, str) else STATUS_CHARACTERS
+    return OWN_CHARACTERS + (len(said) if isinstance(said, str) else 0)

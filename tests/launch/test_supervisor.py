@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tandem.launch.child import ChildSpec
-from tandem.launch.relay import LAUNCHER, MOST_CHARACTERS, Relay
+from tandem.launch.relay import LAUNCHER, MOST_CHARACTERS, OWN_CHARACTERS, Relay
 from tandem.launch.restarts import RestartPolicy
 from tandem.launch.status import Failed, Progress, Ready, Status
 from tandem.launch.supervisor import ChildDied, StartTimeout, Supervisor
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_counted_and_told_in_its_place() -> None:
     relay = Relay(heard, passed.set)
     relay.output("a", "first")
     assert heard.heard.wait(DEADLINE_S)
-    line = "x" * (MOST_CHARACTERS // 4)
+    line = "x" * (MOST_CHARACTERS // 4 - OWN_CHARACTERS)
     for _ in range(7):
         relay.output("a", line)
     relay.status("a", Progress("load", 0.5))
@@ -161,6 +161,19 @@ def test_what_does_not_fit_is_counted_and_told_in_its_place() -> None:
         *[(LAUNCHER, "3 lines left out here: nobody read them"), ("a", "last")],
     ]
     assert heard.statuses == []
+
+
+def test_empty_lines_do_not_pile_up_before_a_listener_that_does_not_return() -> None:
+    heard = Blocked()
+    relay = Relay(heard, lambda: None)
+    relay.output("a", "first")
+    assert heard.heard.wait(DEADLINE_S)
+    fit = MOST_CHARACTERS // OWN_CHARACTERS
+    for _ in range(fit + 10):
+        relay.output("a", "")
+    heard.may_return.set()
+    relay.close()
+    assert heard.lines == [("a", "first"), *[("a", "")] * fit]
 
 
 def test_death_of_one_ends_the_others_and_the_first_death_is_kept() -> None:
