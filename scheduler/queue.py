@@ -64,7 +64,8 @@ class WaitingQueue:
     def in_turn(self, most: int) -> Iterator[Request]:
         """The requests whose turn is next, `most` of them, in order. They stay in the queue; the one that was yielded
         last may be removed, and then the iterator must be given up."""
-        waiting = (entry[3] for entry in islice(self._line, self._first, None) if self._waits(entry))
+        line = self._line  # by index: to iterate over it would begin with all that have left it
+        waiting = (line[at][3] for at in range(self._first, len(line)) if self._waits(line[at]))
         return islice(waiting, most)
 
     def _waits(self, entry: _Entry) -> bool:
