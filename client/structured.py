@@ -52,11 +52,18 @@ def wire_form(given: object) -> StructuredOutputsParams:
     return made
 
 
+MAX_SCHEMA_TEXT = 1 << 20
+"""Characters, with all whitespace; without it there are far fewer."""
+
+
 def _schema(given: object) -> str:
     """JSON text of a schema."""
     if isinstance(given, type) and issubclass(given, BaseModel):
         given = given.model_json_schema()
     if isinstance(given, str):
+        if len(given) > MAX_SCHEMA_TEXT:  # before it is read, which takes as long as it is
+            message = f"a schema as text has at most {MAX_SCHEMA_TEXT} characters, and this has {len(given)}"
+            raise _fault("json", message, MAX_SCHEMA_TEXT, len(given))
         try:
             given = json.loads(given)
         except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from tandem import InvalidRequest, StructuredOutputsParams
-from tandem.client.structured import wire_form
+from tandem.client.structured import MAX_SCHEMA_TEXT, wire_form
 from tandem.protocol.codec import decode, encode
 from tandem.protocol.structured import MAX_CHOICES, MAX_GRAMMAR_BYTES, problem
 
@@ -81,3 +81,13 @@ def test_what_makes_no_sense_is_refused_by_field(given: Any, field: str) -> None
         wire_form(given)
     assert caught.value.field == f"structured_outputs.{field}".removesuffix(".")
     assert len(str(caught.value)) < 500
+
+
+def test_a_schema_as_text_is_bounded_before_it_is_read() -> None:
+    schema = '{"type": "boolean"}'
+    padded = schema + " " * (MAX_SCHEMA_TEXT - len(schema))
+    assert wire_form({"json": padded}) == wire_form({"json": schema})
+    for text in (padded + " ", "[" * (MAX_SCHEMA_TEXT + 1)):
+        with pytest.raises(InvalidRequest, match=f"at most {MAX_SCHEMA_TEXT} characters") as refused:
+            wire_form({"json": text})
+        assert refused.value.field == "structured_outputs.json"
