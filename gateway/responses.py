@@ -166,7 +166,9 @@ def _messages(asked: ResponsesRequest, chat: list[Message]) -> Iterator[None]:
     """Makes `chat` of it, in steps: calls become part of the assistant's message before them, and the system's and
     developer's messages that follow the instructions part of these, as chat templates expect it: many take one such
     message, the first."""
+    leading = []
     if asked.instructions is not None:
+        leading.append(asked.instructions)
         chat.append(Message(role="system", content=asked.instructions))
     if isinstance(asked.input, str):
         chat.append(Message(role="user", content=asked.input))
@@ -177,13 +179,16 @@ def _messages(asked: ResponsesRequest, chat: list[Message]) -> Iterator[None]:
             if not chat or chat[-1].role != "assistant":
                 chat.append(Message(role="assistant"))
             function = CalledFunction(name=item.name, arguments=item.arguments)
-            chat[-1].tool_calls = [*(chat[-1].tool_calls or ()), ToolCall(id=item.call_id, function=function)]
+            calls = chat[-1].tool_calls = chat[-1].tool_calls or []
+            calls.append(ToolCall(id=item.call_id, function=function))
         elif isinstance(item, FunctionCallOutput):
             chat.append(Message(role="tool", tool_call_id=item.call_id, content=item.output))
-        elif asked.instructions is not None and len(chat) == 1 and item.role in ("system", "developer"):
-            chat[0].content = f"{chat[0].content}\n\n{text_of(item.content)}"
+        elif leading and len(chat) == 1 and item.role in ("system", "developer"):
+            leading.append(text_of(item.content))
         else:
             chat.append(Message(role=item.role, content=item.content))
+    if leading:  # at once: of thousands, the text so far would be copied for each
+        chat[0].content = "\n\n".join(leading)
 
 
 def _is_cut(completion: Completion) -> bool:

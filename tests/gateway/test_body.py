@@ -24,6 +24,7 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.fields import Strict
 from tandem.gateway.generation import completions, pieces
 from tandem.gateway.messages import MAX_ARGUMENT_VALUES, to_template
+from tandem.gateway.responses import _messages
 from tandem.gateway.responses_schema import ResponsesRequest
 from tandem.gateway.tokenizing import TokenizeRequest
 from tandem.gateway.turns import Turns
@@ -216,6 +217,22 @@ def test_arguments_of_calls_have_their_own_bound() -> None:
     with pytest.raises(ApiError, match="the limit is 100000") as refused:
         asyncio.run(to_template(messages, "", Turns()))
     assert refused.value.body["error"]["param"] == "messages.1.tool_calls.0.function.arguments"
+
+
+def test_a_chat_is_made_of_thousands_of_items_without_copying_what_there_is_for_each() -> None:
+    system: list[dict[str, Any]] = [{"role": "system", "content": "b"}] * 3
+    calls = [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}] * 3
+    asked = ResponsesRequest.model_validate({"instructions": "a", "input": [*system, *calls]})
+    chat: list[Message] = []
+    texts: set[object] = set()
+    lists: set[int] = set()
+    for _ in _messages(asked, chat):
+        texts.add(chat[0].content)
+        lists.update(id(message.tool_calls) for message in chat if message.tool_calls)
+    first, second = chat
+    assert (texts, first.content) == ({"a"}, "a\n\nb\n\nb\n\nb")
+    assert len(second.tool_calls or ()) == 3
+    assert lists == {id(second.tool_calls)}
 
 
 class Rounds:
