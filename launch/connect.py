@@ -102,7 +102,7 @@ def _embedded(worker_options: Options, scheduler_options: Options, data_parallel
         if armed:
             interrupt_main_thread()
 
-    display = StartDisplay(as_written=worker_options.get("log_format") == "json")
+    display = StartDisplay(as_json=worker_options.get("log_format") == "json")
     shared = {name: worker_options[name] for name in ("log_level", "log_format") if name in worker_options}
     scheduler_options = {**scheduler_options, **shared}
     system = EmbeddedSystem(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..protocol.logs import json_line
 from .relay import PATIENCE_S
 from .status import Progress as StageProgress
 from .status import Ready, Status
@@ -21,14 +22,15 @@ class StartDisplay:
     """A supervisor's listener: a bar for each stage of each process that starts, and what the processes write.
 
     Used in a `with` block while a system starts; afterwards it only passes on what the processes write. On a terminal
-    the bars vanish when the block ends. `quiet` shows no stages, but still what the processes write; with `as_written`
-    that is not preceded by the process's name.
+    the bars vanish when the block ends. `quiet` shows no stages, but still what the processes write. With `as_json`,
+    which is for processes that log so, each line is an object: theirs as they are, and what has another form (a stage,
+    what the launcher does, a crash's last words) as the message of one.
     """
 
-    def __init__(self, *, quiet: bool = False, as_written: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self._console = Console(file=lockless_stderr(), highlight=False)
         self._quiet = quiet
-        self._as_written = as_written
+        self._as_json = as_json
         self._lock = threading.Lock()  # the supervisor's thread speaks while the owner's opens and closes the bars
         self._bars: Progress | None = None
         self._tasks: dict[str, tuple[str, TaskID]] = {}
@@ -67,9 +69,14 @@ class StartDisplay:
         """A line that a process wrote; called in the supervisor's thread for that."""
         with self._lock:
             try:
-                self._console.print(Text(line if self._as_written else f"[{name}] {line}"), soft_wrap=True)
+                self._console.print(
+                    Text(self._as_object(name, line) if self._as_json else f"[{name}] {line}"), soft_wrap=True
+                )
             except (OSError, ValueError):
                 return  # our own stderr is gone: nobody is left to read
+
+    def _as_object(self, name: str, line: str) -> str:
+        return line if line.startswith('{"') else json_line(name, line, "output")
 
     def _draw(self, bars: Progress, name: str, status: StageProgress | Ready) -> None:
         stage = "ready" if isinstance(status, Ready) else status.stage
@@ -91,7 +98,7 @@ class StartDisplay:
         stage = "ready" if isinstance(status, Ready) else status.stage
         if self._said.get(name) != stage:
             self._said[name] = stage
-            note(f"{name}: {stage}")
+            note(json_line(name, stage, "start") if self._as_json else f"{name}: {stage}")
 
 
 def note(text: str) -> None:

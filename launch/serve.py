@@ -37,7 +37,7 @@ def serve(
     options = {"address": default_address().url, **options}
     has_http = _has_http(options, http, api_server_count, api_keys)
     # The scheduler's options and the workers' share a configuration file and flags; each takes its own.
-    display = StartDisplay(as_written=options.get("log_format") == "json")
+    display = StartDisplay(as_json=options.get("log_format") == "json")
     system = System(
         options,
         options,

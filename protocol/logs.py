@@ -69,6 +69,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+def json_line(process: str, message: str, logger: str) -> str:
+    """What somebody else than a logger says, as a line of JsonLines at level info."""
+    return JsonLines(process).format(logging.LogRecord(logger, logging.INFO, __file__, 0, message, (), None))
+
+
 class LogWriter(logging.Handler):
     """Writes records to a stream in a thread of its own. `close` ends it; until then it may be left at any time."""
 
