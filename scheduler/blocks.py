@@ -427,6 +427,10 @@ class BlockPool:
             (any(run.key != key for key, run in self._index.items()), "a key leads elsewhere"),
             (any(run.blocks[-1] == GONE for run in runs), "a run ends with what is gone"),
             (
+                any(len({users[b] for b in run.blocks if b != GONE}) > 1 for run in runs if not run.shared),
+                "blocks of a run have different users, and it is not marked for that",
+            ),
+            (
                 any(len(run.tokens) != len(run.blocks) * self._piece for run in runs if not run.closed),
                 "a run that may get longer has tokens of more blocks than it has",
             ),
