@@ -63,13 +63,13 @@ class Relay:
 
     @property
     def passed_on(self) -> int:
-        """How much the listener has heard. Takes no lock, nor does `is_silent`: an interrupt may come at any moment."""
+        """How much the listener has heard. Takes no lock, nor does `put`: an interrupt may come at any moment."""
         return self._passed_on
 
     @property
-    def is_silent(self) -> bool:
-        """Whether the listener has heard all that was said."""
-        return self._passed_on == self._put
+    def put(self) -> int:
+        """How much was said that the listener has heard or will hear."""
+        return self._put
 
     def close(self) -> None:
         """Ends the thread when the listener has heard everything; leaves it behind if the listener keeps it for longer

@@ -145,12 +145,13 @@ class Supervisor:
             raise self._failure
 
     def _settle(self) -> None:
-        """Waits until the listener has heard what was said so far, as long as it hears anything at all."""
+        """Waits until the listener has heard what was said so far, as long as it hears anything at all; but not for
+        what is said meanwhile, or children that say more than it can hear would be waited for until they end."""
         self._settling = True
+        said = self._relay.put
         try:
-            while not self._relay.is_silent:
-                before = self._relay.passed_on
-                self._wait(lambda: self._relay.passed_on != before, PATIENCE_S)  # noqa: B023  (called before it changes)
+            while (before := self._relay.passed_on) < said:
+                self._wait(lambda: self._relay.passed_on != before, PATIENCE_S)
                 if self._relay.passed_on == before:
                     return
         finally:

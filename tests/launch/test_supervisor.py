@@ -140,6 +140,29 @@ def test_a_listener_that_does_not_return_holds_nothing() -> None:
         heard.may_return.set()
 
 
+def test_nobody_waits_for_the_end_of_what_is_said_without_end() -> None:
+    """As by a child that writes faster than a terminal shows it, while another has ended."""
+
+    class Echo(Heard):
+        def __init__(self) -> None:
+            super().__init__()
+            self.goes_on = True
+
+        def output(self, name: str, line: str) -> None:
+            super().output(name, line)
+            if self.goes_on:
+                one.tell(line)  # before this one counts as heard
+
+    heard = Echo()
+    with supervisor(heard) as one:
+        one.start(child("a", "say=hello", "ready"))
+        try:
+            one.wait_ready("a", DEADLINE_S)
+        finally:
+            heard.goes_on = False
+    assert heard.lines[0] == ("a", "hello")
+
+
 def test_what_does_not_fit_is_counted_and_told_in_its_place() -> None:
     heard = Blocked()
     passed = threading.Event()
@@ -151,7 +174,7 @@ def test_what_does_not_fit_is_counted_and_told_in_its_place() -> None:
         relay.output("a", line)
     relay.status("a", Progress("load", 0.5))
     heard.may_return.set()
-    while not relay.is_silent:
+    while relay.passed_on < relay.put:
         assert passed.wait(DEADLINE_S)
         passed.clear()
     relay.output("a", "last")
