@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from functools import cache
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def lockless_stderr() -> TextIO:
@@ -15,7 +15,7 @@ def lockless_stderr() -> TextIO:
     a pipe which nobody reads does.
     """
     own = sys.__stderr__
-    if own is None or sys.stderr is not own or type(own.buffer) is not io.BufferedWriter:
+    if own is None or sys.stderr is not own or type(own.buffer) not in (io.BufferedWriter, io.FileIO):
         return sys.stderr  # a notebook's, or a test's
     return _unbuffered(own.fileno(), own.encoding, own.errors)
 
@@ -30,7 +30,21 @@ def say(line: str) -> None:
         return
 
 
+class _Whole(io.FileIO):
+    """Writes all it is given: a signal may end a write to a pipe early, and a TextIOWrapper drops what is left then."""
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while len(left):
+            written = super().write(left)
+            if written is None:  # a descriptor that does not block takes no more
+                break
+            left = left[written:]
+        return size - len(left)
+
+
 @cache
 def _unbuffered(fd: int, encoding: str, errors: str | None) -> TextIO:
-    raw = io.FileIO(fd, "w", closefd=False)
+    raw = _Whole(fd, "w", closefd=False)
     return io.TextIOWrapper(raw, encoding=encoding, errors=errors, write_through=True)  # as `python -u` does
