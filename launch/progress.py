@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ class StartDisplay:
                 return  # our own stderr is gone: nobody is left to read
 
     def _as_object(self, name: str, line: str) -> str:
-        return line if line.startswith('{"') else json_line(name, line, "output")
+        return line if _is_object(line) else json_line(name, line, "output")
 
     def _draw(self, bars: Progress, name: str, status: StageProgress | Ready) -> None:
         stage = "ready" if isinstance(status, Ready) else status.stage
@@ -99,6 +100,16 @@ class StartDisplay:
         if self._said.get(name) != stage:
             self._said[name] = stage
             note(json_line(name, stage, "start") if self._as_json else f"{name}: {stage}")
+
+
+def _is_object(line: str) -> bool:
+    if not line.startswith("{"):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def note(text: str) -> None:

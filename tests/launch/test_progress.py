@@ -17,6 +17,7 @@ def say_everything(display: StartDisplay) -> None:
         display.status("worker", Progress("loading weights", 0.5))
         display.status("worker", Ready({}))
     display.output("worker", '{"level": "info", "message": "a step [bold]failed[/]"}')
+    display.output("worker", '{"level": "info", "message": "a step')  # it died over it
     display.output("worker", "Segmentation fault")
     display.output(LAUNCHER, "worker was killed by SIGSEGV; starting it again in 0.1 s")
 
@@ -29,6 +30,7 @@ def test_each_line_is_an_object_where_processes_log_so(capsys: pytest.CaptureFix
         ("worker", "start", "info", "loading weights"),
         ("worker", "start", "info", "ready"),
         (None, None, "info", "a step [bold]failed[/]"),
+        ("worker", "output", "info", '{"level": "info", "message": "a step'),
         ("worker", "output", "info", "Segmentation fault"),
         ("launcher", "output", "info", "worker was killed by SIGSEGV; starting it again in 0.1 s"),
     ]
@@ -40,6 +42,7 @@ def test_else_lines_begin_with_who_wrote_them(capsys: pytest.CaptureFixture[str]
         "worker: loading weights",
         "worker: ready",
         '[worker] {"level": "info", "message": "a step [bold]failed[/]"}',
+        '[worker] {"level": "info", "message": "a step',
         "[worker] Segmentation fault",
         "[launcher] worker was killed by SIGSEGV; starting it again in 0.1 s",
     ]
