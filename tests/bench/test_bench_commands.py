@@ -86,7 +86,8 @@ def test_failed_requests_are_told_by_kind(address: str, tmp_path: Path, bench: A
     load = ["--connect", address, "--workload", "trace", "--num-warmups", "0", "--trace-file", str(trace)]
     code, shown, err = bench("serve", *load, "--out", str(out))
     assert code == 0, err
-    assert "1 failed with InvalidRequest, the first: the prompt has 400 tokens" in shown
+    assert "1 failed with InvalidRequest, the first: this model's maximum context length is 256 tokens" in shown
+    assert "the prompt has 400" in shown
     (run,) = report_of(out)["results"][0]["runs"]
     assert (run["figures"]["completed"], run["figures"]["failed"]) == (2, 1)
     assert run["failures"]["InvalidRequest"]["count"] == 1
