@@ -169,6 +169,8 @@ class StructureFields(Strict):
         if self.guided_whitespace_pattern is not None:
             if not found:
                 raise refused("guided_whitespace_pattern", "only with guided_json or another form that is JSON")
+            if "whitespace_pattern" in found[0]:
+                raise refused("guided_whitespace_pattern", "structured_outputs has a whitespace_pattern too; give one")
             found[0]["whitespace_pattern"] = self.guided_whitespace_pattern
         return {"structured_outputs": found[0]} if found else {}
 

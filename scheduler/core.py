@@ -206,7 +206,7 @@ class Core:
                 queue.push(request)
                 if event.timeout_s is not None:
                     self._deadlines.add(now + event.timeout_s, request)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001 - whatever it is, this request fails alone
                 self._fail(event, error, now, out)
 
     def _has_room_for(self, events: Sequence[Submitted]) -> bool:
@@ -240,7 +240,7 @@ class Core:
                 self._next_number += 1
             if event.resumed:
                 self.counters.resumptions += 1
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - whatever it is, this request fails alone
             self._fail(event, error, now, out)
 
     def _fail(self, event: Submitted, error: Exception, now: float, out: list[Instruction]) -> None:
@@ -640,7 +640,7 @@ class Core:
         request.worker = replica.worker
         try:
             replica.admit(request, match)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - whatever it is, this request fails alone
             out.append(Trouble(f"{request!r} could not be given a place: {error!r}"))
             self._end(request, "error", request.length, now, out, INTERNAL)
             return

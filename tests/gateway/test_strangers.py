@@ -227,6 +227,8 @@ def test_whitespace_of_json_can_be_said(served: Served) -> None:
         "required": ["a", "b"],
         "additionalProperties": False,
     }
+    plain = chat(served, guided_json=schema, max_tokens=64)["choices"][0]["message"]["content"]
+    assert " " in plain, "there is something to forbid"
     for form, allowed in (
         ({"structured_outputs": {"json": schema, "disable_any_whitespace": True}}, set()),
         ({"structured_outputs": {"json": schema, "whitespace_pattern": "\t"}}, {"\t"}),
@@ -242,6 +244,8 @@ def test_whitespace_of_json_can_be_said(served: Served) -> None:
         assert refusal(served, "/v1/chat/completions", {"messages": SUM, **wrong})["param"].startswith(field)
     alone = {"prompt": "a", "guided_whitespace_pattern": " "}
     assert refusal(served, "/v1/completions", alone)["param"] == "guided_whitespace_pattern"
+    twice = {**alone, "structured_outputs": {"json": schema, "whitespace_pattern": "\t"}}
+    assert refusal(served, "/v1/completions", twice)["param"] == "guided_whitespace_pattern"
 
 
 # --- usage while it grows ---------------------------------------------------------------------------------------------
