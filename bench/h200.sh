@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Measures figures of the whole system on one GPU: client → scheduler → worker → client, Llama-3.1-8B's shape, random
-# weights, greedy, stop tokens ignored. One service for all figures of a precision; the peer after it, if it is there.
+# Measures figures of the whole system on a GPU ($CUDA_VISIBLE_DEVICES, or the first): client → scheduler → worker → client,
+# Llama-3.1-8B's shape, random weights, greedy, stop tokens ignored. One service for all figures of a precision; the peer
+# after it, if it is there.
 #
 #   bench/h200.sh [-r REPEATS] FIGURE …
 #
@@ -10,6 +11,7 @@
 #   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C and E; idle-long: and B
 #   attention  the decode kernel back to back and in its place, in all its ways (no service)
 #   products   a layer's products by each algorithm of cublasLt beside torch's (no service)
+#   two    A on one worker, then twice its requests on two, one GPU each (needs two GPUs)
 #   http   E through HTTP beside the SDK, from 8 client processes, with $GATEWAYS (default 1 and 2) gateways on a port
 #   features   A with a tokenizer of 128,256 tokens: greedy, every sampling parameter on, half of it in structured output
 #   invariant  A and E as they are and in batch-invariant mode, each with graphs and with --enforce-eager
@@ -33,6 +35,8 @@ tandem=("$PYTHON" -P -c 'import sys; from tandem.launch.cli import main; sys.exi
 model=(--model bench/shapes/llama-3.1-8b --load-format dummy --dtype bfloat16 --max-model-len 16384
   --max-num-seqs 512 --max-num-batched-tokens 4096 --no-enable-prefix-caching)
 prefix=$RESULTS/$(date +%F)-$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().split()[-1].lower())')-8b
+gpu=${CUDA_VISIBLE_DEVICES:-0}
+gpu=${gpu%%,*}
 home=$(mktemp -d)
 chmod 700 "$home"
 service=
@@ -66,7 +70,7 @@ offline() { # offline NAME FLAGS…
   echo "--- $name"
   "${tandem[@]}" bench offline --connect "ipc://$home/service" --out "$prefix-$name.json" "$@" 2>&1 \
     | grep -E '^run |requests completed|^device|^HTTP|^client|rror' || echo "$name FAILED"
-  nvidia-smi --query-gpu=clocks.sm,power.draw,temperature.gpu --format=csv,noheader
+  nvidia-smi -i "$gpu" --query-gpu=clocks.sm,power.draw,temperature.gpu --format=csv,noheader
 }
 
 load() { # load FIGURE [SUFFIX]
@@ -122,7 +126,7 @@ watch_idle() {
   wait $watched $scheduler
 }
 
-busy() { (( $(nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits | head -n 1) > 50 )); }
+busy() { (( $(nvidia-smi -i "$gpu" --query-gpu=utilization.gpu --format=csv,noheader,nounits) > 50 )); }
 
 watch() { # watch LOAD SECONDS FLAGS…: the profiler looks SECONDS after the device has got work, or after a minute
   local name=$1 after=$2
@@ -172,6 +176,12 @@ for figure in "$@"; do
       need small
       model[1]=$big
       load E -llama-0.6b
+      ;;
+    two)
+      need; load A -one-worker
+      need --data-parallel-size 2
+      offline "load-a-64x256+1024-two-workers" --repeats "$REPEATS" --num-prompts 64 --prompt-tokens 256 --output-tokens 1024
+      load A -two-workers
       ;;
     http)
       need
