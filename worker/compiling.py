@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -200,17 +201,24 @@ _FRAMES_PER_NODE: Final = 10
 
 
 @contextmanager
-def _deep_recursion(frames: int) -> Iterator[None]:
-    """Lets Python's recursion go so deep.
+def _deep(frames: int) -> Iterator[None]:
+    """Lets inductor take a chain of operations as long as a model of many layers is deep, `frames` of recursion.
 
-    Inductor asks an operation for its symbols, which asks those that it takes its inputs from, and so on to the first
-    layer. With 32 layers in 8 bits that is deeper than the 2,000 frames that it allows itself; the error then names all
-    these operations, each within the next, which takes longer than anyone waits.
+    It asks an operation for its symbols, which asks those that it takes its inputs from, and so on to the first layer:
+    more than the 2,000 frames that it allows itself. And what it writes of an operation, for an error or, before torch
+    2.13, for a log that nobody keeps, holds all that the inputs were computed from, once for each way to them: with 8
+    layers in 8 bits that takes minutes, with 32 longer than anyone waits. So it writes the operation's name alone.
     """
+    from torch._inductor.exc import OperatorIssue
+
+    def name(target: Any, _args: Any, _kwargs: Any) -> str:
+        return f"  target: {target}"
+
     former = sys.getrecursionlimit()
     sys.setrecursionlimit(max(former, frames))
     try:
-        yield
+        with patch.object(OperatorIssue, "operator_str", staticmethod(name)):
+            yield
     finally:
         sys.setrecursionlimit(former)
 
@@ -218,7 +226,7 @@ def _deep_recursion(frames: int) -> Iterator[None]:
 def _inductor(traced: GraphModule, fakes: list[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    with warnings.catch_warnings(), _deep_recursion(_FRAMES_PER_NODE * len(traced.graph.nodes)):
+    with warnings.catch_warnings(), _deep(_FRAMES_PER_NODE * len(traced.graph.nodes)):
         # Products in 32 bits are meant to be exact.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         # Few kernels differ, so processes that compile them side by side would cost more than they save.

@@ -33,3 +33,4 @@ def test_both_cases_are_measured_on_one_model(tmp_path: Path) -> None:
     found = report["8 bits against 16"]
     assert list(found) == list(CASES)
     assert all(0 < case["relative_error"] < 1 for case in found.values())
+    assert 0 < report["16 bits against 32"]["relative_error"] < min(case["relative_error"] for case in found.values())

@@ -112,20 +112,37 @@ def test_a_model_that_cannot_be_traced_runs_uncompiled(tmp_path: Path, caplog: p
 
 
 @pytest.mark.slow
+class Deep(torch.nn.Module):
+    """A chain of operations, each of which takes both results of the one before."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+        self.depth = depth
+
+    def forward(self, rows: Tensor) -> Tensor:
+        total, normed = rows, rows
+        for _ in range(self.depth):
+            total, normed = torch.ops.tandem.add_norm(total, normed, self.weight, 1e-5)
+        return torch.cumsum(normed, dim=-1)
+
+
 def test_a_model_of_many_layers_is_compiled_however_deep_the_compiler_recurses() -> None:
     """As deep as some 80 layers in 16 bits, or 50 in 8. Without care inductor fails, and then tells of it for hours."""
-
-    class Deep(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
-
-        def forward(self, rows: Tensor) -> Tensor:
-            total, normed = rows, rows
-            for _ in range(400):
-                total, normed = torch.ops.tandem.add_norm(total, normed, self.weight, 1e-5)
-            return normed
-
-    module, rows = Deep(), torch.randn(5, 8)
+    module, rows = Deep(400), torch.randn(5, 8)
     compiled = compile_rows(module, lambda rows: module(rows), [rows])
     torch.testing.assert_close(compiled(rows), module(rows))
+
+
+def test_an_operation_that_cannot_be_compiled_deep_in_a_model_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at once: written out with all that it was computed from, it would be 2 to the power of 60 lines. What torch
+    before 2.13 writes of each operator that it meets for the first time is the same."""
+    from torch._inductor import lowering
+
+    def refuse(*_arguments: Any, **_more: Any) -> None:
+        raise ValueError("not this one")
+
+    monkeypatch.setitem(lowering.lowerings, torch.ops.aten.cumsum.default, refuse)
+    module, rows = Deep(60), torch.randn(5, 8)
+    with pytest.raises(Exception, match="ValueError: not this one\n *target: aten.cumsum.default"):
+        compile_rows(module, lambda rows: module(rows), [rows])
