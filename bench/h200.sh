@@ -8,7 +8,8 @@
 #   A  32 × (256 + 1,024)      D  1 × (256 + 512)        start      from nothing to ready, twice
 #   B  32 × (256 + 8,192)      E  256 × (256 + 512)      sync       A, C and E with lookahead 0
 #   C  ragged, 512 at once     F  A in FP8               idle       gaps between kernels and which they are, by
-#   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C and E; idle-long: and B
+#   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C, E, and E with 8 client
+#                                                                   processes; idle-long: and B
 #   attention  the decode kernel back to back and in its place, in all its ways (no service)
 #   products   a layer's products by each algorithm of cublasLt beside torch's (no service)
 #   two    A on one worker, then twice its requests on two, one GPU each (needs two GPUs)
@@ -121,6 +122,7 @@ watch_idle() {
   watch A 3 --num-prompts 32 --prompt-tokens 256 --output-tokens 1800
   watch C 2 --num-prompts 512 --workload ragged
   watch E 3.5 --num-prompts 256 --prompt-tokens 256 --output-tokens 768
+  watch streams 3.5 --num-prompts 256 --prompt-tokens 256 --output-tokens 768 --client-processes 8
   [[ $1 == long ]] && watch B 30 --num-prompts 32 --prompt-tokens 256 --output-tokens 8192
   kill -TERM $watched $scheduler
   wait $watched $scheduler
