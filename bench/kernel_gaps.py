@@ -3,7 +3,7 @@ rest as for `tandem.worker.main`. It serves as any worker does.
 
 SIGUSR1 starts a watch, and may do so again after it. After SECONDS, OUT-1.json (OUT-2.json, …) tells for which share of
 the time no kernel ran, in gaps of over 10 µs: what the workers' own count of idle time between steps is to be compared
-with; and which kernels the time went to.
+with; between which kernels; and which kernels the time went to.
 """
 
 from __future__ import annotations
@@ -66,6 +66,27 @@ def by_name(kernels: Iterable[tuple[str, int, int]]) -> list[dict[str, float | s
     ]
 
 
+def by_neighbours(kernels: Iterable[tuple[str, int, int]]) -> list[dict[str, float | str]]:
+    """Of kernels (name, start, end) in nanoseconds, for each pair of names of which the first ended last before a gap
+    of over GAP_NS and the second ended the gap: how many, and their time in all and the longest. The longest in all
+    first, LISTED of them."""
+    found: dict[tuple[str, str], list[int]] = {}
+    before, reached = "", None
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1:]):
+        if reached is not None and start - reached > GAP_NS:
+            counted = found.setdefault((before[:NAME], name[:NAME]), [0, 0, 0])
+            counted[0] += 1
+            counted[1] += start - reached
+            counted[2] = max(counted[2], start - reached)
+        if reached is None or end > reached:
+            before, reached = name, end
+    longest = sorted(found.items(), key=lambda item: -item[1][1])[:LISTED]
+    return [
+        {"after": after, "before": then, "count": times, "total_us": total / 1e3, "longest_us": most / 1e3}
+        for (after, then), (times, total, most) in longest
+    ]
+
+
 def _watch(wanted: threading.Semaphore, out: Path, seconds: float) -> None:
     for number in count(1):
         wanted.acquire()
@@ -86,7 +107,11 @@ def _profiled(seconds: float) -> dict[str, Any]:
         for event in results.kineto_results.events()
         if event.device_type() == DeviceType.CUDA and not event.name().startswith("Mem")
     ]
-    return {**idle_share((start, end) for _, start, end in kernels), "by_name": by_name(kernels)}
+    return {
+        **idle_share((start, end) for _, start, end in kernels),
+        "gaps_between": by_neighbours(kernels),
+        "by_name": by_name(kernels),
+    }
 
 
 def main() -> int:

@@ -2,8 +2,8 @@
 
 Text, stop strings and structured output need a tokenizer, which bench/shapes lack. What they cost goes by the number of
 tokens and by what bytes these have. So the tokenizer is byte-level BPE, as Llama's: 256 tokens of a byte, then tokens
-that are two others put together, made at random from a seed, mostly of letters, up to 16 bytes long. The last are the
-model's special tokens.
+that are two others put together, made at random from a seed: words, some with a space before them, of lengths as real
+ones have them, and a few of digits and punctuation. The last are the model's special tokens.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-LONGEST = 16
-"""Characters of a token."""
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,;:!?'\"-_/()[]{}<>=+*\n"
-SPECIAL = 256
+LENGTHS: Final = dict(zip(range(2, 17), (30, 80, 130, 150, 150, 130, 110, 80, 55, 35, 20, 12, 8, 5, 5), strict=True))
+"""How many of a thousand tokens have so many characters: mostly 4 to 8, as in vocabularies of some 100,000 tokens."""
+WORDS: Final = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+OTHERS: Final = ".,;:!?'\"-_/()[]{}<>=+*\n0123456789"
+WORD_SHARE: Final = 0.9
+"""Of the tokens, the others are digits, punctuation and ends of lines."""
+SPECIAL: Final = 256
 """Tokens, at most."""
 
 
@@ -34,13 +37,21 @@ def make_tokenizer(vocab_size: int, seed: int = 0) -> Tokenizer:
     byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     rng, ids, merges = random.Random(seed), {token: number for number, token in enumerate(byte_tokens)}, []
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    parts = [level.pre_tokenize_str(letter)[0][0] for letter in LETTERS]
+    space = level.pre_tokenize_str(" ")[0][0]
+    words, others = ({1: [level.pre_tokenize_str(char)[0][0] for char in kind]} for kind in (WORDS, OTHERS))
+    lengths, weights = list(LENGTHS), list(LENGTHS.values())
     while len(ids) < vocab_size - special:
-        left, right = rng.choice(parts), rng.choice(parts)
-        if len(left) + len(right) <= LONGEST and left + right not in ids:
-            ids[left + right] = len(ids)
-            merges.append((left, right))
-            parts.append(left + right)
+        parts = words if rng.random() < WORD_SHARE else others
+        length = rng.choices(lengths, weights)[0]
+        of_left = rng.choice([known for known in parts if known < length])
+        if length - of_left not in parts:
+            continue
+        left, right = rng.choice(parts[of_left]), rng.choice(parts[length - of_left])
+        if right.startswith(space) or left + right in ids:
+            continue
+        ids[left + right] = len(ids)
+        merges.append((left, right))
+        parts.setdefault(length, []).append(left + right)
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
     tokenizer.pre_tokenizer = level
     tokenizer.decoder = decoders.ByteLevel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tandem.bench.kernel_gaps import by_name, idle_share
+from tandem.bench.kernel_gaps import by_name, by_neighbours, idle_share
 
 
 def test_only_gaps_without_any_kernel_count_and_only_long_ones() -> None:
@@ -34,3 +34,19 @@ def test_kernels_of_one_name_are_one_line_and_the_longest_in_all_comes_first() -
     found = by_name(kernels)
     assert [line["name"] for line in found] == ["norm", "product", "copy"]
     assert found[0] == {"name": "norm", "count": 2, "total_ms": 0.008, "mean_us": 4.0}
+
+
+def test_gaps_are_told_by_what_stands_around_them() -> None:
+    kernels = [
+        ("long", 0, 100_000),
+        ("short", 10_000, 20_000),  # within it
+        ("norm", 120_000, 130_000),
+        ("long", 150_000, 160_000),
+        ("norm", 190_000, 200_000),
+        ("short", 205_000, 210_000),  # no gap to speak of
+    ]
+    assert by_neighbours(kernels) == [
+        {"after": "long", "before": "norm", "count": 2, "total_us": 50.0, "longest_us": 30.0},
+        {"after": "norm", "before": "long", "count": 1, "total_us": 20.0, "longest_us": 20.0},
+    ]
+    assert by_neighbours([]) == []

@@ -119,6 +119,54 @@ def test_the_book_keeps_so_many_grammars_and_forgets_what_it_is_told_to() -> Non
     assert not book.holds(grammars[-1])
 
 
+def test_each_row_of_a_grammar_gets_a_lexer_of_its_own_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.worker.grammars.book.MOST_LEXERS", 4)
+    book, wanted = GrammarBook(BYTES, VOCAB, (EOS,)), StructuredOutputsParams(regex="(ab)*")
+    first = book.lexer(wanted)
+    assert not book.crowded(wanted)
+    others = [book.lexer(wanted) for _ in range(5)]
+    assert all(other is first for other in others)
+    assert book.crowded(wanted)
+    assert not book.crowded(wanted)  # one who lets it grow is enough
+    book.grow(wanted)
+    assert (book.lexers(wanted), book.grown) == (4, 3)
+    moved = []
+    while (other := book.better(wanted, first)) is not None:
+        book.release(first)
+        moved.append(other)
+    assert sorted([first.users, *{id(lexer): lexer.users for lexer in moved}.values()]) == [1, 1, 2, 2]
+    assert not book.crowded(wanted)
+
+
+def test_lexers_of_all_grammars_are_bounded_and_those_that_nobody_uses_make_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tandem.worker.grammars.book.MOST_MORE", 2)
+    book = GrammarBook(BYTES, VOCAB, (EOS,))
+    one, two = StructuredOutputsParams(regex="a*"), StructuredOutputsParams(regex="b*")
+    rows = [book.lexer(one) for _ in range(9)]
+    assert book.crowded(one)
+    book.grow(one)
+    assert book.lexers(one) == 3
+    rows += [lexer for lexer in (book.better(one, rows[0]), book.better(one, rows[0])) if lexer is not None]
+    two_rows = [book.lexer(two) for _ in range(2)]
+    assert not book.crowded(two)
+    for lexer in rows:
+        book.release(lexer)
+    assert book.crowded(two)
+    book.grow(two)
+    assert (book.lexers(one), book.lexers(two)) == (1, 2)
+    assert book.better(two, two_rows[0]) is not None
+
+
+def test_a_grammar_that_is_dear_to_compile_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.worker.grammars.book.CHEAP_S", -1.0)
+    book, wanted = GrammarBook(BYTES, VOCAB, (EOS,)), StructuredOutputsParams(regex="a*")
+    for _ in range(3):
+        book.lexer(wanted)
+    assert not book.crowded(wanted)
+
+
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +339,39 @@ def test_masks_follow_the_tokens_of_the_step_before(masks: Masks, rows: int) -> 
     masks.thread.sampled(third, np.array([EOS] * rows, np.int32))
     assert [len(allowed) >= VOCAB for allowed in masks.done(over)] == [True] * rows
     assert over.failed == []
+
+
+def test_rows_move_to_lexers_of_their_own_and_follow_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in the text each of them stands; one that has come too far stays."""
+    monkeypatch.setattr("tandem.worker.grammars.masks.MOST_REPLAYED", 7)
+    book, text, starts = GrammarBook(BYTES, VOCAB, (EOS,)), "abcdefghij" * 2, [0, 8, 1, 5, 9]
+    grown, grow = threading.Event(), book.grow
+
+    def tell(wanted: StructuredOutputsParams) -> None:
+        grow(wanted)
+        grown.set()
+
+    monkeypatch.setattr(book, "grow", tell)
+    masks, slots = Masks(book), list(range(len(starts)))
+    try:
+        step = masks.step(
+            slots, [False] * 5, join=[regex(slot, text, text[:start]) for slot, start in enumerate(starts)]
+        )
+        for more in range(len(text) - max(starts)):
+            now = [text[start + more] for start in starts]
+            assert masks.done(step) == [{char} for char in now]
+            assert grown.wait(DEADLINE_S)
+            masks.thread.sampled(step, np.array(ids("".join(now)), np.int32))
+            step = masks.step(slots, [True] * 5)
+        masks.done(step)
+        assert step.failed == []
+        of_rows = [masks.thread._rows[slot].lexer for slot in slots]
+        assert [of_rows.count(lexer) for lexer in of_rows] == [1, 2, 1, 1, 2]
+        masks.done(masks.step([], [], leave=slots))
+        assert book.lexer(StructuredOutputsParams(regex=text)).users == 1
+        assert {lexer.users for lexer in of_rows if lexer is not None} <= {0, 1}
+    finally:
+        masks.thread.close(DEADLINE_S)
 
 
 def test_a_row_joins_where_its_tokens_have_led(masks: Masks) -> None:

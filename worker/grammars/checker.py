@@ -74,7 +74,7 @@ class GrammarChecker:
         error = self._sandbox.check(wanted)
         if not error:
             try:
-                self._book.matcher(wanted)
+                self._book.prepare(wanted)
             except GrammarError as problem:
                 return str(problem)
         return error

@@ -9,6 +9,8 @@
 A step's masks need the tokens of the step before, and nothing else does: the forward pass is launched long before they
 are there. A row that is known to be over, or whose grammar has failed, is advanced no more; what it still samples is
 wasted, so any token will do.
+
+Rows are advanced and their masks filled side by side, as far as they have lexers of their own: see book.py.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from numpy.typing import NDArray
 
 from ...protocol.structured import StructuredOutputsParams
-from .book import GrammarBook
+from .book import GrammarBook, Lexer
 from .compiler import GrammarError, error_of, raise_error
+from .growth import Growth
 from .slots import GrammarStep, JoiningRow
 
 MOST_THREADS: Final = 16
 """That fill masks of one step side by side."""
-PARALLEL_FROM: Final = 4
+PARALLEL_FROM: Final = 2
 """Fewer rows are not worth handing to other threads."""
+MOST_REPLAYED: Final = 512
+"""Tokens that a row takes along to another lexer; one that has more stays with its own."""
 
 
 @dataclass(slots=True)
@@ -51,15 +56,30 @@ class StepMasks:
     """The step's result."""
 
 
+@dataclass(slots=True, eq=False)
+class _Row:
+    """Of the batch, with a grammar."""
+
+    wanted: StructuredOutputsParams
+    lexer: Lexer | None = None
+    """What the matcher shares with other rows …"""
+    matcher: LLMatcher | None = None
+    """… None, both: the row is over, or its grammar has failed."""
+    taken: list[int] | None = None
+    """What the matcher has taken in; None: more than MOST_REPLAYED tokens."""
+
+
 class MaskThread:
     """Fills the masks of steps, in the order in which they are handed over."""
 
     def __init__(self, book: GrammarBook) -> None:
         self._book = book
-        self._executor = LLExecutor(min(MOST_THREADS, max(1, (os.cpu_count() or 1) // 2)))
-        self._matchers: dict[int, LLMatcher | None] = {}
-        """By slot; None: the row is over, or its grammar has failed."""
-        self._wanted: dict[int, StructuredOutputsParams] = {}
+        self._growth = Growth(book)
+        self._grown = 0
+        """What the book's count was when rows last moved."""
+        self._executor = LLExecutor(min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2)))
+        self._rows: dict[int, _Row] = {}
+        """By slot."""
         self._failures: dict[int, str] = {}
         """By slot: what no step's result has told yet."""
         self._last: StepMasks | None = None
@@ -102,6 +122,7 @@ class MaskThread:
         self._steps.put(None)
         self.fail(RuntimeError("the worker is ending"))
         self._thread.join(timeout_s)
+        self._growth.close(timeout_s)
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -116,20 +137,21 @@ class MaskThread:
             self.fail(error)
 
     def _forget(self) -> None:
-        self._matchers.clear()
-        self._wanted.clear()
+        for row in self._rows.values():
+            self._end(row)
+        self._rows.clear()
         self._failures.clear()
         self._last = None
 
     def _write(self, step: StepMasks) -> None:
         for slot in step.rows.leave:
-            for of_slot in (self._matchers, self._wanted, self._failures):
-                of_slot.pop(slot, None)
-        for row in step.rows.join:
-            self._wanted[row.slot] = row.wanted
-            self._join(row)
+            self._leave(slot)
+        for joining in step.rows.join:
+            self._leave(joining.slot)
+            self._rows[joining.slot] = self._join(joining)
         if any(step.rows.decodes):
             self._advance(step)
+        self._spread()
         self._fill(step)
         for slot, position in zip(step.rows.slots, step.rows.at, strict=True):
             if slot in self._failures:
@@ -139,25 +161,60 @@ class MaskThread:
             step.ready = True
             self._changed.notify_all()
 
-    def _join(self, row: JoiningRow) -> None:
+    def _join(self, joining: JoiningRow) -> _Row:
+        row = _Row(joining.wanted, taken=list(joining.generated))
         try:
-            matcher = self._book.matcher(row.wanted)
-            if row.generated and not matcher.consume_tokens(row.generated):
-                raise_error(matcher)
-            self._matchers[row.slot] = matcher
+            row.lexer = self._book.lexer(row.wanted)
+            row.matcher = row.lexer.copy()
+            if joining.generated and not row.matcher.consume_tokens(joining.generated):
+                raise_error(row.matcher)
         except GrammarError as error:
-            self._fail(row.slot, str(error))
+            self._fail(joining.slot, row, str(error))
+        if self._book.crowded(row.wanted):
+            self._growth.want(row.wanted)
+        return row
 
-    def _fail(self, slot: int, error: str) -> None:
+    def _leave(self, slot: int) -> None:
+        row = self._rows.pop(slot, None)
+        self._failures.pop(slot, None)
+        if row is not None:
+            self._end(row)
+
+    def _end(self, row: _Row) -> None:
+        """It is followed no more."""
+        if row.lexer is not None:
+            self._book.release(row.lexer)
+        row.lexer = row.matcher = row.taken = None
+
+    def _fail(self, slot: int, row: _Row, error: str) -> None:
         """What goes wrong with a grammar ends its own row."""
-        self._matchers[slot] = None
+        self._end(row)
         self._failures[slot] = f"structured_outputs: the grammar cannot be followed any further: {error}"
 
     def _give_up(self, slot: int, error: str) -> None:
         """A limit was met: perhaps because of what all copies of the grammar have learned together, so that the next
         row gets a new one. (Tokens that somebody else has generated are no reason for that.)"""
-        self._fail(slot, error)
-        self._book.discard(self._wanted[slot])
+        row = self._rows[slot]
+        self._fail(slot, row, error)
+        self._book.discard(row.wanted)
+
+    def _spread(self) -> None:
+        """Moves rows to lexers that fewer others use, if there are new ones."""
+        if self._grown == self._book.grown:
+            return
+        self._grown = self._book.grown
+        for row in sorted(self._rows.values(), key=lambda row: len(row.taken or ())):  # the least work first
+            if row.lexer is None or row.taken is None:
+                continue
+            other = self._book.better(row.wanted, row.lexer)
+            if other is None:
+                continue
+            matcher = other.copy()
+            if row.taken and not matcher.consume_tokens(row.taken):  # as no grammar that has taken them in once should
+                self._book.release(other)
+                continue
+            self._book.release(row.lexer)
+            row.lexer, row.matcher = other, matcher
 
     def _advance(self, step: StepMasks) -> None:
         """Takes in the tokens of the step before, which sampled for every row that decodes now."""
@@ -173,13 +230,17 @@ class MaskThread:
         token_of = {slot: int(tokens[position]) for slot, position in at}
         moving: list[tuple[int, LLMatcher]] = []
         for slot, decodes in zip(step.rows.slots, step.rows.decodes, strict=True):
-            matcher = self._matchers[slot]
-            if matcher is None or not decodes:
+            row = self._rows[slot]
+            if row.matcher is None or not decodes:
                 continue
             if token_of[slot] in self._book.eos_token_ids:
-                self._matchers[slot] = None  # it is over, and the scheduler will say so
-            else:
-                moving.append((slot, matcher))
+                self._end(row)  # it is over, and the scheduler will say so
+                continue
+            moving.append((slot, row.matcher))
+            if row.taken is not None:
+                row.taken.append(token_of[slot])
+                if len(row.taken) > MOST_REPLAYED:
+                    row.taken = None
         if len(moving) < PARALLEL_FROM:
             for slot, matcher in moving:
                 matcher.consume_token(token_of[slot])
@@ -195,7 +256,7 @@ class MaskThread:
         rows = [
             (matcher, index)
             for index, slot in enumerate(step.rows.slots)
-            if (matcher := self._matchers[slot]) is not None
+            if (matcher := self._rows[slot].matcher) is not None
         ]
         if len(rows) < PARALLEL_FROM:
             for matcher, index in rows:
