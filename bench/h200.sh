@@ -9,7 +9,7 @@
 #   B  32 × (256 + 8,192)      E  256 × (256 + 512)      sync       A, C and E with lookahead 0
 #   C  ragged, 512 at once     F  A in FP8               idle       gaps between kernels and which they are, by
 #   small  256 × (256 + 512) of a model of 0.6B                     torch.profiler, under A, C, E, and E with 8 client
-#                                                                   processes; idle-long: and B
+#                                                                   processes; idle-long: and B; idle-C: C alone
 #   attention  the decode kernel back to back and in its place, in all its ways (no service)
 #   products   a layer's products by each algorithm of cublasLt beside torch's (no service)
 #   two    A on one worker, then twice its requests on two, one GPU each (needs two GPUs)
@@ -110,7 +110,7 @@ peer() { # peer FIGURE FLAGS…: the fast path with compilation, asynchronous
 }
 
 # One worker under torch.profiler's eyes, five seconds of each load; the loads' own files tell the live figures.
-watch_idle() {
+watch_idle() { # watch_idle LOADS
   stop_service; running=
   "${tandem[@]}" scheduler --address "ipc://$home/service" --no-enable-prefix-caching >"$home/scheduler.log" 2>&1 &
   local scheduler=$! number=0 name worker watched
@@ -119,11 +119,15 @@ watch_idle() {
   "$PYTHON" -P -m tandem.bench.kernel_gaps "$home/profiled" 5 --config-json "$worker" >"$home/worker.log" 2>&1 &
   watched=$!
   until grep -q registered "$home/worker.log" || ! kill -0 $watched; do sleep 0.2; done
-  watch A 3 --num-prompts 32 --prompt-tokens 256 --output-tokens 1800
-  watch C 2 --num-prompts 512 --workload ragged
-  watch E 3.5 --num-prompts 256 --prompt-tokens 256 --output-tokens 768
-  watch streams 3.5 --num-prompts 256 --prompt-tokens 256 --output-tokens 768 --client-processes 8
-  [[ $1 == long ]] && watch B 30 --num-prompts 32 --prompt-tokens 256 --output-tokens 8192
+  for name in $1; do
+    case $name in
+      A) watch A 3 --num-prompts 32 --prompt-tokens 256 --output-tokens 1800 ;;
+      B) watch B 30 --num-prompts 32 --prompt-tokens 256 --output-tokens 8192 ;;
+      C) watch C 2 --num-prompts 512 --workload ragged ;;
+      E) watch E 3.5 --num-prompts 256 --prompt-tokens 256 --output-tokens 768 ;;
+      streams) watch streams 3.5 --num-prompts 256 --prompt-tokens 256 --output-tokens 768 --client-processes 8 ;;
+    esac
+  done
   kill -TERM $watched $scheduler
   wait $watched $scheduler
 }
@@ -204,8 +208,9 @@ for figure in "$@"; do
       stop_service; running=
       "$PYTHON" -P -m tandem.bench.products --out "$prefix-products.json" || echo "products FAILED"
       ;;
-    idle) watch_idle short ;;
-    idle-long) watch_idle long ;;
+    idle) watch_idle 'A C E streams' ;;
+    idle-long) watch_idle 'A C E streams B' ;;
+    idle-[ABCE]) watch_idle "${figure#idle-}" ;;
     peer-A) stop_service; running=; peer A --batch 32 --prompt-len 256 --max-new-tokens 1024 --repeat 2 ;;
     peer-B) stop_service; running=; peer B --batch 32 --prompt-len 256 --max-new-tokens 8192 ;;
     peer-C) stop_service; running=; peer C --mixed --batch 512 ;;

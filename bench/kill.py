@@ -219,6 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--batch-invariant", action="store_true", help="then no continuation may differ")
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096)
+    parser.add_argument(
+        "--num-gpu-blocks-override", type=int, default=None, help="KV cache blocks; default: what memory there is"
+    )
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=8192)
@@ -248,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if options.model is not None:
         worker["model"] = options.model
+    if options.num_gpu_blocks_override is not None:
+        worker["num_gpu_blocks_override"] = options.num_gpu_blocks_override
     # Else the second run would find the prompts of the first one cached, and compute them in other shapes.
     scheduler = {"enable_prefix_caching": False}
     with EmbeddedSystem(worker, scheduler) as system:
