@@ -28,7 +28,8 @@ from .product_trials import TILES_TRIED, Case, Measure, Trial, Wanted, variants,
 log = logging.getLogger(__name__)
 
 TUNED: bool = False
-"""Whether a worker chooses algorithms when it starts. Not measured in the whole system yet."""
+"""Whether a worker chooses algorithms when it starts. Off: it gains under 1 % of the whole (docs/performance.md),
+for which two workers of one service would compute by different ones."""
 LEAST_SHARE: Final = 0.75
 """Of the rows that an algorithm was chosen for, from which on it is used: fewer do not fit its tiles much better than
 what the library chooses for them."""
