@@ -44,6 +44,7 @@ from .events import (
 )
 from .grammars import Grammars, Held
 from .metrics import Counters
+from .placement import choose
 from .policy import Policy
 from .quarantine import Quarantine, is_cleared, must_be_alone, suspect
 from .queue import WaitingQueue
@@ -610,8 +611,8 @@ class Core:
         if not offers:
             return False
         replica, match = offers[0]
-        if len(offers) > 1:
-            replica, match = min(offers, key=lambda offer: offer[0].cost(request, offer[1]))
+        if len(self._replicas) > 1:
+            replica, match = choose(request, offers, self._replicas.values())
         if match.pending:
             for other, found in offers:
                 other.remember(request, found)

@@ -12,14 +12,20 @@ class Pace:
     """Learns from results what a decode step costs, and what a prefill token adds to it.
 
     A step is taken for `decode + tokens · per_token` seconds of device time: a fair description of chunks up to a few
-    thousand tokens, in which attention over the context is the smaller part.
+    thousand tokens, in which attention over the context is the smaller part. A step counts by its chunks' tokens, so
+    that a prompt of a few tokens, which takes as long as one of a hundred, does not make the next ones look dear.
     """
 
     def __init__(self, target_s: float) -> None:
         """`target_s`: how long a step with decoding rows and chunks should at most take; 0 for no limit."""
         self._target_s = target_s
         self._decode_s: float | None = None
+        self._chunks_s: float | None = None
+        """What the chunks of a step took beyond its decoding rows …"""
+        self._chunk_tokens: float | None = None
+        """… and their tokens."""
         self._per_token_s: float | None = None
+        """The one by the other."""
 
     def observe(self, decode_rows: int, chunk_tokens: int, seconds: float) -> None:
         """Takes in a step that took `seconds` on the device."""
@@ -29,7 +35,9 @@ class Pace:
             self._decode_s = _average(self._decode_s, seconds)
         else:
             decode_s = (self._decode_s or 0.0) if decode_rows else 0.0
-            self._per_token_s = _average(self._per_token_s, max(0.0, seconds - decode_s) / chunk_tokens)
+            self._chunks_s = _average(self._chunks_s, max(0.0, seconds - decode_s))
+            self._chunk_tokens = _average(self._chunk_tokens, chunk_tokens)
+            self._per_token_s = self._chunks_s / self._chunk_tokens
 
     def step_s(self, decode_rows: int, chunk_tokens: int) -> float | None:
         """How long such a step should take on the device; None if nothing like it has been seen."""
@@ -39,11 +47,11 @@ class Pace:
 
     def chunk_tokens(self, decode_rows: int, budget: int) -> int:
         """How many of `budget` tokens the next step's chunks may have."""
-        if not self._target_s or not decode_rows or not self._per_token_s:
+        if not self._target_s or not decode_rows or self._per_token_s is None:
             return budget
         left_s = self._target_s - (self._decode_s or 0.0)
         if left_s >= budget * self._per_token_s:
-            return budget  # without a division: an average of nothing but zeros after the first comes near zero
+            return budget  # without a division: averages of nothing but zeros after the first come near zero
         return min(budget, max(LEAST_TOKENS, int(left_s / self._per_token_s) if left_s > 0.0 else 0))
 
 

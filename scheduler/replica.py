@@ -106,8 +106,10 @@ class Replica:
         """When the last result was entered, as the core says. Every row that decodes got a token then."""
         self._prefilling: dict[int, int] = {}
         """By slot in PREFILL, in the order of their admission: its known tokens that no plan covers yet."""
-        self._backlog = 0
-        """Their sum."""
+        self.backlog = 0
+        """Their sum: prompt tokens that others here still wait for."""
+        self.long_prompts: set[int] = set()
+        """Of these slots, those that had more to compute than a step can take."""
         self._introductions = Introductions(self.rows, limits.vocab_size)
         """What the next plan must introduce to the worker."""
         self._leaving: list[int] = []
@@ -140,11 +142,11 @@ class Replica:
     @property
     def load(self) -> float:
         """Share of slots or blocks in use, whichever is larger."""
-        return max(self.rows.owned / self.rows.slots, 1.0 - self.pool.available / self.pool.total)
+        return max(self.rows.share, 1.0 - self.pool.available / self.pool.total)
 
-    def accepts(self) -> bool:
+    def accepts(self, steps: int = 1) -> bool:
         """It is open to all, there is a free slot and room in the next plan's message, and the prompts that are being
-        computed leave room for more of them.
+        computed leave room for more of them in so many steps.
 
         The oldest prompt does not count, however huge: the others get their share beside it.
         """
@@ -152,8 +154,11 @@ class Replica:
             return False
         if self._introductions.full:
             return False
-        most = self.limits.max_num_batched_tokens
-        return self._backlog < most or self._backlog - next(iter(self._prefilling.values()), 0) < most
+        backlog, most = self.backlog, self.limits.max_num_batched_tokens
+        if backlog < most:
+            return True
+        most *= steps
+        return backlog < most or backlog - next(iter(self._prefilling.values()), 0) < most
 
     @property
     def expected_step_s(self) -> float | None:
@@ -175,10 +180,10 @@ class Replica:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)
 
-    def offer(self, request: Request) -> Match | None:
+    def offer(self, request: Request, steps: int = 1) -> Match | None:
         """What the request would find here, or None without room for all its known tokens beside the others, with the
-        watermark left free; alone, it always fits."""
-        if not self.accepts():
+        watermark left free; alone, it always fits. `steps`: see `accepts`."""
+        if not self.accepts(steps):
             return None
         if request.probes:
             former = request.probes.get(self.worker)
@@ -201,7 +206,7 @@ class Replica:
         """What it would mean to run a request here that finds `match`: tokens to compute before its first one, those of
         others included, and a penalty for load; lower is better."""
         to_compute = request.length - len(match.blocks) * self.limits.block_size
-        return to_compute + self._backlog + self.load * self.limits.max_num_batched_tokens
+        return to_compute + self.backlog + self.load * self.limits.max_num_batched_tokens
 
     def _fits(self, request: Request, match: Match) -> bool:
         found, pool, rows = match.blocks, self.pool, self.rows
@@ -243,8 +248,10 @@ class Replica:
         except BaseException:
             pool.give(blocks)
             raise
-        self._prefilling[slot] = length - computed
-        self._backlog += length - computed
+        self._prefilling[slot] = left = length - computed
+        self.backlog += left
+        if left > self.limits.max_num_batched_tokens:
+            self.long_prompts.add(slot)
         self._introductions.add(request, slot, tokens, len(blocks), computed)
         if self._caching:
             full = self.rows.filed[slot] = length // block_size
@@ -267,7 +274,8 @@ class Replica:
             if phase[slot] == ENDING:
                 continue  # it was named as leaving when its last token was planned
             if slot in self._prefilling:
-                self._backlog -= self._prefilling.pop(slot)
+                self.backlog -= self._prefilling.pop(slot)
+                self.long_prompts.discard(slot)
             if not self._introductions.drop(slot):
                 self._leaving.append(slot)
         slots = [*slots, *over]
@@ -567,7 +575,9 @@ class Replica:
             else:
                 phase[slot] = DECODE
             completed.append(slot)
-        self._backlog -= sum(lengths)
+        self.backlog -= sum(lengths)
+        if self.long_prompts:
+            self.long_prompts.difference_update(completed)
         if self._caching:
             self.pool.computed(full)
         return completed, at_limit
@@ -602,7 +612,13 @@ class Replica:
                 any(left != rows.known[slot] - rows.planned[slot] for slot, left in self._prefilling.items()),
                 f"what is left of prompts is miscounted: {self._prefilling}",
             ),
-            (self._backlog != sum(self._prefilling.values()), f"the backlog is not {self._backlog}"),
+            (self.backlog != sum(self._prefilling.values()), f"the backlog is not {self.backlog}"),
+            (
+                not {slot for slot, left in self._prefilling.items() if left > self.limits.max_num_batched_tokens}
+                <= self.long_prompts
+                <= self._prefilling.keys(),
+                f"long prompts are misfiled: {self.long_prompts}",
+            ),
             (bool((rows.known[owned] > rows.last[owned] + 1).any()), "a row knows more tokens than its limit"),
             (
                 [len(rows.blocks[slot]) * self.limits.block_size for slot in owned.tolist()]

@@ -108,6 +108,11 @@ class Rows:
         """Slots that are not FREE."""
         return self.slots - len(self.free)
 
+    @property
+    def share(self) -> float:
+        """Of the slots, those that are not FREE."""
+        return 1.0 - len(self.free) / self.slots
+
     def open(self, request: Request, tokens: bytes, blocks: list[int], computed: int) -> int:
         """Gives the lowest free slot to a request in PREFILL, `computed` of whose known tokens (`tokens`: int32, as
         bytes) stand in its blocks already; returns the slot. There must be one. If it raises, the slot is still

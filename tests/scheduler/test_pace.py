@@ -45,3 +45,13 @@ def test_the_share_is_what_brings_a_step_to_its_target() -> None:
     pace.observe(8, 500, 0.02)
     assert pace.chunk_tokens(8, 4_096) == pytest.approx(500, abs=1)
     assert pace.step_s(8, 1_000) == pytest.approx(0.03)
+
+
+def test_a_prompt_of_one_token_says_little_of_what_a_token_costs() -> None:
+    """It took a whole step, as any chunk up to some hundred tokens does. One step with 64 shows that."""
+    pace = Pace(0.1)
+    pace.observe(1, 0, 0.005)
+    pace.observe(0, 1, 0.005)
+    assert pace.chunk_tokens(1, 4_096) == LEAST_TOKENS
+    pace.observe(1, 64, 0.006)
+    assert pace.chunk_tokens(1, 4_096) > 250
