@@ -111,7 +111,6 @@ def test_a_model_that_cannot_be_traced_runs_uncompiled(tmp_path: Path, caplog: p
     assert "LlamaForCausalLM runs uncompiled, and so without CUDA graphs" in caplog.text
 
 
-@pytest.mark.slow
 class Deep(torch.nn.Module):
     """A chain of operations, each of which takes both results of the one before."""
 
@@ -127,6 +126,7 @@ class Deep(torch.nn.Module):
         return torch.cumsum(normed, dim=-1)
 
 
+@pytest.mark.slow
 def test_a_model_of_many_layers_is_compiled_however_deep_the_compiler_recurses() -> None:
     """As deep as some 80 layers in 16 bits, or 50 in 8. Without care inductor fails, and then tells of it for hours."""
     module, rows = Deep(400), torch.randn(5, 8)

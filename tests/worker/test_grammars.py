@@ -6,7 +6,8 @@ import json
 import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from tandem.protocol.errors import ProtocolError
 from tandem.protocol.messages import StepPlan
 from tandem.protocol.structured import StructuredOutputsParams
 from tandem.worker.grammars import sandbox
-from tandem.worker.grammars.book import MOST, GrammarBook
+from tandem.worker.grammars.book import MOST, GrammarBook, Lexer
 from tandem.worker.grammars.checker import GrammarChecker
 from tandem.worker.grammars.compiler import GrammarError
-from tandem.worker.grammars.masks import MaskThread, StepMasks
+from tandem.worker.grammars.growth import Growth
+from tandem.worker.grammars.masks import MOVING_S, MaskThread, StepMasks
 from tandem.worker.grammars.slots import GrammarSlots, GrammarStep, JoiningRow
 from tandem.worker.sampler import AllowedTokens, allow
 
@@ -165,6 +167,80 @@ def test_a_grammar_that_is_dear_to_compile_is_compiled_once(monkeypatch: pytest.
     for _ in range(3):
         book.lexer(wanted)
     assert not book.crowded(wanted)
+
+
+def crowd(book: GrammarBook, wanted: StructuredOutputsParams, rows: int = 9) -> list[Lexer]:
+    """So many rows, of which each has one lexer; the grammar is to grow."""
+    lexers = [book.lexer(wanted) for _ in range(rows)]
+    assert book.crowded(wanted)
+    return lexers
+
+
+def test_a_grammar_whose_rows_have_left_before_its_turn_does_not_grow() -> None:
+    book, wanted = GrammarBook(BYTES, VOCAB, (EOS,)), StructuredOutputsParams(regex="a*")
+    for lexer in crowd(book, wanted):
+        book.release(lexer)
+    book.grow(wanted)
+    assert (book.lexers(wanted), book.grown) == (1, 0)
+    crowd(book, wanted)  # may grow another time
+
+
+def test_a_grammar_that_is_compiled_anew_while_the_former_waits_to_grow_gets_no_more_than_its_rows() -> None:
+    book, wanted = GrammarBook(BYTES, VOCAB, (EOS,)), StructuredOutputsParams(regex="a*")
+    crowd(book, wanted)
+    book.discard(wanted)
+    crowd(book, wanted, 2)
+    book.grow(wanted)
+    book.grow(wanted)
+    assert (book.lexers(wanted), book.grown) == (2, 1)
+
+
+def test_a_grammar_that_is_forgotten_while_it_grows_does_so_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled then is of the former, and the new one has a row of its own only."""
+    book, wanted = GrammarBook(BYTES, VOCAB, (EOS,)), StructuredOutputsParams(regex="a*")
+    crowd(book, wanted)
+    compiled = book._compile
+
+    def forget(source: str) -> LLMatcher:
+        monkeypatch.setattr(book, "_compile", compiled)
+        book.discard(wanted)
+        book.lexer(wanted)
+        return compiled(source)
+
+    monkeypatch.setattr(book, "_compile", forget)
+    book.grow(wanted)
+    assert (book.lexers(wanted), book.grown) == (1, 0)
+
+
+def test_a_grammar_grows_without_being_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of choices are written in Python, for which the threads of a step would wait each time."""
+    book, wanted = GrammarBook(BYTES, VOCAB, (EOS,)), StructuredOutputsParams(choice=("a", "b"))
+    crowd(book, wanted)
+    monkeypatch.setattr("tandem.worker.grammars.compiler._escape", None)
+    book.grow(wanted)
+    assert book.lexers(wanted) == 9
+    with pytest.raises(TypeError):
+        book.lexer(StructuredOutputsParams(choice=("c",)))
+
+
+def test_who_closes_waits_for_one_lexer_and_not_for_all_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    book, grammars = GrammarBook(BYTES, VOCAB, (EOS,)), [StructuredOutputsParams(regex=f"{char}*") for char in "ab"]
+    for wanted in grammars:
+        crowd(book, wanted)
+    growth, compiling, compiled = Growth(book), threading.Event(), book._compile
+
+    def slowly(source: str) -> LLMatcher:
+        compiling.set()
+        assert growth._closing.wait(DEADLINE_S)
+        return compiled(source)
+
+    monkeypatch.setattr(book, "_compile", slowly)
+    for wanted in grammars:
+        growth.want(wanted)
+    assert compiling.wait(DEADLINE_S)
+    growth.close(DEADLINE_S)
+    assert not growth._thread.is_alive()
+    assert [book.lexers(wanted) for wanted in grammars] == [2, 1]
 
 
 # --- checking --------------------------------------------------------------------------------------------------------
@@ -347,8 +423,8 @@ def test_rows_move_to_lexers_of_their_own_and_follow_on(monkeypatch: pytest.Monk
     book, text, starts = GrammarBook(BYTES, VOCAB, (EOS,)), "abcdefghij" * 2, [0, 8, 1, 5, 9]
     grown, grow = threading.Event(), book.grow
 
-    def tell(wanted: StructuredOutputsParams) -> None:
-        grow(wanted)
+    def tell(wanted: StructuredOutputsParams, stopped: Callable[[], bool]) -> None:
+        grow(wanted, stopped)
         grown.set()
 
     monkeypatch.setattr(book, "grow", tell)
@@ -370,6 +446,78 @@ def test_rows_move_to_lexers_of_their_own_and_follow_on(monkeypatch: pytest.Monk
         masks.done(masks.step([], [], leave=slots))
         assert book.lexer(StructuredOutputsParams(regex=text)).users == 1
         assert {lexer.users for lexer in of_rows if lexer is not None} <= {0, 1}
+    finally:
+        masks.thread.close(DEADLINE_S)
+
+
+def grown(masks: Masks, book: GrammarBook, monkeypatch: pytest.MonkeyPatch, join: list[JoiningRow]) -> StepMasks:
+    """A step with rows of one grammar that join, after which there is a lexer for each."""
+    wanted: list[StructuredOutputsParams] = []
+    monkeypatch.setattr(masks.thread._growth, "want", wanted.append)
+    slots = [row.slot for row in join]
+    step = masks.step(slots, [False] * len(slots), join=join)
+    masks.done(step)
+    for grammar in wanted:
+        book.grow(grammar)
+    assert book.lexers(join[0].wanted) == len(join)
+    return step
+
+
+def test_a_row_that_joins_far_in_its_text_stays_with_its_lexer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before it has decoded."""
+    monkeypatch.setattr("tandem.worker.grammars.masks.MOST_REPLAYED", 3)
+    book = GrammarBook(BYTES, VOCAB, (EOS,))
+    masks = Masks(book)
+    try:
+        grown(masks, book, monkeypatch, [regex(slot, "a*", text) for slot, text in enumerate(["aaaa", "aaaa", "aaa"])])
+        masks.done(masks.step([], []))
+        lexers = [masks.thread._rows[slot].lexer for slot in range(3)]
+        assert lexers[0] is lexers[1]
+        assert lexers[2] is not lexers[0]
+    finally:
+        masks.thread.close(DEADLINE_S)
+
+
+def test_a_row_whose_tokens_take_long_stays_with_its_lexer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These can be read in so many ways that they take a hundred times MOVING_S."""
+    book, wanted = GrammarBook(BYTES, VOCAB, (EOS,)), StructuredOutputsParams(grammar='start: e\ne: e e | "a"')
+    masks, text = Masks(book), ids("a" * 250)
+    try:
+        first = grown(masks, book, monkeypatch, [JoiningRow(slot, wanted, text) for slot in range(2)])
+        second = masks.step([0, 1], [True, True])
+        masks.thread.sampled(first, np.array(ids("aa"), np.int32))
+        assert masks.done(second) == [{"a", "EOS"}] * 2
+        lexers = [masks.thread._rows[slot].lexer for slot in range(2)]
+        assert lexers[0] is lexers[1]
+        assert book.lexer(wanted).users == 1  # the other one
+    finally:
+        masks.thread.close(DEADLINE_S)
+
+
+def test_rows_that_a_step_has_no_time_to_move_are_moved_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    book, rows = GrammarBook(BYTES, VOCAB, (EOS,)), 8
+    masks, now = Masks(book), 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += MOVING_S / 4
+        return now
+
+    try:
+        step = grown(masks, book, monkeypatch, [regex(slot, "(ab)*", "ab") for slot in range(rows)])
+        monkeypatch.setattr(
+            "tandem.worker.grammars.masks.time", SimpleNamespace(thread_time=clock, monotonic=time.monotonic)
+        )
+        lexers, text = [1], "ab"
+        for char in text * rows:
+            allowed = masks.done(step)
+            assert all(char in found for found in allowed)
+            masks.thread.sampled(step, np.array(ids(char) * rows, np.int32))
+            step = masks.step(list(range(rows)), [True] * rows)
+            masks.done(step)
+            lexers.append(len({id(masks.thread._rows[slot].lexer) for slot in range(rows)}))
+        assert 1 < lexers[1] < rows
+        assert lexers[-1] == rows
     finally:
         masks.thread.close(DEADLINE_S)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from llguidance import LLMatcher, LLTokenizer
 
 from ...protocol.structured import StructuredOutputsParams
-from .compiler import GrammarError, compile_grammar, open_tokenizer
+from .compiler import GrammarError, compile_source, open_tokenizer, source_of
 
 MOST: Final = 32
 """Grammars that are kept compiled; one takes from some hundred kilobytes to the 50 MB of `compiler.limits`, for each of
@@ -43,10 +44,12 @@ class Lexer:
 
 @dataclass(slots=True, eq=False)
 class _Compiled:
+    source: str
+    """What it is compiled from: writing it can be a loop in Python, for which the threads of a step would wait."""
     lexers: list[Lexer]
     cheap: bool
     grows: bool = False
-    """It is with `grow`."""
+    """It is with `grow`, or on its way there."""
 
     def least_used(self) -> Lexer:
         return min(self.lexers, key=lambda lexer: lexer.users)
@@ -101,8 +104,9 @@ class GrammarBook:
         if self.holds(wanted):
             return
         start = time.thread_time()
-        lexer = Lexer(self._compile(wanted))
-        made = _Compiled([lexer], cheap=time.thread_time() - start <= CHEAP_S)
+        source = source_of(wanted)
+        lexer = Lexer(self._compile(source))
+        made = _Compiled(source, [lexer], cheap=time.thread_time() - start <= CHEAP_S)
         with self._lock:
             self._compiled.setdefault(wanted, made)
             while len(self._compiled) > MOST:
@@ -154,36 +158,44 @@ class GrammarBook:
             found.grows = True
             return True
 
-    def grow(self, wanted: StructuredOutputsParams) -> None:
-        """Compiles the grammar again until each of its rows can have a lexer, or there are too many."""
-        more = True
-        while more:
-            try:
-                lexer = Lexer(self._compile(wanted))
-            except GrammarError:  # it was compiled before, and does as it is
-                lexer = None
-            with self._lock:
-                found = self._compiled.get(wanted)
-                if found is None:
-                    return
-                if lexer is not None and self._has_room():
+    def grow(self, wanted: StructuredOutputsParams, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Compiles the grammar again until each of its rows has a lexer, there are too many, or `stopped`. Rows may
+        have left since it was `crowded`, and the grammar may have been forgotten or compiled anew."""
+        with self._lock:
+            found = self._compiled.get(wanted)
+            if found is None:
+                return
+            found.grows = True
+
+        def wants_more() -> bool:
+            return self._compiled.get(wanted) is found and found.wants_more() and self._has_room()
+
+        try:
+            while not stopped():
+                with self._lock:
+                    if not wants_more():
+                        return
+                lexer = Lexer(self._compile(found.source))
+                with self._lock:
+                    if not wants_more():
+                        return
                     found.lexers.append(lexer)
                     self.grown += 1
-                    more = found.wants_more()
-                else:
-                    more = False
-                if not more:
-                    found.grows = False
+        except GrammarError:  # it was compiled before, and does as it is
+            return
+        finally:
+            with self._lock:
+                found.grows = False
 
     def discard(self, wanted: StructuredOutputsParams) -> None:
         """Forgets a grammar: what its lexers have learned may be why a copy has met a limit."""
         with self._lock:
             self._compiled.pop(wanted, None)
 
-    def _compile(self, wanted: StructuredOutputsParams) -> LLMatcher:
+    def _compile(self, source: str) -> LLMatcher:
         if self._tokenizer is None:
             raise GrammarError(self.problem)
-        return compile_grammar(wanted, self._tokenizer)
+        return compile_source(source, self._tokenizer)
 
     def _has_room(self) -> bool:
         """For one more lexer, when those that nobody uses are given up, but for new ones of a grammar that still grows.

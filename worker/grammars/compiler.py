@@ -57,10 +57,23 @@ def _adapted(tokenizer: str, vocab_size: int) -> str:
 
 
 def compile_grammar(wanted: StructuredOutputsParams, tokenizer: LLTokenizer) -> LLMatcher:
-    """A matcher at the grammar's beginning. Raises GrammarError. Runs without the interpreter's lock for the most
-    part, and is bounded by `limits` in most cases but not in all: see sandbox.py."""
+    """A matcher at the grammar's beginning. Raises GrammarError. It is bounded by `limits` in most cases but not in
+    all: see sandbox.py."""
+    return compile_source(source_of(wanted), tokenizer)
+
+
+def source_of(wanted: StructuredOutputsParams) -> str:
+    """The grammar as `compile_source` takes it. Runs in Python in part. Raises GrammarError."""
     try:
-        matcher = LLMatcher(tokenizer, _source(wanted), log_level=0, limits=limits())
+        return _source(wanted)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(_first(str(error))) from error
+
+
+def compile_source(source: str, tokenizer: LLTokenizer) -> LLMatcher:
+    """A matcher at the grammar's beginning. Runs without the interpreter's lock. Raises GrammarError."""
+    try:
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits())
     except (ValueError, RecursionError) as error:
         raise GrammarError(_first(str(error))) from error
     raise_error(matcher)

@@ -14,6 +14,7 @@ class Growth:
 
     def __init__(self, book: GrammarBook) -> None:
         self._book = book
+        self._closing = threading.Event()
         self._wanted: queue.SimpleQueue[StructuredOutputsParams | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="grammar-growth", daemon=True)
         self._thread.start()
@@ -23,10 +24,11 @@ class Growth:
         self._wanted.put(wanted)
 
     def close(self, timeout_s: float) -> None:
-        """Ends the thread once it has done what it was asked for, or does not wait for it any longer."""
+        """Ends the thread once the lexer that it is at is compiled, or does not wait for it any longer."""
+        self._closing.set()
         self._wanted.put(None)
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while (wanted := self._wanted.get()) is not None:
-            self._book.grow(wanted)
+            self._book.grow(wanted, self._closing.is_set)

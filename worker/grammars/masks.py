@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -39,6 +40,11 @@ PARALLEL_FROM: Final = 2
 """Fewer rows are not worth handing to other threads."""
 MOST_REPLAYED: Final = 512
 """Tokens that a row takes along to another lexer; one that has more stays with its own."""
+MOVING_S: Final = 0.005
+"""Processor time for rows to move before a step; the others move before the next. A row that takes longer by itself
+stays: the tokens of a grammar that is read in many ways can take milliseconds each, and all rows wait for it."""
+REPLAYED_AT_ONCE: Final = 16
+"""Tokens, before that time is looked at."""
 
 
 @dataclass(slots=True)
@@ -66,7 +72,7 @@ class _Row:
     matcher: LLMatcher | None = None
     """… None, both: the row is over, or its grammar has failed."""
     taken: list[int] | None = None
-    """What the matcher has taken in; None: more than MOST_REPLAYED tokens."""
+    """What the matcher has taken in; None: the row stays with its lexer."""
 
 
 class MaskThread:
@@ -119,10 +125,12 @@ class MaskThread:
         self._steps.put(self._forget)
 
     def close(self, timeout_s: float) -> None:
+        """Ends both threads, or does not wait for them any longer."""
+        end = time.monotonic() + timeout_s
         self._steps.put(None)
         self.fail(RuntimeError("the worker is ending"))
         self._thread.join(timeout_s)
-        self._growth.close(timeout_s)
+        self._growth.close(max(0.0, end - time.monotonic()))
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -146,12 +154,12 @@ class MaskThread:
     def _write(self, step: StepMasks) -> None:
         for slot in step.rows.leave:
             self._leave(slot)
+        self._spread()  # while the device computes: the tokens of the step before are not there yet
         for joining in step.rows.join:
             self._leave(joining.slot)
             self._rows[joining.slot] = self._join(joining)
         if any(step.rows.decodes):
             self._advance(step)
-        self._spread()
         self._fill(step)
         for slot, position in zip(step.rows.slots, step.rows.at, strict=True):
             if slot in self._failures:
@@ -162,7 +170,8 @@ class MaskThread:
             self._changed.notify_all()
 
     def _join(self, joining: JoiningRow) -> _Row:
-        row = _Row(joining.wanted, taken=list(joining.generated))
+        few = len(joining.generated) <= MOST_REPLAYED
+        row = _Row(joining.wanted, taken=list(joining.generated) if few else None)
         try:
             row.lexer = self._book.lexer(row.wanted)
             row.matcher = row.lexer.copy()
@@ -200,21 +209,27 @@ class MaskThread:
 
     def _spread(self) -> None:
         """Moves rows to lexers that fewer others use, if there are new ones."""
-        if self._grown == self._book.grown:
+        grown = self._book.grown
+        if self._grown == grown:
             return
-        self._grown = self._book.grown
+        end = time.thread_time() + MOVING_S
         for row in sorted(self._rows.values(), key=lambda row: len(row.taken or ())):  # the least work first
             if row.lexer is None or row.taken is None:
                 continue
             other = self._book.better(row.wanted, row.lexer)
             if other is None:
                 continue
-            matcher = other.copy()
-            if row.taken and not matcher.consume_tokens(row.taken):  # as no grammar that has taken them in once should
+            if time.thread_time() > end:
                 self._book.release(other)
-                continue
-            self._book.release(row.lexer)
-            row.lexer, row.matcher = other, matcher
+                return
+            matcher = other.copy()
+            if _replay(matcher, row.taken):
+                self._book.release(row.lexer)
+                row.lexer, row.matcher = other, matcher
+            else:
+                self._book.release(other)
+                row.taken = None
+        self._grown = grown
 
     def _advance(self, step: StepMasks) -> None:
         """Takes in the tokens of the step before, which sampled for every row that decodes now."""
@@ -270,3 +285,12 @@ class MaskThread:
             if error:
                 step.target[index] = -1
                 self._give_up(step.rows.slots[index], error)
+
+
+def _replay(matcher: LLMatcher, tokens: list[int]) -> bool:
+    """Whether it took in all of them within MOVING_S."""
+    end = time.thread_time() + MOVING_S
+    for start in range(0, len(tokens), REPLAYED_AT_ONCE):
+        if time.thread_time() > end or not matcher.consume_tokens(tokens[start : start + REPLAYED_AT_ONCE]):
+            return False
+    return True
