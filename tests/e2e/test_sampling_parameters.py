@@ -1,28 +1,36 @@
 """Every sampling parameter through real processes, against a reference in NumPy over transformers' own logits: alone,
-in a crowd of requests with other parameters, without lookahead, and after preemptions."""
+in a crowd of requests with other parameters, at lookahead 0 and 1, and after preemptions, of each one's own rows."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from tandem import AsyncClient, Completion, SamplingParams
+from tandem.client.results import PositionLogprobs
 
-from support.grids import one_of
 from support.observe import run_until_preempted
-from support.reference_sampling import continuation, log_softmax
+from support.reference_sampling import continuation, log_softmax, seed_of_sample, shown
 from support.systems import embedded
-from support.tiny_models import EOS, VOCAB, save_tiny
+from support.tiny_models import EOS, VOCAB, save_tiny, tiny_tokenizer
 
 PROMPT = [7 + index % 50 for index in range(21)]
 COMMON: dict[str, Any] = {"device": "cpu", "threads": 1, "batch_invariant": True, "max_model_len": 128}
+
+A, SPACE = tiny_tokenizer().encode("a ").ids
+LETTERS: dict[str, Any] = {"allowed_token_ids": [A, A + 1, A + 2, SPACE], "temperature": 3.0}
+BAD_WORDS = ((A, A + 1), (A + 2,))
+"""The token sequences of "ab" and "c". With a space before, the first token is the space: no sequence of its own."""
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -48,6 +56,20 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "stop_token_ids": [30, 31, 32, 33], "bad_words_token_ids": [[40], [41, 42]],
         "allowed_token_ids": list(range(1, 120)),
     },
+    "seed": {"seed": 2**63 - 1},
+    "n": {"n": 3},
+    "max_tokens": {"max_tokens": 13},
+    "stop_token_ids": {"stop_token_ids": [17, 18, 19, 20]},
+    "end of sequence": {"ignore_eos": False, "logit_bias": {EOS: 6.0}, "min_tokens": 8},
+    "end of sequence, ignored": {"logit_bias": {EOS: 9.0}},
+    "stop": {"stop": ["ca", "bb"], **LETTERS},
+    "stop, included": {"stop": ["c a", "bbb"], "include_stop_str_in_output": True, **LETTERS},
+    "stop, after min_tokens": {"stop": ["a", "b"], "min_tokens": 10, **LETTERS},
+    "stop token, included": {"stop_token_ids": [A], "include_stop_str_in_output": True, **LETTERS, "min_tokens": 9},
+    "special tokens": {"skip_special_tokens": False, "stop": ["<pad><pad>"], "allowed_token_ids": [0, 2, A, A + 1]},
+    "bad_words": {"bad_words": ["ab", "c"], **LETTERS},
+    "logprobs": {"logprobs": 20},
+    "prompt_logprobs": {"prompt_logprobs": 20},
 }  # fmt: skip
 
 
@@ -102,22 +124,49 @@ def test_a_parameter_does_what_the_reference_does(
         with torch.no_grad():
             return model(torch.tensor([tokens])).logits[0, -1].numpy()
 
-    values = sampling_of(name)
-    for listed in ("allowed_token_ids", "stop_token_ids"):
+    values, prompt, tokenizer = sampling_of(name), prompt_of(name), tiny_tokenizer()
+    count = values.pop("n", 1)
+    for listed in ("allowed_token_ids", "stop_token_ids", "stop"):
         values[listed] = tuple(values[listed]) if listed in values else getattr(SamplingParams(), listed)
     values["bad_words_token_ids"] = tuple(map(tuple, values.get("bad_words_token_ids", ())))
-    expected, told = continuation(logits_of, SamplingParams(**values), prompt_of(name), [EOS])
+    if values.pop("bad_words", None):
+        values["bad_words_token_ids"] = BAD_WORDS
+    sampling = SamplingParams(**values)
+
+    def text_of(tokens: list[int]) -> str:
+        text: str = tokenizer.decode(tokens, skip_special_tokens=sampling.skip_special_tokens)
+        return text
+
     got = undisturbed[name]
-    assert got.token_ids == expected
-    assert got.logprobs is not None
-    for token, position, logprobs in zip(expected, got.logprobs, told, strict=True):
-        assert position.token.token_id == token
-        assert position.token.logprob == pytest.approx(logprobs[token], abs=1e-3)
-        assert position.token.rank == int((logprobs >= logprobs[token]).sum())
-        top = np.argsort(-logprobs, kind="stable")[: values["logprobs"]]
-        assert [one.token_id for one in position.top] == top.tolist()
-        assert [one.logprob for one in position.top] == pytest.approx(logprobs[top].tolist(), abs=1e-3)
-        assert [one.rank for one in position.top] == list(range(1, len(top) + 1))
+    assert len(got.choices) == count
+    for choice in got.choices:
+        own = replace(sampling, seed=seed_of_sample(values["seed"], choice.index))
+        expected, told = continuation(logits_of, own, prompt, [EOS])
+        text, length, *reasons = shown(text_of, own, expected, [EOS])
+        assert choice.token_ids == expected[:length]
+        assert (choice.text, [choice.finish_reason, choice.stop_reason]) == (text, reasons)
+        assert choice.logprobs is not None
+        for token, position, logprobs in zip(expected[:length], choice.logprobs, told[:length], strict=True):
+            check(position, token, logprobs, values["logprobs"])
+    if sampling.prompt_logprobs is None:
+        assert got.prompt_logprobs is None
+        return
+    first, *others = got.prompt_logprobs or []
+    assert first is None
+    for index, (token, of_prompt) in enumerate(zip(prompt[1:], others, strict=True), 1):
+        assert of_prompt is not None
+        check(of_prompt, token, log_softmax(logits_of(prompt[:index])), sampling.prompt_logprobs)
+
+
+def check(position: PositionLogprobs, token: int, expected: NDArray[np.float64], likeliest: int) -> None:
+    """Compares what is told of one token with the log-probabilities of the whole vocabulary."""
+    assert position.token.token_id == token
+    assert position.token.logprob == pytest.approx(expected[token], abs=1e-3)
+    assert position.token.rank == int((expected >= expected[token]).sum())
+    top = np.argsort(-expected, kind="stable")[:likeliest]
+    assert [one.token_id for one in position.top] == top.tolist()
+    assert [one.logprob for one in position.top] == pytest.approx(expected[top].tolist(), abs=1e-3)
+    assert [one.rank for one in position.top] == list(range(1, len(top) + 1))
 
 
 def test_a_parameter_has_an_effect(undisturbed: dict[str, Completion]) -> None:
@@ -130,26 +179,54 @@ def test_a_parameter_has_an_effect(undisturbed: dict[str, Completion]) -> None:
     assert early.finish_reason == "stop"
     assert len(early.token_ids) > 12
     assert 5 not in undisturbed["bad words"].token_ids
+    assert len({tuple(choice.token_ids) for choice in undisturbed["n"].choices}) == 3
+    assert {EOS} < set(undisturbed["end of sequence, ignored"].token_ids)
+    assert undisturbed["end of sequence"].token_ids[-1] == EOS
+    for name in ("stop_token_ids", "stop", "stop, included", "stop, after min_tokens", "stop token, included",
+                 "special tokens"):  # fmt: skip
+        assert undisturbed[name].finish_reason == "stop", name
+        assert 6 < len(undisturbed[name].token_ids) < 24, name
+    assert "<s>" in undisturbed["special tokens"].text
+    assert "ab" not in undisturbed["bad_words"].text
+    assert "c" not in undisturbed["bad_words"].text
 
 
 def test_in_a_crowd_the_bits_are_the_same(address: str, undisturbed: dict[str, Completion]) -> None:
     same(asyncio.run(crowd(address)), undisturbed)
 
 
-@pytest.mark.parametrize("lookahead", one_of([0, 1, 2], 1))
+def test_without_lookahead_the_bits_are_the_same(folder: Path, undisturbed: dict[str, Completion]) -> None:
+    with embedded({**COMMON, "model": str(folder), "max_num_seqs": 8, "lookahead": 0}) as system:
+        same(asyncio.run(alone(system.address)), undisturbed)
+        same(asyncio.run(crowd(system.address)), undisturbed)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_after_preemptions_the_bits_are_the_same(
     folder: Path, undisturbed: dict[str, Completion], lookahead: int
 ) -> None:
+    """All parameters beside each other, and each beside copies of itself, of which one at least is preempted."""
+
+    async def copies(name: str) -> list[Completion]:
+        async with AsyncClient(system.address) as client:
+            calls = (client.generate(prompt_of(name), **sampling_of(name)) for _ in range(8))
+            return await asyncio.gather(*calls)
+
+    def attempt(name: str) -> None:
+        for completion in asyncio.run(copies(name)):
+            same({name: completion}, {name: undisturbed[name]})
+
     tight = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 16, "block_size": 8, "lookahead": lookahead}
     with embedded({**COMMON, "model": str(folder), "max_num_seqs": 8, **tight}) as system:
         run_until_preempted(system.address, lambda: same(asyncio.run(crowd(system.address)), undisturbed))
+        for name in PARAMETERS:
+            run_until_preempted(system.address, partial(attempt, name))
 
 
 def same(got: dict[str, Completion], expected: dict[str, Completion]) -> None:
     for name, completion in expected.items():
-        assert got[name].token_ids == completion.token_ids, name
-        assert got[name].logprobs == completion.logprobs, name
-        assert got[name].finish_reason == completion.finish_reason, name
+        assert got[name].choices == completion.choices, name
+        assert got[name].prompt_logprobs == completion.prompt_logprobs, name
 
 
 def test_prompt_logprobs(address: str, folder: Path, model: PreTrainedModel) -> None:

@@ -29,6 +29,11 @@ def random_number(seed: int, position: int) -> float:
     return (state >> 40) / 2**24
 
 
+def seed_of_sample(seed: int, sample: int) -> int:
+    """What the random numbers of one of several samples are made of."""
+    return _mix((seed + sample * _GAMMA) & _MASK) & (2**63 - 1) if sample else seed
+
+
 def adjusted(
     logits: NDArray[Any], sampling: SamplingParams, prompt: Sequence[int], generated: Sequence[int], eos: Sequence[int]
 ) -> Row:
@@ -91,6 +96,24 @@ def continuation(
         told.append(log_softmax(logits))
         generated.append(choose(adjusted(logits, sampling, prompt, generated, eos), sampling, len(generated)))
     return generated, told
+
+
+def shown(
+    text_of: Callable[[list[int]], str], sampling: SamplingParams, generated: list[int], eos: Sequence[int] = ()
+) -> tuple[str, int, str, int | str | None]:
+    """What a caller sees of the tokens that would be generated if there were no stop strings: the text, how many of the
+    tokens, the finish reason and the stop reason. `text_of` decodes, and only adds to a text for more tokens."""
+    for count in range(1, len(generated) + 1):
+        text = text_of(generated[:count])
+        for end in range(len(text_of(generated[: count - 1])) + 1, len(text) + 1):
+            found = max((stop for stop in sampling.stop if text[:end].endswith(stop)), key=len, default=None)
+            if found is not None and count > sampling.min_tokens:
+                return text[: end if sampling.include_stop_str_in_output else end - len(found)], count, "stop", found
+    count, last = len(generated), generated[-1]
+    if last in sampling.stop_token_ids or (last in eos and not sampling.ignore_eos):
+        whole = generated if sampling.include_stop_str_in_output else generated[:-1]
+        return text_of(whole), count, "stop", last if last in sampling.stop_token_ids else None
+    return text_of(generated), count, "length", None
 
 
 def _mix(x: int) -> int:
