@@ -238,7 +238,7 @@ def test_who_closes_waits_for_one_lexer_and_not_for_all_that_are_wanted(monkeypa
     for wanted in grammars:
         growth.want(wanted)
     assert compiling.wait(DEADLINE_S)
-    growth.close(DEADLINE_S)
+    growth.close()
     assert not growth._thread.is_alive()
     assert [book.lexers(wanted) for wanted in grammars] == [2, 1]
 
@@ -415,11 +415,13 @@ def test_masks_follow_the_tokens_of_the_step_before(masks: Masks, rows: int) -> 
     masks.thread.sampled(third, np.array([EOS] * rows, np.int32))
     assert [len(allowed) >= VOCAB for allowed in masks.done(over)] == [True] * rows
     assert over.failed == []
+    assert {row.lexer for row in masks.thread._rows.values()} == {None}  # others may have it
 
 
 def test_rows_move_to_lexers_of_their_own_and_follow_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever in the text each of them stands; one that has come too far stays."""
     monkeypatch.setattr("tandem.worker.grammars.masks.MOST_REPLAYED", 7)
+    monkeypatch.setattr("tandem.worker.grammars.masks.REPLAYED_AT_ONCE", 2)
     book, text, starts = GrammarBook(BYTES, VOCAB, (EOS,)), "abcdefghij" * 2, [0, 8, 1, 5, 9]
     grown, grow = threading.Event(), book.grow
 
@@ -487,9 +489,13 @@ def test_a_row_whose_tokens_take_long_stays_with_its_lexer(monkeypatch: pytest.M
         second = masks.step([0, 1], [True, True])
         masks.thread.sampled(first, np.array(ids("aa"), np.int32))
         assert masks.done(second) == [{"a", "EOS"}] * 2
+        third = masks.step([0, 1], [True, True])  # for the other row
+        masks.thread.sampled(second, np.array(ids("aa"), np.int32))
+        assert masks.done(third) == [{"a", "EOS"}] * 2
         lexers = [masks.thread._rows[slot].lexer for slot in range(2)]
         assert lexers[0] is lexers[1]
         assert book.lexer(wanted).users == 1  # the other one
+        assert [masks.thread._rows[slot].taken for slot in range(2)] == [None, None]  # it is not tried again
     finally:
         masks.thread.close(DEADLINE_S)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
+from typing import Final
 
 from ...protocol.structured import StructuredOutputsParams
 from .book import GrammarBook
+
+CLOSE_S: Final = 2.0
+"""A lexer takes little processor time (`book.CHEAP_S`); this is for a busy machine."""
 
 
 class Growth:
@@ -23,11 +27,12 @@ class Growth:
         """Lets a grammar of which the book says that it is crowded grow; waits for nothing."""
         self._wanted.put(wanted)
 
-    def close(self, timeout_s: float) -> None:
-        """Ends the thread once the lexer that it is at is compiled, or does not wait for it any longer."""
+    def close(self) -> None:
+        """Ends the thread once the lexer that it is at is compiled, which takes CLOSE_S at most: an interpreter that
+        ends beneath the library crashes."""
         self._closing.set()
         self._wanted.put(None)
-        self._thread.join(timeout_s)
+        self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while (wanted := self._wanted.get()) is not None:

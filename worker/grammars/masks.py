@@ -125,12 +125,12 @@ class MaskThread:
         self._steps.put(self._forget)
 
     def close(self, timeout_s: float) -> None:
-        """Ends both threads, or does not wait for them any longer."""
-        end = time.monotonic() + timeout_s
+        """Ends the thread, or does not wait for it any longer; and what compiles for it, which may take
+        `growth.CLOSE_S` more."""
         self._steps.put(None)
         self.fail(RuntimeError("the worker is ending"))
         self._thread.join(timeout_s)
-        self._growth.close(max(0.0, end - time.monotonic()))
+        self._growth.close()
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
