@@ -17,10 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask
 
 from tandem.protocol.errors import ProtocolError
 from tandem.protocol.messages import StepPlan
 from tandem.protocol.structured import StructuredOutputsParams
+from tandem.worker.grammars import masks as mask_module
 from tandem.worker.grammars import sandbox
 from tandem.worker.grammars.book import MOST, GrammarBook, Lexer
 from tandem.worker.grammars.checker import GrammarChecker
@@ -555,6 +557,45 @@ def test_tokens_that_do_not_follow_a_grammar_cost_the_others_nothing(masks: Mask
     """A forged resumption must not make everybody's grammar be compiled anew."""
     masks.done(masks.step([1], [False], join=[regex(1, "popular", "q")]))
     assert BOOK.holds(StructuredOutputsParams(regex="popular"))
+
+
+def test_a_row_whose_masks_become_slow_fails_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grammars are tried for some tokens only, before their requests are admitted."""
+    masks = Masks(GrammarBook(BYTES, VOCAB, (EOS,)))
+    slow = 2
+
+    def dawdle() -> None:
+        end = time.thread_time() + 2 * mask_module.MOST_TOKEN_S
+        while time.thread_time() < end:
+            pass
+
+    def filled(matcher: Any, target: Any, index: int) -> None:
+        if matcher is masks.thread._rows[slow].matcher:
+            dawdle()
+        fill_next_token_bitmask(matcher, target, index)
+
+    def filled_side_by_side(_: Any, rows: list[tuple[Any, int]], target: Any) -> None:
+        for matcher, index in rows:
+            filled(matcher, target, index)
+
+    monkeypatch.setattr(mask_module, "SLOW_S", mask_module.MOST_TOKEN_S)
+    monkeypatch.setattr(mask_module, "fill_next_token_bitmask", filled)
+    monkeypatch.setattr(mask_module, "fill_next_token_bitmask_par", filled_side_by_side)
+    try:
+        slots = [1, slow, 3]
+        step = masks.step(slots, [False] * 3, join=[regex(slot, "abcd") for slot in slots])
+        assert masks.done(step) == [{"a"}] * 3  # slow once may be anything
+        assert step.failed == []
+        for number, char in enumerate("abc"):
+            masks.thread.sampled(step, np.array(ids(char * 3), np.int32))
+            step = masks.step(slots, [True] * 3)
+            allowed = masks.done(step)
+            assert (allowed[0], allowed[2]) == ({"bcd"[number]}, {"bcd"[number]})
+            assert [at for at, _ in step.failed] == ([1] if not number else [])
+            if step.failed:
+                assert "choosing a token takes 0.2" in step.failed[0][1]
+    finally:
+        masks.thread.close(DEADLINE_S)
 
 
 def test_a_failure_is_told_with_the_rows_first_token(masks: Masks) -> None:

@@ -43,6 +43,11 @@ MOST_REPLAYED: Final = 512
 MOVING_S: Final = 0.005
 """Processor time for rows to move before a step; the others move before the next. A row that takes longer by itself
 stays: the tokens of a grammar that is read in many ways can take milliseconds each, and all rows wait for it."""
+SLOW_S: Final = 0.25
+"""Masks of a step that took longer: in the next one each row's are timed …"""
+MOST_TOKEN_S: Final = 0.1
+"""… and a row whose own take more processor time fails. What a grammar is tried with before it is admitted has the same
+limit, but is short (sandbox.py): the masks of some become slower with every token."""
 REPLAYED_AT_ONCE: Final = 16
 """Tokens, before that time is looked at."""
 
@@ -89,6 +94,8 @@ class MaskThread:
         self._failures: dict[int, str] = {}
         """By slot: what no step's result has told yet."""
         self._last: StepMasks | None = None
+        self._was_slow = False
+        """The last masks took longer than SLOW_S."""
         self._steps: queue.SimpleQueue[StepMasks | Callable[[], None] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -273,15 +280,23 @@ class MaskThread:
             for index, slot in enumerate(step.rows.slots)
             if (matcher := self._rows[slot].matcher) is not None
         ]
-        if len(rows) < PARALLEL_FROM:
+        start = time.monotonic()
+        took: dict[int, float] = {}
+        if self._was_slow or len(rows) < PARALLEL_FROM:
             for matcher, index in rows:
+                before = time.thread_time()
                 fill_next_token_bitmask(matcher, step.target, index)
+                took[index] = time.thread_time() - before
         else:
             fill_next_token_bitmask_par(self._executor, rows, step.target)
+        self._was_slow, was_slow = time.monotonic() - start > SLOW_S, self._was_slow
         for matcher, index in rows:
             error = error_of(matcher)
             if not error and not step.target[index].any():
                 error = "no token may come next"
+            # A row's first mask may take longer: its lexer knows nothing yet.
+            if not error and was_slow and step.rows.decodes[index] and took[index] > MOST_TOKEN_S:
+                error = f"choosing a token takes {took[index]:.2f} s, over the limit of {MOST_TOKEN_S:g} s"
             if error:
                 step.target[index] = -1
                 self._give_up(step.rows.slots[index], error)
