@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
@@ -66,7 +67,7 @@ class Client:
         # A program that forgets to close must end all the same, and its thread with the client.
         self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._client)
         try:
-            self._thread.run(self._client.connect())
+            self._thread.run(self._client.connect)
         except BaseException:
             self.close()
             raise
@@ -94,11 +95,11 @@ class Client:
 
     def stats(self, timeout: float | None = 10.0) -> Stats:
         """The service's counters; see AsyncClient.stats."""
-        return self._run(self._client.stats(timeout))
+        return self._run(partial(self._client.stats, timeout))
 
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if the model comes without one."""
-        return self._run(self._client.tokenizer())
+        return self._run(self._client.tokenizer)
 
     @overload
     def generate(
@@ -143,7 +144,8 @@ class Client:
         **sampling: Any,
     ) -> Completion | list[Completion]:
         """As AsyncClient.generate: one completion, or a list for a list of prompts."""
-        coroutine: Coroutine[Any, Any, Completion | list[Completion]] = self._client.generate(
+        call: Callable[[], Coroutine[Any, Any, Completion | list[Completion]]] = partial(
+            self._client.generate,
             prompt,
             sampling_params,
             n=n,
@@ -154,7 +156,7 @@ class Client:
             on_done=on_done,
             **sampling,
         )
-        return self._run(coroutine)
+        return self._run(call)
 
     def stream(
         self,
@@ -200,7 +202,8 @@ class Client:
     ) -> Completion:
         """As AsyncClient.chat."""
         return self._run(
-            self._client.chat(
+            partial(
+                self._client.chat,
                 messages,
                 sampling_params,
                 n=n,
@@ -221,8 +224,8 @@ class Client:
         """Cancels a streamed request, from any thread; its reader gets RequestCancelled."""
         request.cancel()
 
-    def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        return self._thread.run(coroutine)
+    def _run(self, call: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        return self._thread.run(call)
 
 
 class SyncCompletionStream:
@@ -240,26 +243,26 @@ class SyncCompletionStream:
         return self
 
     def __next__(self) -> Chunk:
-        chunk: Chunk | None = self._run(_next_or_none(self._stream))
+        chunk: Chunk | None = self._run(partial(_next_or_none, self._stream))
         if chunk is None:
             raise StopIteration
         return chunk
 
     def result(self) -> Completion:
         """Reads what is left and returns the whole answer."""
-        completion: Completion = self._run(self._stream.result())
+        completion: Completion = self._run(self._stream.result)
         return completion
 
     def cancel(self) -> None:
         """Cancels the request; its reader gets the tokens that have arrived, then RequestCancelled."""
-        self._run(_cancel(self._stream))
+        self._run(partial(_cancel, self._stream))
 
     def close(self) -> None:
         """Cancels the request if it is not over, and ends the iteration."""
-        self._run(self._stream.aclose())
+        self._run(self._stream.aclose)
 
     def __enter__(self) -> Self:
-        self._run(self._stream.start())
+        self._run(self._stream.start)
         return self
 
     def __exit__(
@@ -294,22 +297,19 @@ class _LoopThread:
         self._thread = threading.Thread(target=self._main, name="tandem-client", daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Runs it there and waits. An exception here, such as KeyboardInterrupt, cancels it."""
+    def run(self, call: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Calls it there and waits for what it returns. An exception here, such as KeyboardInterrupt, cancels it."""
         if os.getpid() != self._process:
-            coroutine.close()
             raise RuntimeError(
                 "this Client was made before the process forked, and works in the parent alone; make one "
                 "in each process"
             )
         if threading.current_thread() is self._thread:
-            coroutine.close()
             raise RuntimeError("a Client cannot be used from within its own event loop; use AsyncClient")
         with self._lock:
             if self._stopped:
-                coroutine.close()
                 raise ServiceUnavailable("the client was closed")
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            future = self._begin(call)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -318,24 +318,29 @@ class _LoopThread:
             future.cancel()
             raise
 
-    def stop(self, last: Coroutine[Any, Any, None]) -> None:
-        """Runs `last`, ends every other task, then the thread. Idempotent; does nothing in a forked child, which has no
-        such thread."""
+    def _begin(self, call: Callable[[], Coroutine[Any, Any, _T]]) -> concurrent.futures.Future[_T]:
+        """As asyncio.run_coroutine_threadsafe, but that the coroutine is made there: one made here would be left behind
+        by a Ctrl-C before it is handed over, of which Python warns the user."""
+        future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+        self._loop.call_soon_threadsafe(_start, call, future)
+        return future
+
+    def stop(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Calls `last`, ends every other task, then the thread. Idempotent; does nothing in a forked child, which has
+        no such thread."""
         if os.getpid() != self._process:
-            last.close()
             return
         with self._lock:
             if self._stopped:
-                last.close()
                 return
             self._stopped = True
-        asyncio.run_coroutine_threadsafe(self._finish(last), self._loop)
+        self._begin(partial(self._finish, last))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    async def _finish(self, last: Coroutine[Any, Any, None]) -> None:
+    async def _finish(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await last
+            await last()
             others = asyncio.all_tasks() - {asyncio.current_task()}
             if others:  # calls that were open have just failed, and say why if they may
                 _, late = await asyncio.wait(others, timeout=LAST_WORDS_S)
@@ -354,5 +359,33 @@ class _LoopThread:
             self._loop.close()
 
 
+def _start(call: Callable[[], Coroutine[Any, Any, _T]], future: concurrent.futures.Future[_T]) -> None:
+    """On the loop. How the call ends is how the future does, and the call is cancelled if the future is."""
+
+    async def called() -> _T:
+        return await call()
+
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(called())
+
+    def ended(_: object) -> None:
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled():
+            future.cancel()
+        if not future.set_running_or_notify_cancel():
+            return
+        if error is None:
+            future.set_result(task.result())
+        else:
+            future.set_exception(error)
+
+    def cancelled(_: object) -> None:
+        if future.cancelled() and not loop.is_closed():
+            loop.call_soon_threadsafe(task.cancel)
+
+    task.add_done_callback(ended)
+    future.add_done_callback(cancelled)
+
+
 def _shut_down(thread: _LoopThread, client: AsyncClient) -> None:
-    thread.stop(client.close())
+    thread.stop(client.close)

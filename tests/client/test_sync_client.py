@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -123,6 +125,27 @@ next(stream)
     assert (run.returncode, run.stderr) == (0, "")
     assert ANSWER in run.stdout
     on_thread(scheduler, lambda: scheduler.until(Goodbye))
+
+
+def test_ctrl_c_before_a_call_is_under_way_leaves_nothing_behind(
+    scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No coroutine that nobody awaits, of which Python would warn between the lines of a dialogue."""
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    with Client(scheduler.address) as client, client.stream("Hi") as stream:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", interrupted)  # the first thing that a call asks for
+                for call in (lambda: next(stream), stream.result, stream.cancel, lambda: client.generate("Hi")):
+                    with pytest.raises(KeyboardInterrupt):
+                        call()
+            gc.collect()
+        assert [str(warning.message) for warning in found] == []
+        assert "".join(chunk.text for chunk in stream) == ANSWER
 
 
 def test_within_a_running_loop(scheduler: ScriptedScheduler) -> None:
