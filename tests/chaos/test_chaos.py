@@ -25,7 +25,7 @@ from tandem.protocol.messages import Stats
 from support.deadlines import DEADLINE_S
 from support.tiny_models import VOCAB, save_tiny
 
-FAULTS = int(os.environ.get("TANDEM_CHAOS_FAULTS", "40"))
+FAULTS = int(os.environ.get("TANDEM_CHAOS_FAULTS", "72"))
 SEED = int(os.environ.get("TANDEM_CHAOS_SEED", "1"))
 STREAMS = 64
 CLIENTS = 4
