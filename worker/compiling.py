@@ -205,8 +205,8 @@ def _deep(frames: int) -> Iterator[None]:
     """Lets inductor take a chain of operations as long as a model of many layers is deep, `frames` of recursion.
 
     It asks an operation for its symbols, which asks those that it takes its inputs from, and so on to the first layer:
-    more than the 2,000 frames that it allows itself. And what it writes of an operation, for an error or, before torch
-    2.13, for a log that nobody keeps, holds all that the inputs were computed from, once for each way to them: with 8
+    more than the 2,000 frames that it allows itself. And what it writes of an operation, for an error or, in torch
+    2.11, for a log that nobody keeps, holds all that the inputs were computed from, once for each way to them: with 8
     layers in 8 bits that takes minutes, with 32 longer than anyone waits. So it writes the operation's name alone.
     """
     from torch._inductor.exc import OperatorIssue

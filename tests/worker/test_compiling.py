@@ -136,7 +136,7 @@ def test_a_model_of_many_layers_is_compiled_however_deep_the_compiler_recurses()
 
 def test_an_operation_that_cannot_be_compiled_deep_in_a_model_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """And at once: written out with all that it was computed from, it would be 2 to the power of 60 lines. What torch
-    before 2.13 writes of each operator that it meets for the first time is the same."""
+    2.11 writes of each operator that it meets for the first time is the same."""
     from torch._inductor import lowering
 
     def refuse(*_arguments: Any, **_more: Any) -> None:

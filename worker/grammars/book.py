@@ -93,12 +93,6 @@ class GrammarBook:
         with self._lock:
             return wanted in self._compiled
 
-    def lexers(self, wanted: StructuredOutputsParams) -> int:
-        """How many it has."""
-        with self._lock:
-            found = self._compiled.get(wanted)
-            return 0 if found is None else len(found.lexers)
-
     def prepare(self, wanted: StructuredOutputsParams) -> None:
         """Compiles the grammar unless the book `holds` it. Raises GrammarError."""
         if self.holds(wanted):
@@ -124,12 +118,6 @@ class GrammarBook:
                     lexer.users += 1
                     return lexer
             self.prepare(wanted)
-
-    def matcher(self, wanted: StructuredOutputsParams) -> LLMatcher:
-        """At the grammar's beginning, for a caller that is no user of a lexer. Raises GrammarError."""
-        lexer = self.lexer(wanted)
-        self.release(lexer)
-        return lexer.copy()
 
     def release(self, lexer: Lexer) -> None:
         """One user less."""

@@ -32,6 +32,7 @@ from ...protocol.structured import StructuredOutputsParams
 from .book import GrammarBook, Lexer
 from .compiler import GrammarError, error_of, raise_error
 from .growth import Growth
+from .sandbox import TOKEN_CPU_S
 from .slots import GrammarStep, JoiningRow
 
 MOST_THREADS: Final = 16
@@ -44,10 +45,9 @@ MOVING_S: Final = 0.005
 """Processor time for rows to move before a step; the others move before the next. A row that takes longer by itself
 stays: the tokens of a grammar that is read in many ways can take milliseconds each, and all rows wait for it."""
 SLOW_S: Final = 0.25
-"""Masks of a step that took longer: in the next one each row's are timed …"""
-MOST_TOKEN_S: Final = 0.1
-"""… and a row whose own take more processor time fails. What a grammar is tried with before it is admitted has the same
-limit, but is short (sandbox.py): the masks of some become slower with every token."""
+"""Masks of a step that took longer: in the next one each row's are timed, and a row whose own take more processor time
+than TOKEN_CPU_S fails. A grammar is tried with the same limit before it is admitted, but for a few tokens: the masks of
+some become slower with every one."""
 REPLAYED_AT_ONCE: Final = 16
 """Tokens, before that time is looked at."""
 
@@ -78,6 +78,8 @@ class _Row:
     """… None, both: the row is over, or its grammar has failed."""
     taken: list[int] | None = None
     """What the matcher has taken in; None: the row stays with its lexer."""
+    fresh: bool = True
+    """No mask has been filled since it got its lexer, which may know nothing yet."""
 
 
 class MaskThread:
@@ -232,7 +234,7 @@ class MaskThread:
             matcher = other.copy()
             if _replay(matcher, row.taken):
                 self._book.release(row.lexer)
-                row.lexer, row.matcher = other, matcher
+                row.lexer, row.matcher, row.fresh = other, matcher, True
             else:
                 self._book.release(other)
                 row.taken = None
@@ -294,9 +296,10 @@ class MaskThread:
             error = error_of(matcher)
             if not error and not step.target[index].any():
                 error = "no token may come next"
-            # A row's first mask may take longer: its lexer knows nothing yet.
-            if not error and was_slow and step.rows.decodes[index] and took[index] > MOST_TOKEN_S:
-                error = f"choosing a token takes {took[index]:.2f} s, over the limit of {MOST_TOKEN_S:g} s"
+            row = self._rows[step.rows.slots[index]]
+            if not error and was_slow and not row.fresh and took[index] > TOKEN_CPU_S:
+                error = f"choosing a token takes {took[index]:.2f} s, over the limit of {TOKEN_CPU_S:g} s"
+            row.fresh = False
             if error:
                 step.target[index] = -1
                 self._give_up(step.rows.slots[index], error)
