@@ -3,7 +3,8 @@ rest as for `tandem.worker.main`. It serves as any worker does.
 
 SIGUSR1 starts a watch, and may do so again after it. After SECONDS, OUT-1.json (OUT-2.json, …) tells for which share of
 the time no kernel ran, in gaps of over 10 µs: what the workers' own count of idle time between steps is to be compared
-with; between which kernels; and which kernels the time went to.
+with; between which kernels; which kernels the time went to; and how long the host's calls of CUDA took, since one that
+waits for the device is a step that is not queued ahead.
 """
 
 from __future__ import annotations
@@ -52,17 +53,24 @@ def idle_share(kernels: Iterable[tuple[int, int]]) -> dict[str, float]:
 
 
 def by_name(kernels: Iterable[tuple[str, int, int]]) -> list[dict[str, float | str]]:
-    """Of kernels (name, start, end) in nanoseconds, for each name: how many, and their time in all and on average. The
-    longest in all first, LISTED of them. Kernels that overlap count twice."""
+    """Of kernels (name, start, end) in nanoseconds, for each name: how many, their time in all and on average, and the
+    longest. The longest in all first, LISTED of them. Kernels that overlap count twice."""
     found: dict[str, list[int]] = {}
     for name, start, end in kernels:
-        counted = found.setdefault(name[:NAME], [0, 0])
+        counted = found.setdefault(name[:NAME], [0, 0, 0])
         counted[0] += 1
         counted[1] += end - start
+        counted[2] = max(counted[2], end - start)
     longest = sorted(found.items(), key=lambda item: -item[1][1])[:LISTED]
     return [
-        {"name": name, "count": times, "total_ms": total / 1e6, "mean_us": total / times / 1e3}
-        for name, (times, total) in longest
+        {
+            "name": name,
+            "count": times,
+            "total_ms": total / 1e6,
+            "mean_us": total / times / 1e3,
+            "longest_us": most / 1e3,
+        }
+        for name, (times, total, most) in longest
     ]
 
 
@@ -102,15 +110,18 @@ def _profiled(seconds: float) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as watch:
         ended.wait(seconds)
     results: Any = watch.profiler
-    kernels = [
-        (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in results.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA and not event.name().startswith("Mem")
-    ]
+    kernels, calls = [], []
+    for event in results.kineto_results.events():
+        span = event.name(), event.start_ns(), event.start_ns() + event.duration_ns()
+        if event.device_type() != DeviceType.CUDA:
+            calls.append(span)
+        elif not event.name().startswith("Mem"):
+            kernels.append(span)
     return {
         **idle_share((start, end) for _, start, end in kernels),
         "gaps_between": by_neighbours(kernels),
         "by_name": by_name(kernels),
+        "calls": by_name(calls),
     }
 
 

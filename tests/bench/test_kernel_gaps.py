@@ -33,7 +33,7 @@ def test_kernels_of_one_name_are_one_line_and_the_longest_in_all_comes_first() -
     kernels = [("norm", 0, 3_000), ("product", 3_000, 9_000), ("norm", 10_000, 15_000), ("copy", 0, 1_000)]
     found = by_name(kernels)
     assert [line["name"] for line in found] == ["norm", "product", "copy"]
-    assert found[0] == {"name": "norm", "count": 2, "total_ms": 0.008, "mean_us": 4.0}
+    assert found[0] == {"name": "norm", "count": 2, "total_ms": 0.008, "mean_us": 4.0, "longest_us": 5.0}
 
 
 def test_gaps_are_told_by_what_stands_around_them() -> None:

@@ -12,8 +12,10 @@ import torch
 
 from tandem import AsyncClient
 from tandem.launch.embedded import EmbeddedSystem
+from tandem.worker.inspection import make_batch
 from tandem.worker.pieces import piece_size, piece_sizes
 
+from support.cuda import no_waiting
 from support.observe import Observer, settled
 from support.paged import Sequences, compute_randomly, load, quiet, random_tokens
 from support.tiny_models import VOCAB, save_flashinfer_sized, save_tiny
@@ -96,6 +98,22 @@ def test_captured_steps_with_chunks_give_what_launches_give(tmp_path: Path) -> N
         found.append([logits for step in steps for logits in sequences.step(step).values()])
     for launched, captured in zip(*found, strict=True):
         torch.testing.assert_close(captured, launched, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_with_chunks_waits_for_nothing(tmp_path: Path) -> None:
+    """So it is queued ahead as any other: planning its attention on the host needs nothing of the device."""
+    save_flashinfer_sized(tmp_path)
+    model = load(tmp_path, device="cuda", dtype="bfloat16")
+    model.compile()
+    model.allocate_kv_cache(20, 16)
+    model.capture_pieces([64], torch.cuda.graph_pool_handle(), quiet)
+    tokens = torch.tensor(random_tokens(60, VOCAB, 0), device="cuda")
+    rows = [(tokens, [3, 4], 20, 21), (tokens, [7, 1, 9], 0, 33), (tokens, [5, 6], 4, 30)]
+    batch = make_batch(rows, 1, 16, model.scratch_block, model.device)
+    for in_pieces in (False, True):
+        model.hidden(batch, in_pieces=in_pieces)
+        with no_waiting():
+            model.hidden(batch, in_pieces=in_pieces)
 
 
 def test_16_bits_compiled_are_as_close_as_uncompiled(tmp_path: Path) -> None:

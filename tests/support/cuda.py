@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from tandem.worker.model import PagedModel
 from support.paged import random_tokens
 from support.tiny_models import VOCAB
 
+ASLEEP: Final = 5_000_000_000
+"""Cycles of the device: more than two seconds."""
+
 
 def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     """Of the normal distribution, times `scale`, on the GPU."""
@@ -24,13 +28,19 @@ def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16,
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises (as far as torch notices)."""
+    """Whatever makes the host wait for the device raises as far as torch notices. So does anything else at the end: the
+    device sleeps first, and what only has been queued meanwhile is done before it wakes up. Whatever is compiled or
+    allocated on first use must have been used."""
     torch.cuda.synchronize()
+    torch.cuda._sleep(ASLEEP)
+    awake = torch.cuda.Event()
+    awake.record()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
+        assert not awake.query(), "the host has waited for the device"
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
