@@ -97,6 +97,7 @@ class Pipeline:
             Lane(index, inputs=capacity, outputs=slots, device=model.device, mask_words=self._book.mask_words)
             for index in range(lookahead + 1)
         ]
+        self._tracer = tracer
         self._track = tracer.track("host thread", "lay out", "launch")
         self._executor = open_executor(model.device, tracer, nvtx)
         self._result_track = tracer.track("result thread", "hand on")
@@ -175,8 +176,8 @@ class Pipeline:
         if step.grammar is None:
             return None
         if self._masks is None:
-            self._masks = MaskThread(self._book)
-        masks = StepMasks(step.grammar, lane.masks(len(step.grammar.slots)))
+            self._masks = MaskThread(self._book, self._tracer)
+        masks = StepMasks(step.grammar, lane.masks(len(step.grammar.slots)), number=lane.step)
         self._masks.put(masks)
         return masks
 

@@ -201,16 +201,12 @@ class FlashInferAttention(AttentionBackend):
             kv_lens = batch.kv_lens_host[decoding:]
             pages = -(-kv_lens // batch.block_size)
             indices = page_indices(batch, decoding, int(pages.sum()))
-            query_starts, page_starts, last_page_lens, kv_lens_pinned = _pinned(
-                batch.query_starts[decoding:] - batch.query_starts[decoding],
-                _starts(pages),
-                (kv_lens - 1) % batch.block_size + 1,
-                kv_lens,
-            )
+            last_page_lens = torch.from_numpy(((kv_lens - 1) % batch.block_size + 1).astype(np.int32))
+            query_starts = torch.from_numpy(batch.query_starts[decoding:] - batch.query_starts[decoding])
             for group, prefill in self._lanes[batch.lane].items():
                 prefill.plan(
                     query_starts,
-                    page_starts,
+                    _starts(pages),
                     indices,
                     last_page_lens,
                     group.query_heads,
@@ -223,7 +219,6 @@ class FlashInferAttention(AttentionBackend):
                     logits_soft_cap=group.softcap,
                     q_data_type=self.dtype,
                     kv_data_type=self.cache.keys[0].dtype,
-                    seq_lens=kv_lens_pinned,
                 )
                 planned[group] = prefill
         scratch: Scratch | None = None
@@ -310,19 +305,11 @@ def page_indices(batch: Batch, first: int, total: int) -> Tensor:
     return tables[rows, columns]
 
 
-def _starts(counts: NDArray[np.int32]) -> NDArray[np.int32]:
-    """[R + 1] int32: where each row begins."""
+def _starts(counts: NDArray[np.int32]) -> Tensor:
+    """[R + 1] int32 host: where each row begins."""
     starts = np.zeros(len(counts) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
-    return starts
-
-
-def _pinned(*arrays: NDArray[np.int32]) -> list[Tensor]:
-    """The same numbers where the device can fetch them by itself: copying from ordinary memory makes the host wait
-    until the stream has come there, so that it could queue no step with chunks ahead."""
-    together = torch.empty(sum(map(len, arrays)), dtype=torch.int32, pin_memory=True)
-    np.concatenate(arrays, out=together.numpy(), casting="same_kind")
-    return list(together.split([len(array) for array in arrays]))
+    return torch.from_numpy(starts)
 
 
 def _workspace_bytes(groups: list[Variant], device: torch.device) -> int:

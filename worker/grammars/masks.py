@@ -29,6 +29,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from numpy.typing import NDArray
 
 from ...protocol.structured import StructuredOutputsParams
+from ...protocol.tracing import NO_TRACER, Tracer
 from .book import GrammarBook, Lexer
 from .compiler import GrammarError, error_of, raise_error
 from .growth import Growth
@@ -62,6 +63,8 @@ class StepMasks:
     """[G, mask_words]: where they are to be written; bit t % 32 of word t // 32 allows token t."""
     failed: list[tuple[int, str]] = field(default_factory=list)
     """Where in the step's result a row stands whose grammar has failed, and why. Complete once the masks are."""
+    number: int = -1
+    """The step's, for the trace."""
     ready: bool = False
     tokens: NDArray[np.int32] | None = None
     """The step's result."""
@@ -82,11 +85,16 @@ class _Row:
     """No mask has been filled since it got its lexer, which may know nothing yet."""
 
 
+MOVE, ADVANCE, FILL = range(3)
+"""Kinds of spans of the thread's track."""
+
+
 class MaskThread:
     """Fills the masks of steps, in the order in which they are handed over."""
 
-    def __init__(self, book: GrammarBook) -> None:
+    def __init__(self, book: GrammarBook, tracer: Tracer = NO_TRACER) -> None:
         self._book = book
+        self._track = tracer.track("mask thread", "move", "advance", "fill")
         self._growth = Growth(book)
         self._grown = 0
         """What the book's count was when rows last moved."""
@@ -163,13 +171,17 @@ class MaskThread:
     def _write(self, step: StepMasks) -> None:
         for slot in step.rows.leave:
             self._leave(slot)
+        at = self._track.start()
         self._spread()  # while the device computes: the tokens of the step before are not there yet
         for joining in step.rows.join:
             self._leave(joining.slot)
             self._rows[joining.slot] = self._join(joining)
+        self._track.end(MOVE, step.number, at)
         if any(step.rows.decodes):
             self._advance(step)
+        at = self._track.start()
         self._fill(step)
+        self._track.end(FILL, step.number, at)
         for slot, position in zip(step.rows.slots, step.rows.at, strict=True):
             if slot in self._failures:
                 step.failed.append((int(position), self._failures.pop(slot)))
@@ -250,6 +262,7 @@ class MaskThread:
             if before.tokens is None:
                 raise self._error or RuntimeError("no tokens came")
             tokens = before.tokens
+        begun = self._track.start()
         at = zip(before.rows.slots, before.rows.at, strict=True)
         token_of = {slot: int(tokens[position]) for slot, position in at}
         moving: list[tuple[int, LLMatcher]] = []
@@ -274,6 +287,7 @@ class MaskThread:
             error = error_of(matcher)
             if error:
                 self._give_up(slot, error)
+        self._track.end(ADVANCE, step.number, begun)
 
     def _fill(self, step: StepMasks) -> None:
         step.target.fill(-1)
