@@ -139,7 +139,7 @@ class DecodeGraphs:
             slots = self._input[:rows].to(torch.int64)
             drawn = state.sample(
                 staged.step,
-                graph.hidden[:rows],
+                graph.hidden,
                 slots,
                 self._kv_lens[:rows],
                 staged.masks,
@@ -162,7 +162,9 @@ class DecodeGraphs:
         stream = torch.cuda.Stream(self._state.model.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._choose(size, self._forward(size))
+            hidden = self._forward(size)
+            self._choose(size, hidden)
+            self._state.model.logits(hidden)  # loads its kernels, for steps that are not greedy
         torch.cuda.current_stream().wait_stream(stream)
         forward, choose = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self.pool):

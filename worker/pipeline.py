@@ -6,9 +6,10 @@
     device         … step N ─────────── step N+1 …
 
 The host thread lays out and launches a step as soon as its plan is there, while the step before still runs; the result
-thread sleeps until a step's tokens are in host memory and hands them on. Neither waits for the other. A step with rows
-that follow a grammar is launched up to its sampling; the rest follows when the mask thread (grammars/masks.py), which
-needs the tokens of the step before, is done. No other step pays for that.
+thread sleeps until a step's tokens are in host memory and hands them on. Neither waits for the other. In a step with
+rows that follow a grammar the device stops before sampling until the mask thread (grammars/masks.py), which needs the
+tokens of the step before, has opened the lane's gate; where there is no gate, the step is launched up to its sampling,
+and the rest follows when the masks are there. No other step pays for that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,8 @@ class _Flight:
     step: Step
     lane: Lane
     masks: StepMasks | None
+    ticket: int = 0
+    """For the lane's gate, which stands before what needs the masks."""
 
 
 LAY_OUT, LAUNCH = range(2)
@@ -156,30 +160,36 @@ class Pipeline:
         step = self._rows.apply(plan, self._block_size)
         lane.acquire()
         lane.step = plan.step
-        flight = _Flight(plan, step, lane, self._masks_of(step, lane))
+        flight = self._with_masks(_Flight(plan, step, lane, None))
         self._track.end(LAY_OUT, plan.step, at)
         self._next_step += 1
-        waits = flight.masks is not None and len(flight.masks.target) > 0 and self._executor.holds_caller
+        waits = flight.masks is not None and len(flight.masks.target) > 0
+        waits = waits and lane.gate is None and self._executor.holds_caller
         self._launcher.launch(lambda: self._start(flight), waits=waits)
 
     def capture(self, sizes: Sequence[int], progress: Callable[[str, float], None]) -> None:
         """Captures CUDA graphs of decode steps of these numbers of rows, and, if the model is compiled, of what lies
         between the attention of other steps. Nothing may be in flight."""
         self._graphs = DecodeGraphs(self._state, sizes, progress)
+        self._state.head_rows = sorted(sizes)
         pieces = piece_sizes(self._max_tokens)
         if pieces and self._model.compiled:
             self._model.capture_pieces(pieces, self._graphs.pool, progress)
         self.reset()
 
-    def _masks_of(self, step: Step, lane: Lane) -> StepMasks | None:
-        """Hands the step's grammars over to the mask thread."""
-        if step.grammar is None:
-            return None
+    def _with_masks(self, flight: _Flight) -> _Flight:
+        """Hands the step's grammars, if it has any, over to the mask thread."""
+        grammar, lane, gate = flight.step.grammar, flight.lane, flight.lane.gate
+        if grammar is None:
+            return flight
         if self._masks is None:
-            self._masks = MaskThread(self._book, self._tracer)
-        masks = StepMasks(step.grammar, lane.masks(len(step.grammar.slots)), number=lane.step)
+            self._masks = MaskThread(self._book, self._fail, self._tracer)
+        masks, ticket = StepMasks(grammar, lane.masks(len(grammar.slots)), number=lane.step), 0
+        if gate is not None:
+            ticket = gate.close()
+            masks.on_ready = partial(gate.open, ticket)
         self._masks.put(masks)
-        return masks
+        return replace(flight, masks=masks, ticket=ticket)
 
     def _start(self, flight: _Flight) -> None:
         """Queues a step on the device, in plan order."""
@@ -200,10 +210,13 @@ class Pipeline:
 
     def _collect(self, flight: _Flight) -> torch.Tensor:
         """Called between a step's forward pass and its sampling: the masks, on their way to the device."""
-        thread, masks = self._masks, flight.masks
+        thread, masks, gate = self._masks, flight.masks, flight.lane.gate
         if thread is None or masks is None:
             raise RuntimeError("a step without grammars waits for masks")
-        self._executor.hold(lambda: thread.wait(masks))
+        if gate is None:
+            self._executor.hold(lambda: thread.wait(masks))
+        else:
+            self._executor.hold(lambda: gate.wait(flight.ticket, torch.cuda.current_stream(self._model.device)))
         return flight.lane.send_masks(len(masks.target))
 
     def drain(self, timeout_s: float | None = None) -> bool:
@@ -222,6 +235,7 @@ class Pipeline:
         self._launcher.close(timeout_s)
         self._launched.put(None)
         self._thread.join(max(0.0, end - time.monotonic()))
+        self._open_gates()
         self._executor.close(max(0.0, end - time.monotonic()))
         if self._masks is not None:
             self._masks.close(max(0.0, end - time.monotonic()))
@@ -243,14 +257,25 @@ class Pipeline:
             self._progress.notify_all()
         if self._masks is not None:
             self._masks.fail(error)
+        self._open_gates()
         if first:
             self._on_failure(error)
+
+    def _open_gates(self) -> None:
+        """For good: no more masks come. What the device goes on to sample without them is no result."""
+        for lane in self._lanes:
+            if lane.gate is not None:
+                lane.gate.break_open()
 
     def _return(self, flight: _Flight, event: StepEvent) -> None:
         times = event.wait()
         at = self._result_track.start()
         plan, masks = flight.plan, flight.masks
         token = flight.lane.sampled_host[: len(flight.step.sampled_rows)].numpy().astype(np.int32, copy=True)
+        if masks is not None and self._masks is not None:
+            if len(masks.target) and not masks.ready:
+                raise RuntimeError(f"step {plan.step} ended before its grammar masks were there")
+            self._masks.sampled(masks, token)  # first of all: the masks of the next step need it
         told = {} if flight.step.features is None else _told(flight.step.features, flight.lane)
         flight.lane.release()  # before the result is out: the scheduler answers it with the lane's next plan
         result = StepResult(
@@ -263,14 +288,12 @@ class Pipeline:
             kv_tokens=flight.step.kv_tokens,
             **told,
         )
-        if masks is not None and self._masks is not None:
-            self._masks.sampled(masks, token)
-            if masks.failed:
-                result = replace(
-                    result,
-                    failed=np.array([position for position, _ in masks.failed], np.int32),
-                    failed_error=tuple(error for _, error in masks.failed),
-                )
+        if masks is not None and masks.failed:
+            result = replace(
+                result,
+                failed=np.array([position for position, _ in masks.failed], np.int32),
+                failed_error=tuple(error for _, error in masks.failed),
+            )
         self._on_result(result)
         self._result_track.end(HAND_ON, plan.step, at)
 

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .gate import open_gate
+
 
 def _unnoticed() -> None:
     """Nobody watches."""
@@ -41,6 +43,8 @@ class Lane:
         self._mask_host = torch.empty((outputs, mask_words), dtype=torch.int32, pin_memory=pinned and mask_words > 0)
         self._mask_device = torch.empty((outputs, mask_words), dtype=torch.int32, device=device)
         self._mask_array: NDArray[np.int32] = self._mask_host.numpy()
+        self.gate = open_gate(device) if mask_words else None
+        """Where the device waits for the step's masks; None: the host does."""
         self._free = True
         self.told: Tensor | None = None
         """The host's copy of the log-probabilities that the step's tokens come with; see logprobs.tell."""

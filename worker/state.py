@@ -6,7 +6,8 @@ decoding row's input token never visits the host: the step before wrote it to `l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -158,6 +159,9 @@ class DeviceState:
         self.top_p = column(torch.float32)
         self.seed = column(torch.int64)
         self.adjustments = Adjustments(slots, model.vocab_size, device)
+        self.head_rows: Sequence[int] = ()
+        """Ascending: the model's head runs for the next larger number of rows. For others its kernels may have to be
+        loaded first, and for that the driver waits until the device has nothing left to do."""
 
     def clear(self) -> None:
         """As new, in the same memory, which captured graphs know."""
@@ -191,7 +195,7 @@ class DeviceState:
             last = (staged.query_ends[rows] - 1).to(torch.int64)
             tokens = self.sample(
                 staged.step,
-                hidden[last],
+                hidden[self._filled_up(last)],
                 slots[rows],
                 batch.kv_lens[rows],
                 staged.masks,
@@ -200,6 +204,13 @@ class DeviceState:
             )
             self.last_token[slots[rows]] = tokens
             staged.lane.sampled_device[:count] = tokens
+
+    def _filled_up(self, last: Tensor) -> Tensor:
+        """Positions of hidden rows, and others behind them whose tokens nobody reads; see `head_rows`."""
+        at = bisect_left(self.head_rows, len(last))
+        if at == len(self.head_rows):
+            return last
+        return torch.nn.functional.pad(last, (0, self.head_rows[at] - len(last)))
 
     def _apply(self, staged: StagedStep) -> None:
         if len(staged.step.table_index):
@@ -254,13 +265,14 @@ class DeviceState:
         staged: StagedFeatures | None,
         lane: Lane,
     ) -> Tensor:
-        """A token for each of N rows: hidden [N, hidden], slots [N] int64, kv_lens [N]. Returns [N] int64. Waits for
-        `masks`, if there are any. Log-probabilities that were asked for come back through the lane."""
+        """A token for each of N rows: hidden [N or more, hidden], slots [N] int64, kv_lens [N]. Returns [N] int64.
+        Waits for `masks`, if there are any. Log-probabilities that were asked for come back through the lane."""
+        count = len(slots)
         if step.greedy and masks is None:
-            return self.model.greedy(hidden)
+            return self.model.greedy(hidden)[:count]
         features = step.features
         position = kv_lens - self.prompt_length[slots]
-        logits = given = self.model.logits(hidden)
+        logits = given = self.model.logits(hidden)[:count]
         if masks is not None:
             logits = allow(logits, masks.allowed())
         if features is not None and features.adjusts:

@@ -6,28 +6,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tandem.protocol.messages import StepPlan, StepResult
+from tandem.protocol.messages import StepPlan
 from tandem.protocol.structured import StructuredOutputsParams
 from tandem.worker import pipeline as pipeline_module
 from tandem.worker.executor import StepTimes
-from tandem.worker.grammars.book import GrammarBook
 from tandem.worker.grammars.masks import MaskThread, StepMasks
 from tandem.worker.launcher import Launcher
-from tandem.worker.pipeline import Pipeline
 from tandem.worker.staging import Lane
 
 from support.deadlines import DEADLINE_S
-from support.paged import load_tiny
-from support.tiny_models import EOS, VOCAB, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
+from support.grammar_rig import TOKENIZER, Rig, ints, joining
+from support.tiny_models import EOS
 
 
 class OnTheCallersThread:
@@ -49,59 +43,6 @@ class OnTheCallersThread:
 
     def close(self, timeout_s: float) -> None:
         pass
-
-
-def ints(*values: int) -> Any:
-    return np.array(values, np.int32)
-
-
-def joining(step: int, slot: int, wanted: StructuredOutputsParams | None, **changes: Any) -> StepPlan:
-    plan = StepPlan(
-        epoch=1,
-        registration=1,
-        step=step,
-        join_slot=ints(slot),
-        join_number=np.array([slot], np.int64),
-        join_attempt=ints(0),
-        join_prompt_length=ints(2),
-        join_length=ints(2),
-        join_computed=ints(0),
-        join_num_blocks=ints(1),
-        join_token=ints(5, 6),
-        join_block=ints(slot),
-        join_temperature=np.zeros(1, np.float32),
-        join_top_k=ints(0),
-        join_top_p=np.ones(1, np.float32),
-        join_seed=np.zeros(1, np.int64),
-        chunk_slot=ints(slot),
-        chunk_length=ints(2),
-    )
-    if wanted is not None:
-        plan = replace(plan, grammars=(wanted,), join_grammar=ints(0))
-    return replace(plan, **changes)
-
-
-class Rig:
-    def __init__(self, folder: Path) -> None:
-        model, _ = load_tiny("llama", folder)
-        model.allocate_kv_cache(8, 16)
-        self.results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
-        self.failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-        self.pipeline = Pipeline(
-            model,
-            num_blocks=8,
-            block_size=16,
-            slots=4,
-            max_model_len=64,
-            max_tokens=32,
-            lookahead=2,
-            on_result=self.results.put,
-            on_failure=self.failures.put,
-            grammars=GrammarBook(TOKENIZER.to_str().encode(), VOCAB, (EOS,)),
-        )
-
-    def result(self) -> StepResult:
-        return self.results.get(timeout=DEADLINE_S)
 
 
 @pytest.fixture

@@ -53,6 +53,10 @@ REPLAYED_AT_ONCE: Final = 16
 """Tokens, before that time is looked at."""
 
 
+def _nobody() -> None:
+    """Waits."""
+
+
 @dataclass(slots=True)
 class StepMasks:
     """The masks of one step's G rows with a grammar. Made for every step in which a row has one, and for the one that
@@ -65,6 +69,8 @@ class StepMasks:
     """Where in the step's result a row stands whose grammar has failed, and why. Complete once the masks are."""
     number: int = -1
     """The step's, for the trace."""
+    on_ready: Callable[[], None] = _nobody
+    """Called when the masks are ready."""
     ready: bool = False
     tokens: NDArray[np.int32] | None = None
     """The step's result."""
@@ -92,8 +98,12 @@ MOVE, ADVANCE, FILL = range(3)
 class MaskThread:
     """Fills the masks of steps, in the order in which they are handed over."""
 
-    def __init__(self, book: GrammarBook, tracer: Tracer = NO_TRACER) -> None:
+    def __init__(
+        self, book: GrammarBook, on_failure: Callable[[BaseException], None] | None = None, tracer: Tracer = NO_TRACER
+    ) -> None:
+        """`on_failure` is called on the thread with what it raised."""
         self._book = book
+        self._on_failure = on_failure
         self._track = tracer.track("mask thread", "move", "advance", "fill")
         self._growth = Growth(book)
         self._grown = 0
@@ -158,8 +168,10 @@ class MaskThread:
                     self._write(step)
                 else:
                     step()
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for masks
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for masks, if one does
             self.fail(error)
+            if self._on_failure is not None:
+                self._on_failure(error)
 
     def _forget(self) -> None:
         for row in self._rows.values():
@@ -186,8 +198,9 @@ class MaskThread:
             if slot in self._failures:
                 step.failed.append((int(position), self._failures.pop(slot)))
         self._last = step
+        step.ready = True
+        step.on_ready()
         with self._changed:
-            step.ready = True
             self._changed.notify_all()
 
     def _join(self, joining: JoiningRow) -> _Row:
