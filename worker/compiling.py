@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,10 @@ Compilers take it as a hint."""
 
 def keep_compiled_code() -> None:
     """Lets compiled kernels survive the process, in the user's cache directory, unless the environment names others."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if named is None or named.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
+        # Importing torch's compiler names the latter, where anybody may have put code.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
 
 

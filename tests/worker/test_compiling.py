@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,23 @@ from support.tiny_models import ARCHITECTURES, VOCAB
 
 DENSE = [arch for arch in ARCHITECTURES if "moe" not in arch]
 """Experts are dispatched by kernels that cannot be traced in every dtype."""
+
+
+@pytest.mark.parametrize("given", [None, "elsewhere"])
+def test_compiled_code_is_kept_where_only_the_user_writes(given: str | None, tmp_path: Path) -> None:
+    """In a process of its own: importing torch's compiler names a folder below /tmp."""
+    code = """if True:
+        from tandem.worker import process
+        from tandem.worker.compiling import keep_compiled_code
+        keep_compiled_code()
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        print(cache_dir())"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORCH", "TRITON"))}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    if given is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / given)
+    found = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(tmp_path / (given or "tandem/inductor")), found.stderr
 
 
 @pytest.mark.parametrize("arch", DENSE)
