@@ -1,7 +1,8 @@
 # One-line entry points. Each installs what it needs into .venv once; a second run installs nothing.
 #   make demo       the built-in model answers several prompts at once
-#   make test       the tests that a change must pass        (TEST_ARGS="tests/client -k name" picks some)
-#   make test-all   the same with the whole grids and the slow tests
+#   make test       the tests to run at every change         (TEST_ARGS="tests/client -k name" picks some of all)
+#   make test-thorough  the others: chaos, fuzzing, hostile input, other people's clients, interpreted kernels, benchmarks
+#   make test-all   both, with the whole grids and the slow tests
 #   make chaos      200 times in each of three set-ups something is killed, stopped or cut while 72 streams go on
 #   make fuzz       the codec and the scheduler's ports under random messages for ten minutes (FUZZ_S=60: one)
 #   make check      formatting, lint, types, import arrows
@@ -23,7 +24,7 @@ HOUSE := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all chaos fuzz check dev clean
+.PHONY: help demo test test-thorough test-all chaos fuzz check dev clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -31,8 +32,14 @@ help:
 demo: $(INSTALLED)
 	@$(BIN)/tandem demo
 
+# What TEST_ARGS names is run whatever it is.
+QUICK := $(if $(filter tests,$(TEST_ARGS)),-m "not thorough")
+
 test: $(TESTED)
-	@$(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
+	@$(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal $(QUICK) $(TEST_ARGS)
+
+test-thorough: $(TESTED)
+	@$(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal -m thorough $(TEST_ARGS)
 
 test-all: $(TESTED)
 	@TANDEM_TEST_GRID=full $(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)

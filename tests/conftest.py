@@ -28,6 +28,8 @@ gc.disable()  # till all modules are imported: three thousand with torch, of whi
 ROOT = Path(__file__).resolve().parents[1]
 LEAK_DEADLINE_S = DEADLINE_S / 5
 FAILED = pytest.StashKey[bool]()
+THOROUGH = ("bench", "chaos", "clients", "fuzz", "hostile")
+"""Folders whose tests are all marked so."""
 
 # `python -m pytest` in the root puts the root itself on the path, where `client` or `launch` would import once more.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -42,14 +44,19 @@ settings.load_profile(os.environ.get("TANDEM_TEST_PROFILE", "ci"))
 def pytest_configure(config: pytest.Config) -> None:
     """Declare markers and turn warnings into errors."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none, and only there")
+    config.addinivalue_line("markers", "thorough: runs under `make test-thorough` and in CI, not under `make test`")
     config.addinivalue_line("markers", "slow: runs under `make test-all` (TANDEM_TEST_GRID=full) only")
     config.addinivalue_line("filterwarnings", "error")
     # torch scripts some of its own helpers on import, which it deprecates itself from 2.12 on.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect slow tests unless asked for; skip GPU tests where there is no GPU (torch is imported for those only)."""
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").parts[0] in THOROUGH:
+            item.add_marker(pytest.mark.thorough)
     if not whole_grid() and "slow" not in config.getoption("markexpr"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         if slow:

@@ -64,6 +64,7 @@ def audited(folder: Path, name: str, module: str, *arguments: str) -> Iterator[s
         assert process.wait(DEADLINE_S) == 0
 
 
+@pytest.mark.thorough
 def test_nothing_is_unpickled_or_run(tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/run"
     scheduler = json.dumps({"address": address})

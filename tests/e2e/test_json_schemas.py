@@ -18,6 +18,8 @@ from support.profiles import examples
 from support.schemas import bounded_schema
 from support.systems import embedded
 
+pytestmark = pytest.mark.thorough
+
 MAX_TOKENS = 400
 AT_ONCE = 32
 

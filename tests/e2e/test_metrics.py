@@ -19,6 +19,8 @@ from support.asking import ask_until
 from support.commands import tandem, terminal
 from support.systems import embedded
 
+pytestmark = pytest.mark.thorough
+
 ENDED = {"length": 6.0, "abort": 1.0}
 
 

@@ -18,6 +18,8 @@ from support.observe import Observer, settled
 from support.systems import embedded
 from support.tiny_models import save_tiny
 
+pytestmark = pytest.mark.thorough
+
 SLOTS = 4
 WAITING = 6
 ROUNDS = 5

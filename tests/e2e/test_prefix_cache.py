@@ -46,6 +46,7 @@ async def chat(address: str) -> tuple[list[tuple[int, ...]], list[int]]:
     return answers, beyond
 
 
+@pytest.mark.thorough
 def test_each_turn_of_a_chat_computes_its_new_tokens_and_at_most_a_block(cached: str, uncached: str) -> None:
     answers, beyond = asyncio.run(chat(cached))
     assert all(tokens <= BLOCK for tokens in beyond)

@@ -195,12 +195,14 @@ def test_in_a_crowd_the_bits_are_the_same(address: str, undisturbed: dict[str, C
     same(asyncio.run(crowd(address)), undisturbed)
 
 
+@pytest.mark.thorough
 def test_without_lookahead_the_bits_are_the_same(folder: Path, undisturbed: dict[str, Completion]) -> None:
     with embedded({**COMMON, "model": str(folder), "max_num_seqs": 8, "lookahead": 0}) as system:
         same(asyncio.run(alone(system.address)), undisturbed)
         same(asyncio.run(crowd(system.address)), undisturbed)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("lookahead", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_after_preemptions_the_bits_are_the_same(
     folder: Path, undisturbed: dict[str, Completion], lookahead: int

@@ -142,6 +142,7 @@ def sampled_requests() -> list[tuple[list[int], dict[str, Any]]]:
     ]
 
 
+@pytest.mark.thorough
 def test_sampled_tokens_do_not_depend_on_the_batch(case: Case) -> None:
     async def run(address: str, at_once: int) -> list[list[int]]:
         turn = asyncio.Semaphore(at_once)
@@ -163,6 +164,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch(case: Case) -> None:
         run_until_preempted(system.address, attempt)
 
 
+@pytest.mark.thorough
 def test_hostile_grammars_harm_nobody_else(address: str, case: Case) -> None:
     """Eight streams, over and over, beside a client that sends every grammar of the list: each stream gets exactly its
     tokens, and each hostile request an answer."""

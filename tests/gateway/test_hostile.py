@@ -18,6 +18,8 @@ from support.deadlines import DEADLINE_S
 from support.gateway import Served, gateway
 from support.observe import settled
 
+pytestmark = pytest.mark.thorough
+
 LIMIT = 50_000
 VALUES = 22_000
 SAMPLES = 64

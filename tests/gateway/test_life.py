@@ -22,6 +22,8 @@ from support.deadlines import DEADLINE_S
 from support.gateway import Served, events, gateway, wait_until_ready
 from support.systems import embedded
 
+pytestmark = pytest.mark.thorough
+
 LONG = {"prompt": [5], "max_tokens": 400, "ignore_eos": True, "temperature": 0, "stream": True}
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from support.gateway import Served, events, service
 
+pytestmark = pytest.mark.thorough
+
 NOT_CHECKED = "positive_data_acceptance"
 """What a schema cannot say makes a request one that is refused: ids beyond the vocabulary, prompts beyond the context,
 JSON schemas that are none, fields that only go together."""

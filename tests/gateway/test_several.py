@@ -19,6 +19,8 @@ from support.commands import tandem
 from support.deadlines import DEADLINE_S
 from support.gateway import Served, gateway, service
 
+pytestmark = pytest.mark.thorough
+
 
 def processes(served: Served) -> dict[int, GatewayConfig]:
     """The service's gateways by process id."""

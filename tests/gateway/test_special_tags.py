@@ -41,6 +41,7 @@ def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield found
 
 
+@pytest.mark.thorough
 def test_calls_are_found_whole_and_streamed(special: Served) -> None:
     choice = special.post("/v1/chat/completions", ASKED).json()["choices"][0]
     assert choice["finish_reason"] == "tool_calls"

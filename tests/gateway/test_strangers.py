@@ -19,6 +19,8 @@ from tandem.gateway.turns import Turns
 from support.asking import ask_until
 from support.gateway import MODEL, Served, events, gateway
 
+pytestmark = pytest.mark.thorough
+
 SUM = [{"role": "user", "content": "What is 2 + 3?"}]
 WEATHER: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
 FUNCTION = {

@@ -18,6 +18,8 @@ from support.commands import tandem
 from support.paged import load, quiet
 from support.tiny_models import save_tiny
 
+pytestmark = pytest.mark.thorough
+
 
 def said(*flags: str) -> tuple[int, dict[str, Any], dict[str, dict[str, str]]]:
     """Exit code, what the worker's code found, and the findings by topic."""

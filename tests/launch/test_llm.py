@@ -80,6 +80,7 @@ def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
         LLM(**options)
 
 
+@pytest.mark.thorough
 def test_code_of_a_model_runs_only_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))  # the worker keeps a copy of the code there
     folder = tmp_path / "model"

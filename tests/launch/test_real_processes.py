@@ -151,6 +151,7 @@ def test_scheduler_and_worker_placed_by_hand(runtime: Path, engine: list[str]) -
     assert files_below(runtime) == []
 
 
+@pytest.mark.thorough
 def test_two_embedded_systems_at_once(runtime: Path, model_folder: Path) -> None:
     options = {"model": str(model_folder), "load_format": "dummy", "device": "cpu", "threads": 1}
     others = psutil.Process().children(recursive=True)  # what other tests share
@@ -199,6 +200,7 @@ def test_an_embedded_system_that_cannot_start_leaves_nothing(runtime: Path) -> N
         EmbeddedSystem({}, {"address": "ipc:///x"})
 
 
+@pytest.mark.thorough
 def test_generate_goes_on_when_its_worker_dies(runtime: Path, engine: list[str]) -> None:
     """The answer is what it would have been."""
     sampling = ["--ignore-eos", "--temperature", "0.8", "--seed", "3", "--max-tokens", "300", "--json"]
@@ -219,6 +221,7 @@ def test_generate_goes_on_when_its_worker_dies(runtime: Path, engine: list[str])
     assert files_below(runtime) == ["tandem"]
 
 
+@pytest.mark.thorough
 def test_processes_that_die_or_hang_are_started_again(runtime: Path, engine: list[str]) -> None:
     def serving() -> dict[str, psutil.Process]:
         found = serve.descendants()

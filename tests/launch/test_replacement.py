@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tandem import AsyncClient
 from tandem.protocol.messages import Stats, WorkerStats
 
 from support.commands import Command, files_below, gone, tandem
 from support.deadlines import DEADLINE_S
+
+pytestmark = pytest.mark.thorough
 
 STREAMS = 16
 MAX_TOKENS = 150

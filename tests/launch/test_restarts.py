@@ -21,6 +21,8 @@ from tandem.launch.supervisor import ChildDied, Supervisor
 
 from support.deadlines import DEADLINE_S
 
+pytestmark = pytest.mark.thorough
+
 TESTS = Path(__file__).resolve().parents[1]
 POLICY = RestartPolicy(max_restarts=3, first_delay_s=0.01)
 

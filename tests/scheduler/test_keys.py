@@ -29,6 +29,8 @@ from support.peers import Peer, Scene, free_ports, keyed_scene, until
 from support.proxy import Proxy
 from support.simulated_worker import continuation
 
+pytestmark = pytest.mark.thorough
+
 LEASES = {"client_lease": 2.0, "worker_lease": 2.0}
 """Short: keys are looked at four times in one."""
 

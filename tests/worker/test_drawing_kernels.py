@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from support import triton_interpreter
 from support.grids import whole_grid
+
+pytestmark = pytest.mark.thorough
 
 
 def test_tokens_are_those_of_plain_torch() -> None:

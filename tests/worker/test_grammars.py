@@ -285,6 +285,7 @@ def test_a_good_grammar_is_compiled_once_it_has_passed(checker: GrammarChecker) 
     assert checker._book.holds(wanted)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_grammar_is_refused_or_followed_within_bounds(checker: GrammarChecker, name: str) -> None:
     """Nothing that is tried takes this process's memory, or its sandbox away; what passes can be followed."""

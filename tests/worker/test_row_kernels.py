@@ -24,6 +24,8 @@ from support.paged import load, random_tokens
 from support.tiny_models import ARCHITECTURES, VOCAB, tiny_config
 from support.zoo import ZOO, zoo_model
 
+pytestmark = pytest.mark.thorough
+
 OF_A_KIND = ("deepseek_v3: latent attention", "gpt2: learned positions", "jetmoe", "olmo")
 LACKING = {"jetmoe": "aten::index_add", "phimoe: windows told by masks alone": "aten::max"}
 """JetMoE adds experts up by atomic operations, PhiMoE asks for the last position of the batch."""

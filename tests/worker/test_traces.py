@@ -26,6 +26,8 @@ from tandem.worker.traces import Shelf, Trace, key_of
 from support.compiled import DenseStep, kept, paged
 from support.tiny_models import VOCAB
 
+pytestmark = pytest.mark.thorough
+
 
 class Untraceable(OperatorRouter):
     """The model's Python must not run."""
