@@ -7,6 +7,7 @@ always called in the same way; a module that looks at values in tensors cannot b
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 import sys
@@ -50,11 +51,20 @@ Compilers take it as a hint."""
 
 def keep_compiled_code() -> None:
     """Lets compiled kernels survive the process, in the user's cache directory, unless the environment names others."""
-    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if named is None or named.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
-        # Importing torch's compiler names the latter, where anybody may have put code.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
+    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        if _nobody_chose(os.environ.get(name)):
+            os.environ[name] = str(cache_folder() / folder)
+
+
+def _nobody_chose(named: str | None) -> bool:
+    """torch writes folders of its own into the environment, of this process and those that it starts: one when its
+    compiler is imported, the other when that is used. They are below /tmp, where anybody may have put code."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = ""
+    own = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    return named is None or Path(named).is_relative_to(own)
 
 
 def cache_folder() -> Path:

@@ -35,25 +35,29 @@ class StepTimes:
 
 
 class StepEvent(Protocol):
-    def wait(self) -> StepTimes:
+    def wait(self) -> None:
         """Sleeps until the step's tokens are in its lane's host memory. Raises what the step raised."""
+        ...
+
+    def times(self) -> StepTimes:
+        """After `wait`, once. May have to ask the device, which may be waiting for the host by then."""
         ...
 
 
 class Executor(Protocol):
     def launch(self, lane: Lane, compute: Callable[[], None], sampled: int) -> StepEvent:
         """Queues a step: the lane's input to the device, then `compute`, then `sampled` tokens back. Does not wait for
-        any of it, except for what `compute` calls `hold` for."""
+        any of it, except for what `compute` lets `hold` wait for."""
         ...
 
     @property
     def holds_caller(self) -> bool:
-        """`compute` runs on the thread that calls `launch`, and `hold` stops that."""
+        """`compute` runs on the thread that calls `launch`, and what `hold` waits for stops that."""
         ...
 
     def hold(self, until: Callable[[], None]) -> None:
-        """For `compute`, at most once: the host has something to do before the rest of the step can be queued. `until`
-        returns when it is done."""
+        """For `compute`, at most once: the host has something to do before the rest of the step can run. `until`
+        returns when it is done, or when it has queued that the device waits for it."""
         ...
 
     def close(self, timeout_s: float) -> None:
@@ -150,10 +154,12 @@ class _ThreadStep:
         self._times = times
         self._done.set()
 
-    def wait(self) -> StepTimes:
+    def wait(self) -> None:
         self._done.wait()
         if self._error is not None:
             raise self._error
+
+    def times(self) -> StepTimes:
         return self._times
 
 
@@ -176,7 +182,7 @@ class CudaExecutor:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()  # on the compute stream, behind the forward pass
         until()
-        end.record()  # passed at once if the forward pass is over by now: then the device has waited in between
+        end.record()  # passed at once if the device comes here later than what it waits for
         self._held = begin, end
 
     def launch(self, lane: Lane, compute: Callable[[], None], sampled: int) -> StepEvent:
@@ -304,8 +310,10 @@ class _CudaStep:
         self._held = held
         self.on_done: Callable[[], None] | None = None
 
-    def wait(self) -> StepTimes:
+    def wait(self) -> None:
         self._done.synchronize()
+
+    def times(self) -> StepTimes:
         if self.on_done is not None:
             self.on_done()
         gap_ms = 0.0 if self._last_end is None else self._last_end.elapsed_time(self._start)

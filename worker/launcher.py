@@ -1,8 +1,8 @@
 """Starts steps in order without ever making the host thread wait.
 
-A step with grammar rows cannot be queued whole before the CPU has filled their masks, and a step behind it not before
-that one. Such steps are started by a thread of their own; all others by the host thread itself, as soon as that thread
-has nothing left.
+A step with grammar rows cannot be queued whole before the CPU has filled their masks, unless the device waits for them
+by itself, and a step behind it not before that one. Such steps are started by a thread of their own; all others by the
+host thread itself, as soon as that thread has nothing left.
 """
 
 from __future__ import annotations

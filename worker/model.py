@@ -188,6 +188,10 @@ class PagedModel:
             raise RuntimeError("the model is not compiled")
         self._pieces = TrunkPieces(self._compiled.trunk, self._router.enter, sizes, pool, self.device, progress)
 
+    def takes_pieces(self, tokens: int) -> bool:
+        """A step of so many tokens runs by the graphs of `capture_pieces`."""
+        return self._pieces is not None and self._pieces.takes(tokens)
+
     def hidden(self, batch: Batch, *, in_pieces: bool = False) -> Tensor:
         """Write the keys and values of all tokens, attend, and return the final norm's output: [T, hidden].
 

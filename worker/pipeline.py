@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from ..protocol.messages import MAX_COUNT, StepPlan, StepResult
 from ..protocol.tracing import NO_TRACER, Tracer
 from .executor import StepEvent, open_executor
 from .features import StepFeatures
+from .gate import open_gates
 from .grammars.book import GrammarBook
 from .grammars.masks import MaskThread, StepMasks
 from .graphs import DecodeGraphs
@@ -54,6 +55,9 @@ class _Flight:
     """For the lane's gate, which stands before what needs the masks."""
 
 
+MOST_LAYERS: Final = 64
+"""Of a model whose steps with chunks may be queued behind a closed gate: by graphs of pieces they take some nine
+launches a layer, and the driver queues about a thousand."""
 LAY_OUT, LAUNCH = range(2)
 """Kinds of spans of the host thread's track …"""
 HAND_ON = 0
@@ -98,9 +102,18 @@ class Pipeline:
         cut = 0 if self._cutting is None else self._cutting.room(slots)
         capacity = input_capacity(slots, num_blocks, max_tokens, cut)
         self._lanes = [
-            Lane(index, inputs=capacity, outputs=slots, device=model.device, mask_words=self._book.mask_words)
-            for index in range(lookahead + 1)
+            Lane(
+                index,
+                inputs=capacity,
+                outputs=slots,
+                device=model.device,
+                mask_words=self._book.mask_words,
+                gate=gate,
+            )
+            for index, gate in enumerate(open_gates(model.device, lookahead))
         ]
+        self._awaited: StepMasks | None = None
+        """Of the last step before whose sampling the device waits at a gate."""
         self._tracer = tracer
         self._track = tracer.track("host thread", "lay out", "launch")
         self._executor = open_executor(model.device, tracer, nvtx)
@@ -129,6 +142,7 @@ class Pipeline:
             # The cache and the state were filled on the default stream, which the compute stream does not wait for.
             torch.cuda.synchronize(self._model.device)
         self._next_step = self._finished_steps = 0
+        self._awaited = None
 
     @property
     def next_step(self) -> int:
@@ -160,12 +174,26 @@ class Pipeline:
         step = self._rows.apply(plan, self._block_size)
         lane.acquire()
         lane.step = plan.step
+        behind = self._awaited if self._takes_many_launches(step) else None
         flight = self._with_masks(_Flight(plan, step, lane, None))
         self._track.end(LAY_OUT, plan.step, at)
         self._next_step += 1
-        waits = flight.masks is not None and len(flight.masks.target) > 0
-        waits = waits and lane.gate is None and self._executor.holds_caller
-        self._launcher.launch(lambda: self._start(flight), waits=waits)
+        waits = behind is not None
+        if flight.masks is not None and len(flight.masks.target):
+            if lane.gate is not None:
+                self._awaited = flight.masks
+            elif self._executor.holds_caller:
+                waits = True
+        self._launcher.launch(lambda: self._start(flight, behind), waits=waits)
+
+    def _takes_many_launches(self, step: Step) -> bool:
+        """Behind a gate that is closed still, so that the step must not be queued there; see gate.py."""
+        if self._awaited is None or self._awaited.ready:
+            return False
+        if self._graphs is not None and self._graphs.take(step):
+            return False
+        few = self._model.takes_pieces(len(step.row_of_token)) and len(self._model.kv_spec) <= MOST_LAYERS
+        return not few
 
     def capture(self, sizes: Sequence[int], progress: Callable[[str, float], None]) -> None:
         """Captures CUDA graphs of decode steps of these numbers of rows, and, if the model is compiled, of what lies
@@ -191,8 +219,10 @@ class Pipeline:
         self._masks.put(masks)
         return replace(flight, masks=masks, ticket=ticket)
 
-    def _start(self, flight: _Flight) -> None:
-        """Queues a step on the device, in plan order."""
+    def _start(self, flight: _Flight, behind: StepMasks | None) -> None:
+        """Queues a step on the device, in plan order; once the masks are there that it must not be queued before."""
+        if behind is not None and self._masks is not None:
+            self._masks.wait(behind)
         at = self._track.start()
         event = self._executor.launch(flight.lane, self._staged(flight), len(flight.step.sampled_rows))
         self._track.end(LAUNCH, flight.plan.step, at)
@@ -268,14 +298,15 @@ class Pipeline:
                 lane.gate.break_open()
 
     def _return(self, flight: _Flight, event: StepEvent) -> None:
-        times = event.wait()
+        event.wait()
         at = self._result_track.start()
         plan, masks = flight.plan, flight.masks
         token = flight.lane.sampled_host[: len(flight.step.sampled_rows)].numpy().astype(np.int32, copy=True)
         if masks is not None and self._masks is not None:
-            if len(masks.target) and not masks.ready:
-                raise RuntimeError(f"step {plan.step} ended before its grammar masks were there")
-            self._masks.sampled(masks, token)  # first of all: the masks of the next step need it
+            if len(masks.target):
+                self._masks.wait(masks)  # a gate that was broken open lets the device go on without them
+            self._masks.sampled(masks, token)  # before the device is asked again: it may wait for what follows from it
+        times = event.times()
         told = {} if flight.step.features is None else _told(flight.step.features, flight.lane)
         flight.lane.release()  # before the result is out: the scheduler answers it with the lane's next plan
         result = StepResult(

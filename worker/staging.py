@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .gate import open_gate
+from .gate import Gate
 
 
 def _unnoticed() -> None:
@@ -25,7 +25,16 @@ def _unnoticed() -> None:
 class Lane:
     """The buffers of one step in flight: what goes to the device, and what comes back."""
 
-    def __init__(self, index: int, *, inputs: int, outputs: int, device: torch.device, mask_words: int = 0) -> None:
+    def __init__(
+        self,
+        index: int,
+        *,
+        inputs: int,
+        outputs: int,
+        device: torch.device,
+        mask_words: int = 0,
+        gate: Gate | None = None,
+    ) -> None:
         """`inputs`: int32 values that a step may bring; `outputs`: tokens that it may sample; `mask_words`: int32
         values of one row's grammar mask, 0 where there are no grammars."""
         self.index = index
@@ -43,7 +52,7 @@ class Lane:
         self._mask_host = torch.empty((outputs, mask_words), dtype=torch.int32, pin_memory=pinned and mask_words > 0)
         self._mask_device = torch.empty((outputs, mask_words), dtype=torch.int32, device=device)
         self._mask_array: NDArray[np.int32] = self._mask_host.numpy()
-        self.gate = open_gate(device) if mask_words else None
+        self.gate = gate
         """Where the device waits for the step's masks; None: the host does."""
         self._free = True
         self.told: Tensor | None = None
@@ -106,7 +115,8 @@ class Lane:
         return host
 
     def masks(self, count: int) -> NDArray[np.int32]:
-        """Where the grammar masks of `count` rows are to be written on the host, before `send_masks`."""
+        """Where the grammar masks of `count` rows are to be written on the host, before the device runs what
+        `send_masks` queues."""
         return self._mask_array[:count]
 
     def send_masks(self, count: int) -> Tensor:

@@ -83,12 +83,13 @@ class StagedStep:
 
 @dataclass(slots=True)
 class StagedMasks:
-    """Grammar masks that the host is still working on."""
+    """Grammar masks that the host may still be working on."""
 
     rows: Tensor
     """[G] int32: those of the sampled rows that have one."""
     collect: Callable[[], Tensor]
-    """Waits for the host, once; then the masks are on their way to the device: [G, mask_words] int32."""
+    """To be called once, where they are needed. Lets the device or the caller wait for the host; then the masks are on
+    their way to the device: [G, mask_words] int32."""
 
     def allowed(self) -> AllowedTokens:
         return AllowedTokens(self.rows.to(torch.int64), self.collect())
@@ -266,7 +267,7 @@ class DeviceState:
         lane: Lane,
     ) -> Tensor:
         """A token for each of N rows: hidden [N or more, hidden], slots [N] int64, kv_lens [N]. Returns [N] int64.
-        Waits for `masks`, if there are any. Log-probabilities that were asked for come back through the lane."""
+        `masks`, if there are any, are waited for. Log-probabilities that were asked for come back through the lane."""
         count = len(slots)
         if step.greedy and masks is None:
             return self.model.greedy(hidden)[:count]

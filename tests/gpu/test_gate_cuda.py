@@ -12,7 +12,7 @@ import torch
 
 from tandem.protocol.messages import StepPlan
 from tandem.protocol.structured import StructuredOutputsParams
-from tandem.worker.gate import Gate, open_gate
+from tandem.worker.gate import Gate, open_gates
 from tandem.worker.grammars.masks import MaskThread
 
 from support.deadlines import DEADLINE_S
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    made = open_gate(torch.device("cuda"))
+    made, _ = open_gates(torch.device("cuda"), lookahead=1)
     assert made is not None
     yield made
     made.break_open()
@@ -45,7 +45,11 @@ class Queued:
             self.after.record()
 
     def waits(self) -> bool:
+        """For as long as another stream takes for a hundred times as much."""
         self.before.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(100_000_000)
+            torch.cuda.current_stream().synchronize()
         return not self.after.query()
 
     def passes(self) -> bool:
@@ -100,24 +104,38 @@ def masks_may_come(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]
 
 
 def test_steps_are_queued_whole_before_the_masks_are_there(tmp_path: Path, masks_may_come: threading.Event) -> None:
-    """Whatever of them waited for the device would wait for ever."""
-    rig = Rig(tmp_path, device="cuda")
+    """One by graphs of pieces and one by graphs; whatever of them waited for the device would wait for ever."""
+    rig = Rig(tmp_path, lookahead=1, device="cuda")
     try:
-        for slot, at_once in ((0, True), (2, False)):  # the first loads what is loaded on first use
+        for slot, at_once in ((0, True), (1, False)):  # the first loads what is loaded on first use
             if at_once:
                 masks_may_come.set()
             first = rig.pipeline.next_step
             rig.pipeline.launch(joining(first, slot, StructuredOutputsParams(regex="abc")))
-            rig.pipeline.launch(joining(first + 1, slot + 1, None))
-            rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=first + 2))
-            assert at_once or rig.results.empty()
+            rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=first + 1))
+            assert rig.pipeline._launcher._thread is None
             masks_may_come.set()
-            got = [rig.result() for _ in range(3)]
+            got = [rig.result() for _ in range(2)]
             masks_may_come.clear()
-            assert [one.step for one in got] == [first, first + 1, first + 2]
-            assert "".join(str(TOKENIZER.id_to_token(int(one.token[slot]))) for one in got) == "abc"
+            assert [one.step for one in got] == [first, first + 1]
+            assert "".join(str(TOKENIZER.id_to_token(int(one.token[slot]))) for one in got) == "ab"
             assert rig.pipeline.drain(DEADLINE_S)
-        assert rig.pipeline._launcher._thread is None
+    finally:
+        masks_may_come.set()
+        rig.pipeline.close(DEADLINE_S)
+
+
+def test_steps_of_many_launches_are_not_queued_behind_a_gate(tmp_path: Path, masks_may_come: threading.Event) -> None:
+    """Without graphs they wait on a thread of their own, and the host thread does not."""
+    rig = Rig(tmp_path, lookahead=1, device="cuda")
+    rig.pipeline._graphs, rig.pipeline._model._pieces = None, None
+    try:
+        rig.pipeline.launch(joining(0, 0, StructuredOutputsParams(regex="abc")))
+        rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=1))
+        assert rig.results.empty()
+        masks_may_come.set()
+        assert "".join(str(TOKENIZER.id_to_token(int(rig.result().token[0]))) for _ in range(2)) == "ab"
+        assert rig.pipeline._launcher._thread is not None
     finally:
         masks_may_come.set()
         rig.pipeline.close(DEADLINE_S)
@@ -128,7 +146,7 @@ def test_a_mask_thread_that_fails_leaves_no_device_waiting(tmp_path: Path, monke
         raise RuntimeError("masks are out")
 
     monkeypatch.setattr(MaskThread, "_fill", fail)
-    rig = Rig(tmp_path, device="cuda")
+    rig = Rig(tmp_path, lookahead=1, device="cuda")
     rig.pipeline.launch(joining(0, 1, StructuredOutputsParams(regex="abc")))
     assert "masks are out" in str(rig.failures.get(timeout=DEADLINE_S))
     with pytest.raises(RuntimeError, match="masks are out"):

@@ -15,7 +15,7 @@ from tandem.worker.grammars.book import GrammarBook
 from tandem.worker.pipeline import Pipeline
 
 from support.deadlines import DEADLINE_S
-from support.paged import load_tiny
+from support.paged import load_tiny, quiet
 from support.tiny_models import EOS, VOCAB, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -52,9 +52,11 @@ def joining(step: int, slot: int, wanted: StructuredOutputsParams | None, **chan
 
 
 class Rig:
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, lookahead: int = 2, **options: Any) -> None:
         """`options`: of the model."""
         model, _ = load_tiny("llama", folder, **options)
+        if model.device.type == "cuda":
+            model.compile()
         model.allocate_kv_cache(8, 16)
         self.results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
         self.failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
@@ -65,11 +67,13 @@ class Rig:
             slots=4,
             max_model_len=64,
             max_tokens=32,
-            lookahead=2,
+            lookahead=lookahead,
             on_result=self.results.put,
             on_failure=self.failures.put,
             grammars=GrammarBook(TOKENIZER.to_str().encode(), VOCAB, (EOS,)),
         )
+        if model.compiled:
+            self.pipeline.capture([1, 2, 4], quiet)
 
     def result(self) -> StepResult:
         return self.results.get(timeout=DEADLINE_S)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,21 @@ DENSE = [arch for arch in ARCHITECTURES if "moe" not in arch]
 def test_compiled_code_is_kept_where_only_the_user_writes(given: str | None, tmp_path: Path) -> None:
     """In a process of its own: importing torch's compiler names a folder below /tmp."""
     code = """if True:
+        import os
         from tandem.worker import process
         from tandem.worker.compiling import keep_compiled_code
         keep_compiled_code()
         from torch._inductor.runtime.cache_dir_utils import cache_dir
-        print(cache_dir())"""
+        print(cache_dir(), os.environ["TRITON_CACHE_DIR"])"""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORCH", "TRITON"))}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
+    own = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    environment |= {"TRITON_CACHE_DIR": f"{own}/triton/0"}  # as a process has it that torch's compiler has been used in
     if given is not None:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / given)
     found = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
-    assert found.stdout.strip() == str(tmp_path / (given or "tandem/inductor")), found.stderr
+    expected = [str(tmp_path / (given or "tandem/inductor")), str(tmp_path / "tandem/triton")]
+    assert found.stdout.split() == expected, found.stderr
 
 
 @pytest.mark.parametrize("arch", DENSE)

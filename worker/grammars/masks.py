@@ -53,8 +53,9 @@ REPLAYED_AT_ONCE: Final = 16
 """Tokens, before that time is looked at."""
 
 
-def _nobody() -> None:
-    """Waits."""
+def _nobody() -> bool:
+    """Has to be told."""
+    return True
 
 
 @dataclass(slots=True)
@@ -69,9 +70,10 @@ class StepMasks:
     """Where in the step's result a row stands whose grammar has failed, and why. Complete once the masks are."""
     number: int = -1
     """The step's, for the trace."""
-    on_ready: Callable[[], None] = _nobody
-    """Called when the masks are ready."""
+    on_ready: Callable[[], bool] = _nobody
+    """Called when the masks are written. False: it is too late, the device did not wait for them."""
     ready: bool = False
+    """They were written before they were used."""
     tokens: NDArray[np.int32] | None = None
     """The step's result."""
 
@@ -198,8 +200,7 @@ class MaskThread:
             if slot in self._failures:
                 step.failed.append((int(position), self._failures.pop(slot)))
         self._last = step
-        step.ready = True
-        step.on_ready()
+        step.ready = step.on_ready()
         with self._changed:
             self._changed.notify_all()
 
