@@ -16,7 +16,7 @@ from tandem.worker.gate import Gate, open_gates
 from tandem.worker.grammars.masks import MaskThread
 
 from support.deadlines import DEADLINE_S
-from support.grammar_rig import TOKENIZER, Rig, joining
+from support.grammar_rig import TOKENIZER, Rig, joining, masks_held_back
 
 pytestmark = pytest.mark.gpu
 
@@ -90,17 +90,9 @@ def test_a_broken_gate_stays_open(gate: Gate) -> None:
 
 
 @pytest.fixture
-def masks_may_come(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    may = threading.Event()
-    fill = MaskThread._fill
-
-    def waiting(self: MaskThread, step: Any) -> None:
-        assert may.wait(DEADLINE_S)
-        fill(self, step)
-
-    monkeypatch.setattr(MaskThread, "_fill", waiting)
-    yield may
-    may.set()
+def masks_may_come() -> Iterator[threading.Event]:
+    with masks_held_back() as may:
+        yield may
 
 
 def test_steps_are_queued_whole_before_the_masks_are_there(tmp_path: Path, masks_may_come: threading.Event) -> None:

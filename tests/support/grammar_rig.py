@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 import queue
-from dataclasses import replace
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pytest
 
 from tandem.protocol.messages import StepPlan, StepResult
 from tandem.protocol.structured import StructuredOutputsParams
 from tandem.worker.grammars.book import GrammarBook
+from tandem.worker.grammars.masks import MaskThread
 from tandem.worker.pipeline import Pipeline
 
+from support import step_plans
 from support.deadlines import DEADLINE_S
 from support.paged import load_tiny, quiet
+from support.step_plans import ints
 from support.tiny_models import EOS, VOCAB, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
 
-def ints(*values: int) -> Any:
-    return np.array(values, np.int32)
-
-
 def joining(step: int, slot: int, wanted: StructuredOutputsParams | None, **changes: Any) -> StepPlan:
-    plan = StepPlan(
-        epoch=1,
-        registration=1,
-        step=step,
-        join_slot=ints(slot),
-        join_number=np.array([slot], np.int64),
-        join_attempt=ints(0),
-        join_prompt_length=ints(2),
-        join_length=ints(2),
-        join_computed=ints(0),
-        join_num_blocks=ints(1),
-        join_token=ints(5, 6),
-        join_block=ints(slot),
-        join_temperature=np.zeros(1, np.float32),
-        join_top_k=ints(0),
-        join_top_p=np.ones(1, np.float32),
-        join_seed=np.zeros(1, np.int64),
-        chunk_slot=ints(slot),
-        chunk_length=ints(2),
-    )
-    if wanted is not None:
-        plan = replace(plan, grammars=(wanted,), join_grammar=ints(0))
-    return replace(plan, **changes)
+    """A plan in which a row of two tokens joins, with a grammar or without."""
+    grammar: dict[str, Any] = {} if wanted is None else {"grammars": (wanted,), "join_grammar": ints(0)}
+    return step_plans.joining(step, slot, [5, 6], [slot], **grammar, **changes)
+
+
+@contextmanager
+def masks_held_back() -> Iterator[threading.Event]:
+    """Until it is set, no mask is filled."""
+    may, fill = threading.Event(), MaskThread._fill
+
+    def waiting(self: MaskThread, step: Any) -> None:
+        assert may.wait(DEADLINE_S)
+        fill(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskThread, "_fill", waiting)
+        try:
+            yield may
+        finally:
+            may.set()
 
 
 class Rig:

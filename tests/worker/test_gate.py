@@ -20,7 +20,8 @@ from tandem.worker.gate import Gate, open_gates
 from tandem.worker.grammars.masks import MaskThread
 
 from support.deadlines import DEADLINE_S
-from support.grammar_rig import TOKENIZER, Rig, ints, joining
+from support.grammar_rig import TOKENIZER, Rig, joining, masks_held_back
+from support.step_plans import ints
 
 ABC = StructuredOutputsParams(regex="abc")
 
@@ -110,16 +111,9 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
 
 
 @pytest.fixture
-def masks_may_come(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    may, fill = threading.Event(), MaskThread._fill
-
-    def waiting(self: MaskThread, step: Any) -> None:
-        assert may.wait(DEADLINE_S)
-        fill(self, step)
-
-    monkeypatch.setattr(MaskThread, "_fill", waiting)
-    yield may
-    may.set()
+def masks_may_come() -> Iterator[threading.Event]:
+    with masks_held_back() as may:
+        yield may
 
 
 def test_the_device_waits_and_what_takes_many_launches_is_not_queued_behind_it(

@@ -20,7 +20,8 @@ from tandem.worker.launcher import Launcher
 from tandem.worker.staging import Lane
 
 from support.deadlines import DEADLINE_S
-from support.grammar_rig import TOKENIZER, Rig, ints, joining
+from support.grammar_rig import TOKENIZER, Rig, joining
+from support.step_plans import ints
 from support.tiny_models import EOS
 
 

@@ -6,12 +6,10 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,37 +25,9 @@ from tandem.worker.staging import Lane
 
 from support.deadlines import DEADLINE_S
 from support.paged import load_tiny
+from support.step_plans import ints, joining
 
 BLOCK_SIZE = 16
-
-
-def ints(*values: int) -> Any:
-    return np.array(values, np.int32)
-
-
-def joining(step: int, slot: int, tokens: list[int], blocks: list[int], **changes: Any) -> StepPlan:
-    """A plan in which one greedy row joins and computes all its tokens."""
-    plan = StepPlan(
-        epoch=1,
-        registration=1,
-        step=step,
-        join_slot=ints(slot),
-        join_number=np.array([slot], np.int64),
-        join_attempt=ints(0),
-        join_prompt_length=ints(len(tokens)),
-        join_length=ints(len(tokens)),
-        join_computed=ints(0),
-        join_num_blocks=ints(len(blocks)),
-        join_token=ints(*tokens),
-        join_block=ints(*blocks),
-        join_temperature=np.zeros(1, np.float32),
-        join_top_k=ints(0),
-        join_top_p=np.ones(1, np.float32),
-        join_seed=np.zeros(1, np.int64),
-        chunk_slot=ints(slot),
-        chunk_length=ints(len(tokens)),
-    )
-    return replace(plan, **changes)
 
 
 def steady(step: int, **changes: Any) -> StepPlan:
