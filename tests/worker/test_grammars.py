@@ -610,6 +610,27 @@ def test_a_row_whose_masks_become_slow_fails_and_the_others_go_on(monkeypatch: p
         masks.thread.close(DEADLINE_S)
 
 
+def test_a_row_that_takes_too_long_to_join_fails_and_the_others_go_on(masks: Masks) -> None:
+    """Each of its tokens can be read in more ways than the one before: a few hundred take seconds, thousands hours."""
+    wanted = StructuredOutputsParams(grammar='start: e\ne: e e | "a"')
+    rows = [JoiningRow(1, wanted, ids("a") * 5_000), regex(2, "[ab]+c", "ab" * 2_000)]
+    step = masks.step([1, 2], [False] * 2, join=rows)
+    assert masks.done(step)[1] == {"a", "b", "c"}
+    (failed,) = step.failed
+    assert failed[0] == 0
+    assert "taking in its 5,000 tokens takes over 1 s" in failed[1]
+
+
+def test_many_that_take_long_to_join_have_little_time_each(masks: Masks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_module, "ALL_JOINING_S", 0.1)
+    wanted, slots = StructuredOutputsParams(grammar='start: e\ne: e e | "a"'), list(range(12))
+    rows = [JoiningRow(slot, wanted, ids("a") * 5_000) for slot in slots[:-1]]
+    step = masks.step(slots, [False] * 12, join=[*rows, regex(11, "[ab]+c", "ab" * 400)])
+    assert masks.done(step)[-1] == {"a", "b", "c"}
+    assert [position for position, _ in step.failed] == slots[:-1]
+    assert "takes over 0.02 s" in step.failed[-1][1]
+
+
 def test_a_failure_is_told_with_the_rows_first_token(masks: Masks) -> None:
     """A long prompt's row joins steps before it samples."""
     masks.step([], [], join=[regex(1, "ab", "q")])

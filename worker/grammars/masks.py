@@ -45,6 +45,14 @@ MOST_REPLAYED: Final = 512
 MOVING_S: Final = 0.005
 """Processor time for rows to move before a step; the others move before the next. A row that takes longer by itself
 stays: the tokens of a grammar that is read in many ways can take milliseconds each, and all rows wait for it."""
+JOINING_S: Final = 1.0
+"""Processor time in which a row that joins must take in the tokens that it has; if not, it fails, since all rows wait
+for it. Of an ordinary grammar a hundred thousand take no longer."""
+ALL_JOINING_S: Final = 3.0
+"""For all that join in a step. When it is used up …"""
+LEAST_JOINING_S: Final = 0.02
+"""… each has this still: some two thousand tokens. So 256 rows that try to hold the worker up do so for no longer than
+a lease is at least."""
 SLOW_S: Final = 0.25
 """Masks of a step that took longer: in the next one each row's are timed, and a row whose own take more processor time
 than TOKEN_CPU_S fails. A grammar is tried with the same limit before it is admitted, but for a few tokens: the masks of
@@ -187,9 +195,11 @@ class MaskThread:
             self._leave(slot)
         at = self._track.start()
         self._spread()  # while the device computes: the tokens of the step before are not there yet
+        begun = time.thread_time()
         for joining in step.rows.join:
             self._leave(joining.slot)
-            self._rows[joining.slot] = self._join(joining)
+            left = ALL_JOINING_S - (time.thread_time() - begun)
+            self._rows[joining.slot] = self._join(joining, max(LEAST_JOINING_S, min(JOINING_S, left)))
         self._track.end(MOVE, step.number, at)
         if any(step.rows.decodes):
             self._advance(step)
@@ -204,14 +214,16 @@ class MaskThread:
         with self._changed:
             self._changed.notify_all()
 
-    def _join(self, joining: JoiningRow) -> _Row:
+    def _join(self, joining: JoiningRow, limit_s: float) -> _Row:
         few = len(joining.generated) <= MOST_REPLAYED
         row = _Row(joining.wanted, taken=list(joining.generated) if few else None)
         try:
             row.lexer = self._book.lexer(row.wanted)
             row.matcher = row.lexer.copy()
-            if joining.generated and not row.matcher.consume_tokens(joining.generated):
+            if not _replay(row.matcher, joining.generated, limit_s):
                 raise_error(row.matcher)
+                count = len(joining.generated)
+                raise GrammarError(f"taking in its {count:,} tokens takes over {limit_s:.2g} s of processor time")
         except GrammarError as error:
             self._fail(joining.slot, row, str(error))
         if self._book.crowded(row.wanted):
@@ -258,7 +270,7 @@ class MaskThread:
                 self._book.release(other)
                 return
             matcher = other.copy()
-            if _replay(matcher, row.taken):
+            if _replay(matcher, row.taken, MOVING_S):
                 self._book.release(row.lexer)
                 row.lexer, row.matcher, row.fresh = other, matcher, True
             else:
@@ -333,9 +345,9 @@ class MaskThread:
                 self._give_up(step.rows.slots[index], error)
 
 
-def _replay(matcher: LLMatcher, tokens: list[int]) -> bool:
-    """Whether it took in all of them within MOVING_S."""
-    end = time.thread_time() + MOVING_S
+def _replay(matcher: LLMatcher, tokens: list[int], limit_s: float) -> bool:
+    """Whether it took in all of them, within this processor time."""
+    end = time.thread_time() + limit_s
     for start in range(0, len(tokens), REPLAYED_AT_ONCE):
         if time.thread_time() > end or not matcher.consume_tokens(tokens[start : start + REPLAYED_AT_ONCE]):
             return False
