@@ -33,7 +33,7 @@ demo: $(INSTALLED)
 	@$(BIN)/tandem demo
 
 # What TEST_ARGS names is run whatever it is.
-QUICK := $(if $(filter tests,$(TEST_ARGS)),-m "not thorough")
+QUICK := $(if $(filter file,$(origin TEST_ARGS)),-m "not thorough")
 
 test: $(TESTED)
 	@$(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal $(QUICK) $(TEST_ARGS)

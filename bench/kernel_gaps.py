@@ -3,8 +3,8 @@ rest as for `tandem.worker.main`. It serves as any worker does.
 
 SIGUSR1 starts a watch, and may do so again after it. After SECONDS, OUT-1.json (OUT-2.json, …) tells for which share of
 the time no kernel ran, in gaps of over 10 µs: what the workers' own count of idle time between steps is to be compared
-with; between which kernels; which kernels the time went to; and how long the host's calls of CUDA took, since one that
-waits for the device is a step that is not queued ahead.
+with; between which kernels; which kernels the time went to; and how long the host's calls of CUDA took, as far as the
+profiler sees them (it does not see the driver load a kernel): one that waits for the device queues nothing ahead.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -60,9 +61,9 @@ def _nobody_chose(named: str | None) -> bool:
     """torch writes folders of its own into the environment, of this process and those that it starts: one when its
     compiler is imported, the other when that is used. They are below /tmp, where anybody may have put code."""
     try:
-        user = getpass.getuser()
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())  # as torch does
     except (KeyError, OSError):
-        user = ""
+        user = f"uid_{os.getuid()}"
     own = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
     return named is None or Path(named).is_relative_to(own)
 

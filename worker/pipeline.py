@@ -56,8 +56,8 @@ class _Flight:
 
 
 MOST_LAYERS: Final = 64
-"""Of a model whose steps with chunks may be queued behind a closed gate: by graphs of pieces they take some nine
-launches a layer, and the driver queues about a thousand."""
+"""Of a model whose steps with chunks may be queued behind a closed gate. By graphs of pieces they take some nine
+launches a layer; a driver is said to queue about a thousand."""
 LAY_OUT, LAUNCH = range(2)
 """Kinds of spans of the host thread's track …"""
 HAND_ON = 0
@@ -174,7 +174,7 @@ class Pipeline:
         step = self._rows.apply(plan, self._block_size)
         lane.acquire()
         lane.step = plan.step
-        behind = self._awaited if self._takes_many_launches(step) else None
+        behind = self._gate_before(step)
         flight = self._with_masks(_Flight(plan, step, lane, None))
         self._track.end(LAY_OUT, plan.step, at)
         self._next_step += 1
@@ -186,14 +186,15 @@ class Pipeline:
                 waits = True
         self._launcher.launch(lambda: self._start(flight, behind), waits=waits)
 
-    def _takes_many_launches(self, step: Step) -> bool:
-        """Behind a gate that is closed still, so that the step must not be queued there; see gate.py."""
+    def _gate_before(self, step: Step) -> StepMasks | None:
+        """What opens a gate behind which a step of so many launches must not be queued (see gate.py); None if none is
+        closed, or the launches are few."""
         if self._awaited is None or self._awaited.ready:
-            return False
+            return None
         if self._graphs is not None and self._graphs.take(step):
-            return False
+            return None
         few = self._model.takes_pieces(len(step.row_of_token)) and len(self._model.kv_spec) <= MOST_LAYERS
-        return not few
+        return None if few else self._awaited
 
     def capture(self, sizes: Sequence[int], progress: Callable[[str, float], None]) -> None:
         """Captures CUDA graphs of decode steps of these numbers of rows, and, if the model is compiled, of what lies

@@ -121,13 +121,17 @@ def test_steps_of_many_launches_are_not_queued_behind_a_gate(tmp_path: Path, mas
     """Without graphs they wait on a thread of their own, and the host thread does not."""
     rig = Rig(tmp_path, lookahead=1, device="cuda")
     rig.pipeline._graphs, rig.pipeline._model._pieces = None, None
+    masks_may_come.set()
+    rig.pipeline.launch(joining(0, 0, StructuredOutputsParams(regex="xyz")))  # loads what is loaded on first use
     try:
-        rig.pipeline.launch(joining(0, 0, StructuredOutputsParams(regex="abc")))
-        rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=1))
-        assert rig.results.empty()
-        masks_may_come.set()
-        assert "".join(str(TOKENIZER.id_to_token(int(rig.result().token[0]))) for _ in range(2)) == "ab"
+        assert TOKENIZER.id_to_token(int(rig.result().token[0])) == "x"
+        assert rig.pipeline.drain(DEADLINE_S)
+        masks_may_come.clear()
+        rig.pipeline.launch(joining(1, 1, StructuredOutputsParams(regex="abc")))
+        rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=2))
         assert rig.pipeline._launcher._thread is not None
+        masks_may_come.set()
+        assert "".join(str(TOKENIZER.id_to_token(int(rig.result().token[1]))) for _ in range(2)) == "ab"
     finally:
         masks_may_come.set()
         rig.pipeline.close(DEADLINE_S)

@@ -16,8 +16,10 @@ import torch
 from tandem.protocol.messages import StepPlan
 from tandem.protocol.structured import StructuredOutputsParams
 from tandem.worker import pipeline as pipeline_module
+from tandem.worker.executor import StepEvent
 from tandem.worker.gate import Gate, open_gates
 from tandem.worker.grammars.masks import MaskThread
+from tandem.worker.staging import Lane
 
 from support.deadlines import DEADLINE_S
 from support.grammar_rig import TOKENIZER, Rig, joining, masks_held_back
@@ -90,7 +92,7 @@ def test_where_the_device_cannot_wait_there_are_no_gates(
     )
     bindings = ModuleType("cuda.bindings")
     if refusal == "an error":
-        bindings.driver = driver  # type: ignore[attr-defined]
+        monkeypatch.setattr(bindings, "driver", driver, raising=False)
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory, **options: zeros(*size, **options))
@@ -117,25 +119,22 @@ def masks_may_come() -> Iterator[threading.Event]:
 
 
 def test_the_device_waits_and_what_takes_many_launches_is_not_queued_behind_it(
-    tmp_path: Path, gates: list[Watched], masks_may_come: threading.Event
+    tmp_path: Path, gates: list[Watched], masks_may_come: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = Rig(tmp_path)
     started: list[int] = []
-    start = rig.pipeline._start
+    launch = rig.pipeline._executor.launch
 
-    def noting(flight: Any, behind: Any) -> None:
-        if behind is not None:
-            rig.pipeline._masks.wait(behind)  # type: ignore[union-attr]
-        started.append(flight.plan.step)
-        start(flight, behind)
+    def noting(lane: Lane, compute: Any, sampled: int) -> StepEvent:
+        started.append(lane.step)
+        assert lane.step == 0 or masks_may_come.is_set()
+        return launch(lane, compute, sampled)
 
-    rig.pipeline._start = noting  # type: ignore[method-assign]
+    monkeypatch.setattr(rig.pipeline._executor, "launch", noting)
     rig.pipeline.launch(joining(0, 1, ABC))
     assert gates[0].reached.wait(DEADLINE_S)
     rig.pipeline.launch(joining(1, 2, None))
     rig.pipeline.launch(StepPlan(epoch=1, registration=1, step=2))
-    assert started == [0]
-    assert rig.results.empty()
     masks_may_come.set()
     got = [rig.result() for _ in range(3)]
     assert started == [0, 1, 2]
@@ -171,7 +170,8 @@ def test_what_was_sampled_without_masks_is_no_result(
     assert ended.is_set()
     assert rig.results.empty()
     rig.pipeline._thread.join(DEADLINE_S)
-    rig.pipeline._masks._thread.join(DEADLINE_S)  # type: ignore[union-attr]
+    assert rig.pipeline._masks is not None
+    rig.pipeline._masks._thread.join(DEADLINE_S)
 
 
 def test_a_mask_thread_that_fails_leaves_nobody_at_a_gate(
