@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -41,6 +42,7 @@ from .fusion import (
     use_own_products,
 )
 from .fusion_fp8 import gate_scaled_products, merge_scaled_products, quantize_in_norms
+from .last_rows import split_behind_attention
 from .traces import Shelf, Trace, names_in
 
 log = logging.getLogger(__name__)
@@ -91,9 +93,37 @@ class Compiled:
         """Operators that multiply rows by a weight, and which; see fusion.product_uses."""
 
     def __call__(self, *rows: Tensor) -> Tensor:
+        return self.all(*rows)[0]
+
+    def all(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """What a function of several results gives."""
         out = self._function(*rows, *self._parameters)
-        result: Tensor = out[0] if isinstance(out, (list, tuple)) else out
-        return result
+        return tuple(out) if isinstance(out, (list, tuple)) else (out,)
+
+
+class CompiledTrunk:
+    """A compiled trunk in two, if it can be split: see last_rows. Called under no_grad."""
+
+    def __init__(self, first: Compiled, last: Compiled | None) -> None:
+        self.first, self.last = first, last
+
+    @property
+    def products(self) -> list[tuple[str, Tensor]]:
+        return [*self.first.products, *([] if self.last is None else self.last.products)]
+
+    def begin(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Up to the last attention: tensors of one row a token, for `end`."""
+        return self.first.all(*rows)
+
+    def end(self, begun: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
+        """The trunk's result for the rows `wanted` ([N] int64), or for all: [N, …]."""
+        if wanted is not None:
+            begun = [rows.index_select(0, wanted) for rows in begun]
+        return begun[0] if self.last is None else self.last(*(rows.contiguous() for rows in begun))
+
+
+Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
+"""Turns a rewritten graph and fake inputs into a callable."""
 
 
 def compile_rows(
@@ -101,22 +131,67 @@ def compile_rows(
     function: Callable[..., Tensor],
     examples: Sequence[Tensor],
     *,
-    backend: Callable[[GraphModule, list[Any]], Callable[..., Any]] | None = None,
+    backend: Backend | None = None,
     shelf: Shelf | None = None,
 ) -> Compiled:
     """Compiles `function`, which calls `module` and returns one tensor.
 
     `examples` are tensors like its arguments; the length of their first dimension is taken to vary, and to be the same
-    for all. `backend` turns the rewritten graph and fake inputs into a callable; without it, inductor does. `shelf`
-    keeps the rewritten graph for the next start, and has it from the last. Parameters of `module` may become views of
-    larger ones. Raises whatever a tracer or compiler raises over code it cannot take.
+    for all. Without a `backend`, inductor compiles. `shelf` keeps the rewritten graph for the next start, and has it
+    from the last. Parameters of `module` may become views of larger ones. Raises whatever a tracer or compiler raises
+    over code it cannot take.
     """
+    start = time.perf_counter()
+    rewritten = _rewritten(module, function, examples, shelf)
+    compiled = _compiled(rewritten.graph, rewritten.parameters, examples, backend)
+    _tell(module, start, rewritten)
+    return compiled
+
+
+def compile_trunk(
+    module: nn.Module,
+    function: Callable[..., Tensor],
+    examples: Sequence[Tensor],
+    *,
+    backend: Backend | None = None,
+    shelf: Shelf | None = None,
+) -> CompiledTrunk:
+    """As `compile_rows`, for a function with attention: what is behind the last one is compiled by itself."""
+    start = time.perf_counter()
+    rewritten = _rewritten(module, function, examples, shelf)
+    split = split_behind_attention(rewritten.graph, *_fakes(examples, rewritten.parameters), len(examples))
+    if split is None:
+        log.info("%s: computed whole for every token, since it goes across them to its end", type(module).__name__)
+        trunk = CompiledTrunk(_compiled(rewritten.graph, rewritten.parameters, examples, backend), None)
+    else:
+        first, last = (
+            _compiled(part.graph, [rewritten.parameters[at] for at in part.parameters], rows, backend)
+            for part, rows in ((split.first, examples), (split.last, split.handed_over))
+        )
+        trunk = CompiledTrunk(first, last)
+    _tell(module, start, rewritten)
+    return trunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Rewritten:
+    graph: GraphModule
+    parameters: list[Tensor]
+    """Which it takes behind the rows."""
+    kept: bool
+    """From the last start."""
+    seconds: float
+
+
+def _rewritten(
+    module: nn.Module, function: Callable[..., Tensor], examples: Sequence[Tensor], shelf: Shelf | None
+) -> _Rewritten:
     start = time.perf_counter()
     call = _Call(module, function)
     named = {**dict(call.named_parameters()), **dict(call.named_buffers())}
     place = None if shelf is None else shelf.place(module, examples)
     trace = None if shelf is None or place is None else shelf.take(place)
-    found = trace is not None
+    kept = trace is not None
     if trace is None:
         trace, parameters = _trace(call, named, examples)
         if shelf is not None and place is not None:
@@ -126,19 +201,33 @@ def compile_rows(
             named[names[0]] if len(names) == 1 else put_together([named[name] for name in names])
             for names in trace.inputs
         ]
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [*_fake_rows(mode, examples), *(mode.from_tensor(value, static_shapes=True) for value in parameters)]
-    traced_s = time.perf_counter() - start
-    with tracing(TracingContext(mode)), torch.no_grad():
-        compiled = (backend or _inductor)(trace.graph, fakes)
+    return _Rewritten(trace.graph, parameters, kept, time.perf_counter() - start)
+
+
+def _tell(module: nn.Module, start: float, rewritten: _Rewritten) -> None:
     log.info(
         "compiled %s in %.1f s, %.1f s of them for %s",
         type(module).__name__,
         time.perf_counter() - start,
-        traced_s,
-        "reading the kept trace" if found else "tracing",
+        rewritten.seconds,
+        "reading the kept trace" if rewritten.kept else "tracing",
     )
-    return Compiled(compiled, parameters, [(name, parameters[at]) for name, at in trace.products])
+
+
+def _compiled(
+    graph: GraphModule, parameters: list[Tensor], examples: Sequence[Tensor], backend: Backend | None
+) -> Compiled:
+    mode, fakes = _fakes(examples, parameters)
+    with tracing(TracingContext(mode)), torch.no_grad():
+        function = (backend or _inductor)(graph, fakes)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    inputs = dict(zip(placeholders[len(examples) :], parameters, strict=True))
+    return Compiled(function, parameters, product_uses(graph.graph, inputs))
+
+
+def _fakes(examples: Sequence[Tensor], parameters: list[Tensor]) -> tuple[FakeTensorMode, list[Any]]:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return mode, [*_fake_rows(mode, examples), *(mode.from_tensor(value, static_shapes=True) for value in parameters)]
 
 
 class _Call(nn.Module):
@@ -186,9 +275,7 @@ def _trace(call: _Call, named: dict[str, Tensor], examples: Sequence[Tensor]) ->
     for node in graph.nodes:
         node.meta.clear()  # of this mode, where a compiler uses another; a kept trace has none either
     parameters = [inputs[node] for node in graph.nodes if node.op == "placeholder" and node in inputs]
-    place = {id(value): at for at, value in enumerate(parameters)}
-    products = [(name, place[id(weight)]) for name, weight in product_uses(graph, inputs)]
-    return Trace(traced, [names_in(named, value) for value in parameters], products), parameters
+    return Trace(traced, [names_in(named, value) for value in parameters]), parameters
 
 
 def _fake_rows(mode: FakeTensorMode, examples: Sequence[Tensor]) -> list[Any]:

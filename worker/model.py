@@ -20,13 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from . import inspection, invariance, products, rope
 from .attention import flashinfer, registry
-from .attention.base import AttentionBackend, AttentionStep
+from .attention.base import AttentionBackend
 from .attention.invariant import InvariantAttention
 from .attention.ops import OperatorRouter
 from .attention.reference import ReferenceAttention
 from .attention.sharing import Cutting
 from .batch import Batch
-from .compiling import Compiled, compile_rows
+from .compiling import Compiled, CompiledTrunk, compile_rows, compile_trunk
 from .kv_cache import FP8, KVCache, LayerKV, kv_bytes_per_block
 from .loading import Progress, check_weights, local_folder, read_config, resolve_dtype, weight_files
 from .pieces import TrunkPieces
@@ -114,7 +114,7 @@ class PagedModel:
         rows = torch.zeros(2, self.config.hidden_size, dtype=self.dtype, device=self.device)
         try:
             self._compiled = _CompiledModel(
-                trunk=compile_rows(
+                trunk=compile_trunk(
                     self._trunk,
                     lambda ids, positions: inspection.run_trunk(self._trunk, ids, positions, self._router),
                     [tokens, tokens],
@@ -186,23 +186,26 @@ class PagedModel:
         model must be compiled, and nothing else may run on the device."""
         if self._compiled is None:
             raise RuntimeError("the model is not compiled")
-        self._pieces = TrunkPieces(self._compiled.trunk, self._router.enter, sizes, pool, self.device, progress)
+        self._pieces = TrunkPieces(self._compiled.trunk.begin, self._router.enter, sizes, pool, self.device, progress)
 
     def takes_pieces(self, tokens: int) -> bool:
         """A step of so many tokens runs by the graphs of `capture_pieces`."""
         return self._pieces is not None and self._pieces.takes(tokens)
 
-    def hidden(self, batch: Batch, *, in_pieces: bool = False) -> Tensor:
-        """Write the keys and values of all tokens, attend, and return the final norm's output: [T, hidden].
+    def hidden(self, batch: Batch, *, in_pieces: bool = False, wanted: Tensor | None = None) -> Tensor:
+        """Write the keys and values of all tokens, attend, and return the final norm's output for the tokens `wanted`
+        ([N] int64, their places in the batch), or for all: [N, hidden].
 
         `in_pieces`: by the graphs of `capture_pieces`, if the step is none too large; the result is then valid until
         the next such step.
         """
         backend = self._allocated()
-        if in_pieces and self._pieces is not None and self._pieces.takes(batch.num_tokens):
-            with torch.no_grad():
-                return self._pieces.run(backend.begin(batch), batch.token_ids, batch.positions)
-        return self._run(backend, backend.cache, batch)
+        pieces = self._pieces if in_pieces and self.takes_pieces(batch.num_tokens) else None
+        if pieces is None or self._compiled is None:
+            return self._run(backend, backend.cache, batch, wanted)
+        with torch.no_grad():
+            begun = pieces.run(backend.begin(batch), batch.token_ids, batch.positions)
+            return self._end(self._compiled.trunk, begun, wanted)
 
     def _allocated(self) -> AttentionBackend:
         if self._backend is None:
@@ -234,17 +237,22 @@ class PagedModel:
             return self._compiled.choose(hidden_rows)
         return greedy(self.logits(hidden_rows))
 
-    def _run_compiled(self, step: AttentionStep, batch: Batch) -> Tensor:
-        if self._compiled is None:
-            raise RuntimeError("the model is not compiled")
-        self._router.enter(step)
-        return self._compiled.trunk(batch.token_ids, batch.positions)
-
     @torch.no_grad()
-    def _run(self, backend: AttentionBackend, cache: KVCache, batch: Batch) -> Tensor:
-        count = batch.num_tokens
+    def _run(self, backend: AttentionBackend, cache: KVCache, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         if self._compiled is not None:
-            return self._run_compiled(backend.begin(batch), batch)
+            self._router.enter(backend.begin(batch))
+            trunk = self._compiled.trunk
+            return self._end(trunk, trunk.begin(batch.token_ids, batch.positions), wanted)
+        hidden = self._run_uncompiled(backend, cache, batch)
+        return hidden if wanted is None else hidden[wanted]
+
+    def _end(self, trunk: CompiledTrunk, begun: Sequence[Tensor], wanted: Tensor | None) -> Tensor:
+        if wanted is not None and not len(wanted):  # compiled code takes a row at least
+            return torch.empty((0, self.config.hidden_size), dtype=self.dtype, device=self.device)
+        return trunk.end(begun, wanted)
+
+    def _run_uncompiled(self, backend: AttentionBackend, cache: KVCache, batch: Batch) -> Tensor:
+        count = batch.num_tokens
         if not self.batch_invariant:
             router = registry.LayerRouter(backend.begin(batch), self._layer_of)
             return inspection.run_trunk(self._trunk, batch.token_ids, batch.positions, router)
@@ -278,7 +286,12 @@ class PagedModel:
         backend = self._plain_attention(cache)
         found: list[list[Tensor]] = [[] for _ in range(inspection.PROBE_SEQUENCES)]
         for step in steps:
-            rows = self._run(backend, cache, step.batch(cache.scratch_block))
+            batch = step.batch(cache.scratch_block)
+            rows = self._run(backend, cache, batch)
+            if self._compiled is not None:  # whose rows must not depend on which others are wanted
+                backwards = torch.arange(batch.num_tokens - 1, -1, -1, device=self.device)
+                for wanted in (backwards[::2], backwards[1::2]):
+                    rows[wanted] = self._run(backend, cache, batch, wanted)
             for sequence, part in zip(step.sequences, torch.split(rows, step.lengths), strict=True):
                 found[sequence].append(part)
         return [torch.cat(parts) for parts in found]
@@ -286,8 +299,8 @@ class PagedModel:
 
 @dataclass(frozen=True, slots=True)
 class _CompiledModel:
-    trunk: Compiled
-    """token ids [T], positions [T] -> hidden [T, hidden]"""
+    trunk: CompiledTrunk
+    """token ids [T], positions [T] -> hidden [N, hidden]"""
     choose: Compiled
     """hidden rows [N, hidden] -> the likeliest tokens [N]"""
 

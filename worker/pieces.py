@@ -11,6 +11,7 @@ order of the stream. So nothing here owns them: they are remembered by address (
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,11 +62,12 @@ class _Attention:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """The trunk for one number of tokens: a graph, an attention, a graph, …, a graph."""
+    """The trunk for one number of tokens: a graph, an attention, a graph, …, an attention, and a graph if anything
+    follows."""
 
     graphs: list[torch.cuda.CUDAGraph]
     attentions: list[_Attention]
-    hidden: Tensor
+    results: tuple[Tensor, ...]
 
 
 class TrunkPieces:
@@ -73,15 +75,15 @@ class TrunkPieces:
 
     def __init__(
         self,
-        trunk: Callable[[Tensor, Tensor], Tensor],
+        trunk: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
         enter: Callable[[AttentionStep | Recorder], None],
         sizes: Sequence[int],
         pool: Any,
         device: torch.device,
         progress: Callable[[str, float], None],
     ) -> None:
-        """Captures now. `trunk` maps token ids and positions [T] int64 to hidden rows [T, hidden]; `enter` says which
-        step its attention calls belong to. Nothing else may run on the device meanwhile."""
+        """Captures now. `trunk` maps token ids and positions [T] int64 to tensors [T, …]; `enter` says which step its
+        attention calls belong to. Nothing else may run on the device meanwhile."""
         self._sizes = sorted(sizes)
         self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=device)
         self._positions = torch.zeros(self._sizes[-1], dtype=torch.int64, device=device)
@@ -98,16 +100,15 @@ class TrunkPieces:
                 recorder = _Recorder(pool)
                 enter(recorder)
                 recorder.begin()
-                hidden = trunk(*inputs)
-                self._pieces[size] = recorder.end(hidden)
+                self._pieces[size] = recorder.end(trunk(*inputs))
             torch.cuda.synchronize(device)
         progress("capturing CUDA graphs of mixed steps", 1.0)
 
     def takes(self, tokens: int) -> bool:
         return piece_size(tokens, self._sizes) is not None
 
-    def run(self, step: AttentionStep, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """What the trunk gives for T tokens that `takes` accepted: [T, hidden], valid until the next step."""
+    def run(self, step: AttentionStep, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What the trunk gives for T tokens that `takes` accepted: [T, …] each, valid until the next step."""
         count = token_ids.shape[0]
         size = piece_size(count, self._sizes)
         if size is None:
@@ -119,8 +120,9 @@ class TrunkPieces:
         for graph, attention in zip(pieces.graphs, pieces.attentions, strict=False):
             graph.replay()
             attention.run(step, count)
-        pieces.graphs[-1].replay()
-        return pieces.hidden[:count]
+        for graph in pieces.graphs[len(pieces.attentions) :]:
+            graph.replay()
+        return tuple(rows[:count] for rows in pieces.results)
 
 
 class _Rehearsal:
@@ -151,9 +153,13 @@ class _Recorder:
         self._attentions.append(_Attention(layer, aliases, _alias(out)))
         return out
 
-    def end(self, hidden: Tensor) -> _Pieces:
-        self._graphs[-1].capture_end()
-        return _Pieces(self._graphs, self._attentions, _alias(hidden))
+    def end(self, results: tuple[Tensor, ...]) -> _Pieces:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            self._graphs[-1].capture_end()
+        if any("graph is empty" in str(one.message).lower() for one in told):
+            self._graphs.pop()
+        return _Pieces(self._graphs, self._attentions, tuple(_alias(rows) for rows in results))
 
 
 def _room_for(given: tuple[Tensor, ...]) -> Tensor:

@@ -186,17 +186,20 @@ class DeviceState:
         nothing."""
         self._apply(staged)
         batch, slots = self._prepare(staged)
-        hidden = self.model.hidden(batch, in_pieces=True)
+        rows, count = staged.sampled_rows, len(staged.step.sampled_rows)
+        last = (staged.query_ends[rows] - 1).to(torch.int64)
+        wanted = self._filled_up(last) if count else last
         if staged.features is not None and len(staged.features.prompt_index):
-            self._tell_prompts(staged.features, hidden, staged.lane)
-        count = len(staged.step.sampled_rows)
+            every = self.model.hidden(batch, in_pieces=True)
+            self._tell_prompts(staged.features, every, staged.lane)
+            hidden = every[wanted]
+        else:
+            hidden = self.model.hidden(batch, in_pieces=True, wanted=wanted)
         if count:
             staged.lane.sampling_begins()
-            rows = staged.sampled_rows
-            last = (staged.query_ends[rows] - 1).to(torch.int64)
             tokens = self.sample(
                 staged.step,
-                hidden[self._filled_up(last)],
+                hidden,
                 slots[rows],
                 batch.kv_lens[rows],
                 staged.masks,

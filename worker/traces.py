@@ -43,8 +43,6 @@ class Trace:
     """Takes the function's arguments, then one tensor for each of `inputs`."""
     inputs: list[list[str]]
     """Names of the parameters that lie one below the other in each input; mostly one."""
-    products: list[tuple[str, int]]
-    """Operators that multiply rows by a weight (see fusion.product_uses), and which input that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,7 @@ def _written(trace: Trace) -> dict[str, Any]:
         [node.op, _name_of(node), _value_written(node.args, number), _value_written(dict(node.kwargs), number)]
         for node in nodes
     ]
-    return {"calls": calls, "inputs": trace.inputs, "products": trace.products}
+    return {"calls": calls, "inputs": trace.inputs}
 
 
 def _read(written: dict[str, Any]) -> Trace:
@@ -137,7 +135,7 @@ def _read(written: dict[str, Any]) -> Trace:
                 raise ValueError(f"a node that is a {op}")
     graph.lint()
     inputs = [[str(name) for name in names] for names in written["inputs"]]
-    return Trace(GraphModule(nn.Module(), graph), inputs, [(str(name), int(at)) for name, at in written["products"]])
+    return Trace(GraphModule(nn.Module(), graph), inputs)
 
 
 def _name_of(node: Node) -> str:

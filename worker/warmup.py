@@ -193,7 +193,7 @@ def run_step(model: PagedModel, batch: Batch) -> None:
     """A whole step with both kinds of sampling, and with log-probabilities."""
     device, rows = model.device, batch.num_rows
     last = torch.as_tensor(batch.query_starts[1:] - 1, dtype=torch.int64, device=device)
-    hidden_rows = model.hidden(batch)[last]
+    hidden_rows = model.hidden(batch, wanted=last)
     logits = model.logits(hidden_rows)
     model.greedy(hidden_rows)
     ones, slots = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)

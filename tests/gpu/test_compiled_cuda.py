@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,15 @@ def test_a_step_with_chunks_waits_for_nothing(tmp_path: Path) -> None:
     tokens = torch.tensor(random_tokens(60, VOCAB, 0), device="cuda")
     rows = [(tokens, [3, 4], 20, 21), (tokens, [7, 1, 9], 0, 33), (tokens, [5, 6], 4, 30)]
     batch = make_batch(rows, 1, 16, model.scratch_block, model.device)
-    for in_pieces in (False, True):
-        model.hidden(batch, in_pieces=in_pieces)
+    last = torch.tensor([0, 33, 59, 0], device="cuda")
+    for in_pieces, wanted in itertools.product((False, True), (None, last, last[:0])):
+        whole = model.hidden(batch, in_pieces=in_pieces).clone()
+        model.hidden(batch, in_pieces=in_pieces, wanted=wanted)
         with no_waiting():
-            model.hidden(batch, in_pieces=in_pieces)
+            got = model.hidden(batch, in_pieces=in_pieces, wanted=wanted)
+        expected = whole if wanted is None else whole[wanted]
+        assert got.shape == expected.shape
+        assert (got - expected).float().norm() <= 0.02 * expected.float().norm()
 
 
 def test_16_bits_compiled_are_as_close_as_uncompiled(tmp_path: Path) -> None:

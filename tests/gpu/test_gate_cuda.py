@@ -35,10 +35,11 @@ class Queued:
     def __init__(self, gate: Gate, ticket: int) -> None:
         self.stream = torch.cuda.Stream()
         self.before, self.after = torch.cuda.Event(), torch.cuda.Event()
+        self.number = torch.ones(1, device="cuda")
+        self.number *= 1  # loads its kernel, for which the driver would wait for the device behind the gate
+        torch.cuda._sleep(1)  # and so for this
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
-            self.number = torch.ones(1, device="cuda")
-            self.number *= 1  # loads the kernel, for which the driver would wait for the device
             self.before.record()
             gate.wait(ticket, self.stream)
             self.number *= 2

@@ -79,7 +79,7 @@ class Tried:
         recent = self._integers(-1, 4, slots + 1, MAX_BAD_SEQUENCE_TOKENS)
         tables._recent.copy_(torch.where(recent < 0, NOT_YET, recent))
         for row, slot in enumerate(self.slots.tolist()):
-            self._fill_sequences(slot, int(self.position[row]))
+            self._fill_sequences(slot, int(self.position[row]), recent[slot])
             self._fill_biases(slot)
         logits = torch.randn(case.rows, vocab, generator=self._random) * 5
         logits[self._integers(0, 5, case.rows, vocab) == 0] = float("-inf")
@@ -95,16 +95,17 @@ class Tried:
         packed = (kept.to(torch.int64) << torch.arange(32)).sum(-1)
         return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
 
-    def _fill_sequences(self, slot: int, position: int) -> None:
+    def _fill_sequences(self, slot: int, position: int, recent: Tensor) -> None:
         """Single tokens, sequences that end with the latest tokens, and others; some take the same token away."""
-        table, length = self.tables._sequences[slot], MAX_BAD_SEQUENCE_TOKENS
+        table, length = self.tables._sequences[slot].cpu(), MAX_BAD_SEQUENCE_TOKENS
         for number in range(self.case.sequences):
             tokens = self._integers(0, self.case.vocab if number % 2 else min(4, self.case.vocab), 1 + number % 3)
             if number % 4 < 3:
                 for back in range(1, len(tokens)):
-                    had = int(self.tables._recent[slot, (position - back) % length])
+                    had = int(recent[(position - back) % length])
                     tokens[-1 - back] = max(had, 0)
-            table[number, length - len(tokens) :] = tokens.to(table.device)
+            table[number, length - len(tokens) :] = tokens
+        self.tables._sequences[slot] = table.to(self.slots.device)
 
     def _fill_biases(self, slot: int) -> None:
         count = min(int(self._integers(0, self.case.biases + 1, 1)), self.case.vocab)

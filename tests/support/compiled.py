@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tandem.worker.attention.ops import OperatorRouter
 from tandem.worker.attention.registry import ATTENTION_NAME, register
-from tandem.worker.compiling import Compiled, compile_rows
+from tandem.worker.compiling import Compiled, CompiledTrunk, compile_rows, compile_trunk
 from tandem.worker.inspection import dense_attention, inspect_layers, run_trunk
 from tandem.worker.kv_cache import LayerKV
 
@@ -55,21 +55,41 @@ def calls(graph: GraphModule, name: str) -> int:
     return sum(str(node.target).startswith(f"tandem.{name}.") for node in graph.graph.nodes)
 
 
+def split_beside_own(
+    model: PreTrainedModel,
+) -> tuple[list[GraphModule], CompiledTrunk, Callable[[Tensor, Tensor], Tensor]]:
+    """A model's rewritten graph in two, and its trunk both ways: token ids and positions to hidden rows."""
+    graphs: list[GraphModule] = []
+    trunk, run, own = _both_ways(model)
+    example = torch.zeros(2, dtype=torch.int64)
+    return graphs, compile_trunk(trunk, run, [example, example], backend=kept(graphs)), own
+
+
 def compiled_beside_own(
     model: PreTrainedModel,
 ) -> tuple[GraphModule, Compiled, Callable[[Tensor, Tensor], Tensor]]:
-    """A model's rewritten graph, and its trunk both ways: token ids and positions to hidden rows."""
+    """A model's rewritten graph as a whole, and its trunk both ways: token ids and positions to hidden rows."""
+    graphs: list[GraphModule] = []
+    trunk, run, own = _both_ways(model)
+    example = torch.zeros(2, dtype=torch.int64)
+    compiled = compile_rows(trunk, run, [example, example], backend=kept(graphs))
+    return graphs[0], compiled, own
+
+
+def _both_ways(
+    model: PreTrainedModel,
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """The trunk; what is to be compiled; the same by the model's own code alone."""
     trunk = model.get_decoder()
     layers = inspect_layers(model, trunk, torch.device("cpu"))
     step, layer_of = DenseStep(layers), {layer.layer_idx: index for index, layer in enumerate(layers)}
     router = OperatorRouter(layer_of)
     router.enter(step)  # type: ignore[arg-type]
-    example = torch.zeros(2, dtype=torch.int64)
-    graphs: list[GraphModule] = []
-    compiled = compile_rows(
-        trunk, lambda ids, at: run_trunk(trunk, ids, at, router), [example, example], backend=kept(graphs)
+    return (
+        trunk,
+        lambda ids, at: run_trunk(trunk, ids, at, router),
+        lambda ids, at: run_trunk(trunk, ids, at, DenseRouter(step, layer_of)),
     )
-    return graphs[0], compiled, lambda ids, at: run_trunk(trunk, ids, at, DenseRouter(step, layer_of))
 
 
 def paged(arch: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -108,7 +108,7 @@ def test_what_cannot_be_read_is_traced_anew(how: str, tmp_path: Path, caplog: py
 def test_what_could_not_be_kept_leaves_nothing_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "taken"
     path.mkdir()
-    trace = Trace(GraphModule(nn.Module(), Graph()), [], [])
+    trace = Trace(GraphModule(nn.Module(), Graph()), [])
     assert Shelf(tmp_path, "trunk").put(path, trace) is trace
     assert list(tmp_path.iterdir()) == [path]
     assert "cannot be kept" in caplog.text
@@ -217,7 +217,7 @@ def test_the_traces_used_last_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shelf = Shelf(tmp_path, "rows")
     graph = torch.fx.Graph()
     graph.output(graph.call_function(torch.ops.aten.neg.default, (graph.placeholder("x"),)))
-    made = traces.Trace(torch.fx.GraphModule(nn.Module(), graph), [], [])
+    made = traces.Trace(torch.fx.GraphModule(nn.Module(), graph), [])
     for number, name in enumerate("ab"):
         shelf.put(tmp_path / f"{name}.trace", made)
         os.utime(tmp_path / f"{name}.trace", (number + 1, number + 1))
