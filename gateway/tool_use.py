@@ -8,10 +8,22 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from ..client.tokenizer import Tokenizer
+from ..protocol.structured import MAX_GRAMMAR_BYTES
 from .config import GatewayConfig
 from .errors import refused
 from .strict_tools import strict_grammar
-from .tools import OPEN, PARSERS, ForcedCallParser, Found, HermesParser, Parser, PlainText, forced_schema, format_of
+from .tools import (
+    OPEN,
+    PARSERS,
+    ForcedCallParser,
+    Found,
+    HermesParser,
+    Parser,
+    PlainText,
+    forced_schema,
+    format_of,
+    longer_than,
+)
 from .wire import new_id
 
 Tools = list[dict[str, Any]]
@@ -79,6 +91,7 @@ def tool_use(wanted: Wanted, template: str, tokenizer: Tokenizer, config: Gatewa
     # OpenAI's own form is of an answer's text, and a call has none; vLLM's forms are of all that the model writes.
     if wanted.structure and wanted.structure_field not in ("response_format", "text.format"):
         raise refused(wanted.structure_field, "not with a tool_choice that makes the answer a call")
+    _bound(chosen)
     structure = {"structured_outputs": {"json": forced_schema(chosen)}}
     return ToolUse(wanted.tools, ForcedCallParser, structure, wanted.several)
 
@@ -94,8 +107,16 @@ def _strict_structure(wanted: Wanted, format_: str, tokenizer: Tokenizer) -> dic
             answer = _parsed(answer)
         if not isinstance(answer, dict):
             raise refused(wanted.structure_field, "beside strict tools an answer can only be JSON of a schema")
+    _bound([tool for tool in wanted.tools if tool["function"].get("strict")])
     grammar = strict_grammar(wanted.tools, format_, tokenizer, several=wanted.several, answer=answer)
     return {"structured_outputs": {"grammar": grammar}}
+
+
+def _bound(enforced: Tools) -> None:
+    """Of what is refused in the end no grammar is built before, which could take a second."""
+    schemas = [tool["function"].get("parameters") for tool in enforced]
+    if longer_than(schemas, MAX_GRAMMAR_BYTES):
+        raise refused("tools", f"the schemas that a call has to follow are over the limit of {MAX_GRAMMAR_BYTES} bytes")
 
 
 def _parsed(schema: str) -> Any:

@@ -248,6 +248,27 @@ def forced_schema(tools: Sequence[Mapping[str, Any]], arguments: str = "argument
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
+def longer_than(value: object, most: int) -> bool:
+    """Whether JSON text of what was read from JSON certainly has over `most` characters; looks at about so many."""
+    left, open_ = most, [value]
+    while open_ and left >= 0:
+        match open_.pop():
+            case str() as text:
+                left -= len(text) + 2
+            case dict() as one:
+                left -= 1 + 4 * len(one)
+                if left >= 0:
+                    left -= sum(map(len, one))
+                    open_ += one.values()
+            case list() as many:
+                left -= 1 + len(many)
+                if left >= 0:
+                    open_ += many
+            case _:
+                left -= 1
+    return left < 0
+
+
 def _moved(schema: Any, place: str) -> Any:
     """A schema whose references start at the document's root, as part of a document in which it stands at `place`."""
     if isinstance(schema, Mapping):

@@ -10,6 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.client.tokenizer import TOKENIZER_FILE, Tokenizer
+from tandem.gateway import tool_use
+from tandem.gateway.config import GatewayConfig
+from tandem.gateway.errors import ApiError
 from tandem.gateway.tools import (
     CLOSE,
     OPEN,
@@ -21,7 +25,10 @@ from tandem.gateway.tools import (
     LlamaJsonParser,
     Parser,
     as_call,
+    longer_than,
 )
+from tandem.launch.builtin import MODEL_DIR
+from tandem.protocol.structured import MAX_GRAMMAR_BYTES
 
 ADD = '{"name": "add", "arguments": {"a": 1, "b": 22}}'
 ADDED = Call("add", '{"a": 1, "b": 22}')
@@ -221,6 +228,41 @@ def test_what_was_written_is_what_is_called(calls: list[tuple[str, dict[str, Any
 
     check(HermesParser(), "\n".join(tagged(f"\n{one}\n") for one in written("arguments")))
     check(LlamaJsonParser(), "; ".join(written("parameters")))
+
+
+@given(JSON)
+def test_a_length_is_never_taken_for_more_than_it_is(value: object) -> None:
+    length = len(json.dumps(value))
+    assert not longer_than(value, length)
+    texts = {"a": [["xyz" * length], {"key" * length: None}]}
+    assert longer_than(texts, len(json.dumps(texts, separators=(",", ":"))) - 9)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_schemas_that_are_refused_in_the_end_are_so_at_once(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made of them."""
+
+    def made(*_: Any, **__: Any) -> Any:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(tool_use, "forced_schema", made)
+    monkeypatch.setattr(tool_use, "strict_grammar", made)
+    function = {"name": "f", "strict": strict, "parameters": {"enum": ["x" * 99] * 700}}
+    wanted = tool_use.Wanted(
+        [{"type": "function", "function": function}],
+        choice="auto" if strict else "required",
+        function=None,
+        several=True,
+        structure={},
+        structure_field="response_format",
+        function_field="tool_choice.function.name",
+    )
+    config, tokenizer = (
+        GatewayConfig(scheduler="ipc:///nowhere"),
+        Tokenizer.from_files({TOKENIZER_FILE: (MODEL_DIR / TOKENIZER_FILE).read_bytes()}),
+    )
+    with pytest.raises(ApiError, match=f"^tools: .* over the limit of {MAX_GRAMMAR_BYTES} bytes"):
+        tool_use.tool_use(wanted, OPEN, tokenizer, config)
 
 
 @pytest.mark.parametrize("make", [HermesParser, LlamaJsonParser, ForcedCallParser])
